@@ -1,0 +1,1 @@
+"""Scripts that turn raw JSON into token files and records."""
