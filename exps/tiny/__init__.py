@@ -1,0 +1,1 @@
+"""The laptop default: emoji scenes with exact ground truth, their tokenizers, and their scorer."""

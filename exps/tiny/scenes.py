@@ -1,0 +1,178 @@
+"""Scenes of emoji on coloured backgrounds: how they are drawn, told, edited and read back.
+
+A scene is a layout, its objects and a background; drawing it is exact, and so is the nearest-template reader that scores
+generated pictures. Some unordered pairs of objects never stand side by side in the training data (`HELD_OUT_PAIRS`).
+"""
+
+import itertools
+import random
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SPRITE_DIR = Path(__file__).parent / "sprites"
+SCENE_PIXELS = 64
+MARGIN = 1  # background pixels kept around a sprite inside its slot
+BACKGROUNDS = {
+    "red": (214, 40, 40), "yellow": (250, 220, 70), "green": (60, 160, 75),
+    "blue": (50, 100, 215), "purple": (130, 60, 170), "white": (245, 245, 245),
+}  # fmt: skip
+SLOTS = {  # layout -> (left, top, side) of each object's square
+    "big": ((8, 8, 48),),
+    "small": ((16, 16, 32),),
+    "pair": ((0, 16, 32), (32, 16, 32)),
+    "three": ((16, 0, 32), (0, 32, 32), (32, 32, 32)),
+    "four": ((0, 0, 32), (32, 0, 32), (0, 32, 32), (32, 32, 32)),
+}
+LAYOUT_WEIGHTS = {"big": 4, "small": 2, "pair": 4, "three": 1.5, "four": 1.5}
+OBJECTS = tuple(sorted(path.stem.replace("_", " ") for path in SPRITE_DIR.glob("*.png")))
+IRREGULAR_PLURALS = {"fish": "fish"}
+HELD_OUT_SHARE = 0.15
+
+
+@dataclass(frozen=True)
+class Scene:
+    """`objects` has one name per slot of `layout`; only in a "pair" may they differ."""
+
+    layout: str
+    objects: tuple[str, ...]
+    background: str
+
+    @property
+    def is_held_out(self) -> bool:
+        return frozenset(self.objects) in HELD_OUT_PAIRS
+
+
+def _held_out_pairs() -> frozenset[frozenset[str]]:
+    pairs = list(itertools.combinations(OBJECTS, 2))
+    return frozenset(map(frozenset, random.Random(1234).sample(pairs, round(HELD_OUT_SHARE * len(pairs)))))
+
+
+HELD_OUT_PAIRS = _held_out_pairs()
+
+
+def all_scenes(held_out: bool = False) -> list[Scene]:
+    """Every scene of the training world, or every one with a held-out pair, in a fixed order."""
+    scenes = []
+    for background in BACKGROUNDS:
+        for layout, slots in SLOTS.items():
+            if layout == "pair":
+                choices = list(itertools.product(OBJECTS, repeat=2))
+            else:
+                choices = [(name,) * len(slots) for name in OBJECTS]
+            scenes += [Scene(layout, objects, background) for objects in choices]
+    return [scene for scene in scenes if scene.is_held_out == held_out]
+
+
+def random_scene(rng: random.Random) -> Scene:
+    """A scene of the training world: layouts by LAYOUT_WEIGHTS, objects and background uniform, no held-out pair."""
+    while True:
+        (layout,) = rng.choices(list(LAYOUT_WEIGHTS), list(LAYOUT_WEIGHTS.values()))
+        first = rng.choice(OBJECTS)
+        objects = (first,) * len(SLOTS[layout])
+        if layout == "pair" and rng.random() < 0.9:
+            objects = (first, rng.choice(OBJECTS))
+        scene = Scene(layout, objects, rng.choice(list(BACKGROUNDS)))
+        if not scene.is_held_out:
+            return scene
+
+
+def with_article(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def plural(name: str) -> str:
+    return IRREGULAR_PLURALS.get(name, f"{name}s")
+
+
+def caption(scene: Scene) -> str:
+    """The one sentence that tells the scene, such as "three cars on a white background"."""
+    first = scene.objects[0]
+    if scene.layout in ("big", "small"):
+        what = f"a {scene.layout} {first}"
+    elif scene.layout in ("three", "four"):
+        what = f"{scene.layout} {plural(first)}"
+    elif first == scene.objects[1]:
+        what = f"two {plural(first)}"
+    else:
+        what = f"{with_article(first)} on the left and {with_article(scene.objects[1])} on the right"
+    return f"{what} on a {scene.background} background"
+
+
+def random_edit(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
+    """An instruction ("replace the cat with a rocket") and the scene it leads to, which is in the training world."""
+    while True:
+        if rng.random() < 0.4:
+            background = rng.choice([name for name in BACKGROUNDS if name != scene.background])
+            return f"make the background {background}", replace(scene, background=background)
+        new = rng.choice([name for name in OBJECTS if name not in scene.objects])
+        old = rng.choice(scene.objects)
+        edited = replace(scene, objects=tuple(new if name == old else name for name in scene.objects))
+        if edited.is_held_out:
+            continue
+        if scene.objects.count(old) == 1:
+            return f"replace the {old} with {with_article(new)}", edited
+        return f"replace the {plural(old)} with {plural(new)}", edited
+
+
+def draw(scene: Scene) -> Image.Image:
+    """The scene as an RGB picture of SCENE_PIXELS."""
+    picture = Image.new("RGB", (SCENE_PIXELS, SCENE_PIXELS), BACKGROUNDS[scene.background])
+    for name, (left, top, side) in zip(scene.objects, SLOTS[scene.layout], strict=True):
+        sprite = _sprite(name, side - 2 * MARGIN)
+        picture.paste(sprite, (left + MARGIN, top + MARGIN), sprite)
+    return picture
+
+
+def read(picture: Image.Image) -> Scene | None:
+    """The scene that a picture shows: nearest background, then the layout and objects whose drawing is nearest.
+
+    None if the picture has another size, or if some slot of the nearest layout looks most like empty background.
+    """
+    if picture.size != (SCENE_PIXELS, SCENE_PIXELS):
+        return None
+    pixels = np.asarray(picture.convert("RGB"), np.float32)
+    background = _read_background(pixels)
+    best_error, best_scene = np.inf, None
+    for layout, slots in SLOTS.items():
+        drawn = np.broadcast_to(np.float32(BACKGROUNDS[background]), pixels.shape).copy()
+        objects = []
+        for left, top, side in slots:
+            templates = _templates(side, background)
+            box = (slice(top, top + side), slice(left, left + side))
+            nearest = int(((templates - pixels[box]) ** 2).mean((1, 2, 3)).argmin())
+            drawn[box] = templates[nearest]
+            objects.append(OBJECTS[nearest] if nearest < len(OBJECTS) else None)
+        error = float(((drawn - pixels) ** 2).mean())
+        if error < best_error:
+            best_error, best_scene = error, None if None in objects else Scene(layout, tuple(objects), background)
+    return best_scene
+
+
+@cache
+def _sprite(name: str, side: int) -> Image.Image:
+    with Image.open(SPRITE_DIR / f"{name.replace(' ', '_')}.png") as sprite:
+        return sprite.convert("RGBA").resize((side, side), Image.Resampling.LANCZOS)
+
+
+@cache
+def _templates(side: int, background: str) -> np.ndarray:
+    """[len(OBJECTS) + 1, side, side, 3]: each object in a slot, and last the empty slot."""
+    templates = []
+    for name in (*OBJECTS, None):
+        slot = Image.new("RGB", (side, side), BACKGROUNDS[background])
+        if name is not None:
+            sprite = _sprite(name, side - 2 * MARGIN)
+            slot.paste(sprite, (MARGIN, MARGIN), sprite)
+        templates.append(np.asarray(slot, np.float32))
+    return np.stack(templates)
+
+
+def _read_background(pixels: np.ndarray) -> str:
+    """The background whose colour is nearest to the median of the one-pixel frame, which no sprite covers."""
+    frame = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    distances = ((np.median(frame, 0) - np.float32(list(BACKGROUNDS.values()))) ** 2).sum(1)
+    return list(BACKGROUNDS)[int(distances.argmin())]

@@ -1,0 +1,238 @@
+"""The VQGAN that turns pictures into discrete codes and back: `transformers`' encoder and quantizer, and our decoder.
+
+The state-dict keys are those of Meta's `vqgan.ckpt`. `load_vqgan` reads Meta's folder (`vqgan.yaml`, `vqgan.ckpt`), a Hugging
+Face Chameleon folder (which holds no decoder), and our own (`vqgan.json`, `model.safetensors`).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig
+from transformers.models.chameleon.modeling_chameleon import (
+    ChameleonVQVAE,
+    ChameleonVQVAEEncoderAttnBlock,
+    ChameleonVQVAEEncoderResnetBlock,
+)
+
+META_CONFIG, META_WEIGHTS = "vqgan.yaml", "vqgan.ckpt"
+OUR_CONFIG, OUR_WEIGHTS = "vqgan.json", "model.safetensors"
+HF_PREFIX = "model.vqmodel."
+CONFIG_FIELDS = (
+    "embed_dim", "num_embeddings", "double_latent", "latent_channels", "resolution", "in_channels", "base_channels",
+    "channel_multiplier", "num_res_blocks", "attn_resolutions", "dropout", "attn_type",
+)  # fmt: skip
+
+
+class VQGAN(nn.Module):
+    """Pictures [B, 3, H, W] in [-1, 1] to codes [B, H/16, W/16] and back. `has_decoder` tells whether back is possible."""
+
+    def __init__(self, config: ChameleonVQVAEConfig, with_decoder: bool = True):
+        super().__init__()
+        vqvae = ChameleonVQVAE(config)
+        self.config = config
+        self.encoder = vqvae.encoder
+        self.quantize = vqvae.quantize
+        self.quant_conv = vqvae.quant_conv
+        self.post_quant_conv = vqvae.post_quant_conv
+        if with_decoder:
+            self.decoder = VQGANDecoder(config)
+
+    @property
+    def num_codes(self) -> int:
+        return self.config.num_embeddings
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per code along one side."""
+        return 2 ** (len(self.config.channel_multiplier) - 1)
+
+    @property
+    def has_decoder(self) -> bool:
+        return hasattr(self, "decoder")
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Features before quantization, [B, embed_dim, h, w], of pixels [B, 3, H, W] in [-1, 1]."""
+        return self.quant_conv(self.encoder(pixels))
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Codes, int64 [B, h, w], of pixels [B, 3, H, W] in [-1, 1]; H and W must be multiples of `downsample`."""
+        height, width = pixels.shape[-2:]
+        if height % self.downsample or width % self.downsample:
+            raise ValueError(f"a picture of {width}x{height} does not divide into codes of {self.downsample} pixels")
+        weight = next(self.parameters())
+        features = self.features(pixels.to(weight.device, weight.dtype))
+        _, _, codes = self.quantize(features)
+        return codes.view(len(pixels), *features.shape[-2:])
+
+    def decode_embedded(self, embedded: Tensor) -> Tensor:
+        """Pixels [B, 3, 16h, 16w] of quantized features [B, embed_dim, h, w]; with gradient, not clamped."""
+        if not self.has_decoder:
+            raise ValueError("this VQGAN has no decoder (Hugging Face folders hold none); use Meta's vqgan.ckpt folder")
+        return self.decoder(self.post_quant_conv(embedded))
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Pixels, float [B, 3, 16h, 16w] around [-1, 1] (not clamped), of codes, integers [B, h, w]."""
+        if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= self.num_codes):
+            raise ValueError(f"codes must lie in 0..{self.num_codes - 1}, got {int(codes.min())}..{int(codes.max())}")
+        embedded = self.quantize.embedding(codes.to(self.quantize.embedding.weight.device))
+        return self.decode_embedded(embedded.permute(0, 3, 1, 2).contiguous()).float()
+
+
+class VQGANDecoder(nn.Module):
+    """Mirror of the encoder: convolutional blocks with nearest-neighbour doubling between levels (taming-transformers' VQGAN)."""
+
+    def __init__(self, config: ChameleonVQVAEConfig):
+        super().__init__()
+        channels = [config.base_channels * factor for factor in config.channel_multiplier]
+        resolution = config.resolution // 2 ** (len(channels) - 1)
+        has_attention = config.attn_type == "vanilla"
+        current = channels[-1]
+        self.conv_in = nn.Conv2d(config.latent_channels, current, 3, padding=1)
+        self.mid = nn.Module()
+        self.mid.block_1 = ChameleonVQVAEEncoderResnetBlock(config, current, current)
+        self.mid.attn_1 = ChameleonVQVAEEncoderAttnBlock(current) if has_attention else nn.Identity()
+        self.mid.block_2 = ChameleonVQVAEEncoderResnetBlock(config, current, current)
+        levels = []
+        for level in reversed(range(len(channels))):
+            module = nn.Module()
+            module.block, module.attn = nn.ModuleList(), nn.ModuleList()
+            for _ in range(config.num_res_blocks + 1):
+                module.block.append(ChameleonVQVAEEncoderResnetBlock(config, current, channels[level]))
+                current = channels[level]
+                if has_attention and resolution in (config.attn_resolutions or []):
+                    module.attn.append(ChameleonVQVAEEncoderAttnBlock(current))
+            if level > 0:
+                module.upsample = nn.Module()
+                module.upsample.conv = nn.Conv2d(current, current, 3, padding=1)
+                resolution *= 2
+            levels.append(module)
+        self.up = nn.ModuleList(reversed(levels))
+        self.norm_out = nn.GroupNorm(32, current, eps=1e-6)
+        self.conv_out = nn.Conv2d(current, 3, 3, padding=1)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """Pixels [B, 3, 16h, 16w] of a latent [B, latent_channels, h, w]."""
+        hidden = self.mid.block_1(self.conv_in(latent))
+        hidden = self.mid.block_2(self.mid.attn_1(hidden))
+        for level in reversed(self.up):
+            for index, block in enumerate(level.block):
+                hidden = block(hidden)
+                if len(level.attn):
+                    hidden = level.attn[index](hidden)
+            if hasattr(level, "upsample"):
+                hidden = level.upsample.conv(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
+        return self.conv_out(F.silu(self.norm_out(hidden)))
+
+
+def load_vqgan(vqgan_dir: str | os.PathLike, device: str = "cpu", dtype: torch.dtype = torch.float32) -> VQGAN:
+    """The frozen VQGAN of a folder, in eval mode. Raises FileNotFoundError or ValueError with what the folder lacks."""
+    folder = Path(vqgan_dir)
+    config_path, weight_paths = _find_files(folder)
+    if config_path.name == META_CONFIG:
+        config = _config_from_meta(yaml.safe_load(config_path.read_text()))
+        state = torch.load(weight_paths[0], map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+    else:
+        is_ours = config_path.name == OUR_CONFIG
+        raw = json.loads(config_path.read_text())
+        fields = raw if is_ours else raw["vq_config"]
+        config = ChameleonVQVAEConfig(**{key: fields[key] for key in CONFIG_FIELDS if key in fields})
+        state = load_file(weight_paths[0]) if is_ours else _read_hf_state(weight_paths)
+    vqgan = VQGAN(config, with_decoder=any(key.startswith("decoder.") for key in state))
+    missing, _ = vqgan.load_state_dict({key: tensor.float() for key, tensor in state.items()}, strict=False)
+    if missing:
+        raise ValueError(f"{folder}: the VQGAN weights lack {len(missing)} tensors, first {missing[0]}")
+    return vqgan.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def save_vqgan(vqgan: VQGAN, vqgan_dir: str | os.PathLike, dtype: torch.dtype = torch.float16) -> None:
+    """Write `vqgan.json` and `model.safetensors`, the weights in `dtype` (half precision halves the committed file)."""
+    folder = Path(vqgan_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    fields = {name: getattr(vqgan.config, name) for name in CONFIG_FIELDS}
+    (folder / OUR_CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
+    state = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in vqgan.state_dict().items()}
+    partial = folder / f"{OUR_WEIGHTS}.partial"
+    save_file(state, partial)
+    os.replace(partial, folder / OUR_WEIGHTS)
+
+
+def hash_vqgan(vqgan_dir: str | os.PathLike) -> str:
+    """SHA-256, hexadecimal, of the configuration and weight files that `load_vqgan` would read."""
+    config_path, weight_paths = _find_files(Path(vqgan_dir))
+    digest = hashlib.sha256()
+    for path in (config_path, *weight_paths):
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def image_to_pixels(image: Image.Image) -> Tensor:
+    """Float pixels [3, H, W] in [-1, 1] of an RGB picture."""
+    if image.mode != "RGB":
+        raise ValueError(f"the VQGAN takes RGB pictures, got mode {image.mode}; convert it first")
+    array = np.asarray(image).astype(np.float64) / 255 * 2 - 1  # the recipe's arithmetic, in double before the cast
+    return torch.from_numpy(array.astype(np.float32)).permute(2, 0, 1).contiguous()
+
+
+def pixels_to_image(pixels: Tensor) -> Image.Image:
+    """The 8-bit RGB picture of float pixels [3, H, W], clamped to [-1, 1]."""
+    array = (pixels.detach().float().clamp(-1, 1).add(1).mul(127.5)).permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(array.astype(np.uint8))
+
+
+def _find_files(folder: Path) -> tuple[Path, list[Path]]:
+    """The configuration and weight files of a VQGAN folder in whichever of the three formats it has."""
+    if (folder / META_CONFIG).is_file() and (folder / META_WEIGHTS).is_file():
+        return folder / META_CONFIG, [folder / META_WEIGHTS]
+    if (folder / OUR_CONFIG).is_file() and (folder / OUR_WEIGHTS).is_file():
+        return folder / OUR_CONFIG, [folder / OUR_WEIGHTS]
+    shards = sorted(folder.glob("*.safetensors"))
+    if (folder / "config.json").is_file() and shards:
+        if "vq_config" in json.loads((folder / "config.json").read_text()):
+            return folder / "config.json", shards
+    raise FileNotFoundError(
+        f"no VQGAN in {folder}: it must hold {META_CONFIG} and {META_WEIGHTS} (Meta's), {OUR_CONFIG} and {OUR_WEIGHTS} "
+        "(ours), or a Hugging Face Chameleon model with vq_config in its config.json; see --vqgan_dir in TRAIN.md"
+    )
+
+
+def _config_from_meta(raw: Mapping) -> ChameleonVQVAEConfig:
+    params = raw["model"]["params"]
+    network = params["ddconfig"]
+    return ChameleonVQVAEConfig(
+        embed_dim=params["embed_dim"],
+        num_embeddings=params["n_embed"],
+        double_latent=network["double_z"],
+        latent_channels=network["z_channels"],
+        resolution=network["resolution"],
+        in_channels=network["in_channels"],
+        base_channels=network["ch"],
+        channel_multiplier=list(network["ch_mult"]),
+        num_res_blocks=network["num_res_blocks"],
+        attn_resolutions=list(network["attn_resolutions"]),
+        dropout=network["dropout"],
+        attn_type=network.get("attn_type", "vanilla"),
+    )
+
+
+def _read_hf_state(weight_paths: list[Path]) -> dict[str, Tensor]:
+    state = {}
+    for path in weight_paths:
+        with safe_open(path, framework="pt") as file:
+            state |= {k.removeprefix(HF_PREFIX): file.get_tensor(k) for k in file.keys() if k.startswith(HF_PREFIX)}
+    return state
