@@ -1,0 +1,177 @@
+"""Chameleon's vocabulary, every id looked up by the NAME of its token, and the layout of an image as tokens.
+
+An image is `<racm3:break>`, its height and its width in 32-pixel grids (`<reserved{08800+n}>`), the rows of its codes,
+each closed by `<reserved08799>`, and `<eoss>`. Everything here is pure: integers in, integers out.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+IGNORE_INDEX = -100  # the label of a token that is not predicted
+IMAGE_SYMBOL = "<|image|>"  # stands for one image in the text of a turn
+GRID_PIXELS = 32  # sides of images are counted in grids of this many pixels
+CODE_PIXELS = 16  # one code of the VQGAN covers this many pixels along each side
+CODES_PER_GRID = GRID_PIXELS // CODE_PIXELS
+
+BOS, PAD, EOS = "<s>", "<pad>", "</s>"
+BEGIN_IMAGE, END_IMAGE = "<racm3:break>", "<eoss>"
+NEW_LINE, END_OF_TURN = "<reserved08799>", "<reserved08706>"
+FIRST_GRID_SIZE = 8800  # `<reserved08800>` would be zero grids; size n is 8800 + n
+
+_IMAGE_CODE = re.compile(r"IMGIMG([A-J]+)Z")
+_RESERVED = re.compile(r"<reserved(\d{5})>")
+_LETTERS_TO_DIGITS = str.maketrans("ABCDEFGHIJ", "0123456789")
+
+
+@dataclass(frozen=True, eq=False)
+class ChameleonVocab:
+    """The ids that sequences are built from. Build it with `from_tokenizer` or `from_mapping`."""
+
+    bos_id: int
+    pad_id: int
+    eos_id: int | None
+    begin_image_id: int
+    end_image_id: int
+    new_line_id: int
+    end_of_turn_id: int
+    image_token_ids: np.ndarray  # int64 [num_codes]: VQGAN code -> token id
+    grid_size_ids: Mapping[int, int]  # side in 32-pixel grids -> token id
+    vocab_size: int  # the largest id plus one
+
+    @classmethod
+    def from_mapping(cls, name_to_id: Mapping[str, int]) -> "ChameleonVocab":
+        """Look every id up in a vocabulary {token: id}. Raises ValueError naming the tokens that it lacks."""
+        needed = (BOS, PAD, BEGIN_IMAGE, END_IMAGE, NEW_LINE, END_OF_TURN)
+        codes, grid_sizes = {}, {}
+        for name, token_id in name_to_id.items():
+            if match := _IMAGE_CODE.fullmatch(name):
+                codes[int(match[1].translate(_LETTERS_TO_DIGITS))] = token_id
+            elif (match := _RESERVED.fullmatch(name)) and int(match[1]) > FIRST_GRID_SIZE:
+                grid_sizes[int(match[1]) - FIRST_GRID_SIZE] = token_id
+        missing = [name for name in needed if name not in name_to_id]
+        missing += [] if codes else ["IMGIMG...Z (image codes)"]
+        missing += [] if grid_sizes else [f"<reserved{FIRST_GRID_SIZE + 1:05d}> (grid sizes)"]
+        if missing:
+            raise ValueError(
+                f"the tokenizer has not Chameleon's vocabulary: it lacks {', '.join(missing)}; "
+                "give the tokenizer of a Chameleon or Lumina-mGPT model"
+            )
+        if max(codes) != len(codes) - 1:
+            raise ValueError(f"the tokenizer has {len(codes)} image codes, but their numbers go up to {max(codes)}")
+        return cls(
+            bos_id=name_to_id[BOS],
+            pad_id=name_to_id[PAD],
+            eos_id=name_to_id.get(EOS),
+            begin_image_id=name_to_id[BEGIN_IMAGE],
+            end_image_id=name_to_id[END_IMAGE],
+            new_line_id=name_to_id[NEW_LINE],
+            end_of_turn_id=name_to_id[END_OF_TURN],
+            image_token_ids=np.array([codes[code] for code in range(len(codes))], dtype=np.int64),
+            grid_size_ids=dict(sorted(grid_sizes.items())),
+            vocab_size=max(name_to_id.values()) + 1,
+        )
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer) -> "ChameleonVocab":
+        """The same, of a Hugging Face tokenizer (anything with `get_vocab()`)."""
+        return cls.from_mapping(tokenizer.get_vocab())
+
+    @property
+    def num_codes(self) -> int:
+        return len(self.image_token_ids)
+
+    def image_to_tokens(self, codes: np.ndarray) -> list[int]:
+        """The whole span of an image with codes [h, w] (row-major): 4 + h * (w + 1) token ids.
+
+        Raises ValueError for a code or a size that the vocabulary has no token for.
+        """
+        codes = np.asarray(codes)
+        if codes.ndim != 2 or not codes.size:
+            raise ValueError(f"codes of an image must be an array [h, w], got the shape {list(codes.shape)}")
+        if codes.min() < 0 or codes.max() >= self.num_codes:
+            raise ValueError(f"codes must lie in 0..{self.num_codes - 1}, got {codes.min()}..{codes.max()}")
+        height, width = codes.shape
+        header = [self.begin_image_id, self._grid_size_id(height), self._grid_size_id(width)]
+        rows = np.full((height, width + 1), self.new_line_id, dtype=np.int64)
+        rows[:, :-1] = self.image_token_ids[codes]
+        return [*header, *rows.ravel().tolist(), self.end_image_id]
+
+    def tokens_to_codes(self, tokens: Sequence[int]) -> np.ndarray:
+        """Codes, int64 [h, w], of one whole span, begin to end: the inverse of `image_to_tokens`.
+
+        Raises ValueError that says where the span departs from the layout.
+        """
+        span = np.asarray(tokens, dtype=np.int64)
+        if self._image_stop(span, 0) != len(span):
+            raise ValueError(f"the image ends before the last of its {len(span)} tokens")
+        height, width = self._latent_grid(span, 0)
+        rows = span[3:-1].reshape(height, width + 1)
+        if (rows[:, -1] != self.new_line_id).any():
+            raise ValueError(f"row {int((rows[:, -1] != self.new_line_id).argmax())} of the image is not closed")
+        body = rows[:, :-1]
+        codes = self._code_of_token[np.clip(body, 0, self.vocab_size - 1)]
+        if (codes < 0).any() or (body >= self.vocab_size).any() or (body < 0).any():
+            raise ValueError("a token inside the rows of the image is not an image code")
+        return codes
+
+    def find_images(self, tokens: Sequence[int]) -> list[tuple[int, int]]:
+        """(start, stop) of every image span in a sequence. Raises ValueError for one that is cut off or malformed."""
+        array = np.asarray(tokens, dtype=np.int64)
+        spans: list[tuple[int, int]] = []
+        for start in np.flatnonzero(array == self.begin_image_id).tolist():
+            if not spans or start >= spans[-1][1]:
+                spans.append((start, self._image_stop(array, start)))
+        return spans
+
+    def num_image_tokens(self, width: int, height: int) -> int:
+        """Length of the span of a picture of width x height pixels."""
+        return 4 + (height // CODE_PIXELS) * (width // CODE_PIXELS + 1)
+
+    @cached_property
+    def _code_of_token(self) -> np.ndarray:
+        """int64 [vocab_size]: token id -> VQGAN code, -1 where the token is none."""
+        inverse = np.full(self.vocab_size, -1, dtype=np.int64)
+        inverse[self.image_token_ids] = np.arange(self.num_codes)
+        return inverse
+
+    @cached_property
+    def _grids_of_token(self) -> dict[int, int]:
+        return {token_id: grids for grids, token_id in self.grid_size_ids.items()}
+
+    def _grid_size_id(self, num_codes: int) -> int:
+        grids, rest = divmod(num_codes, CODES_PER_GRID)
+        if rest or grids not in self.grid_size_ids:
+            raise ValueError(
+                f"no grid size token for a side of {num_codes * CODE_PIXELS} pixels; "
+                f"it must be a multiple of {GRID_PIXELS}"
+            )
+        return self.grid_size_ids[grids]
+
+    def _latent_grid(self, tokens: np.ndarray, start: int) -> tuple[int, int]:
+        """(h, w) in codes of the image that begins at `start`."""
+        sides = [self._grids_of_token.get(int(token)) for token in tokens[start + 1 : start + 3]]
+        if len(sides) < 2 or None in sides:
+            raise ValueError(f"the image at token {start} does not begin with its height and its width")
+        return sides[0] * CODES_PER_GRID, sides[1] * CODES_PER_GRID
+
+    def _image_stop(self, tokens: np.ndarray, start: int) -> int:
+        if not len(tokens) or tokens[start] != self.begin_image_id:
+            raise ValueError(f"no image begins at token {start}: {BEGIN_IMAGE} expected")
+        height, width = self._latent_grid(tokens, start)
+        stop = start + 4 + height * (width + 1)
+        if stop > len(tokens) or tokens[stop - 1] != self.end_image_id:
+            raise ValueError(
+                f"the image at token {start} of {width * CODE_PIXELS}x{height * CODE_PIXELS} pixels does not end with "
+                f"{END_IMAGE} after {stop - start} tokens"
+            )
+        return stop
+
+
+def is_control_token(name: str) -> bool:
+    """Whether a token of this name is one that sequences are built from, so that no user's text may produce it."""
+    fixed = (BOS, PAD, EOS, BEGIN_IMAGE, END_IMAGE)
+    return name in fixed or bool(_IMAGE_CODE.fullmatch(name) or _RESERVED.fullmatch(name))
