@@ -1,0 +1,110 @@
+"""The data config: a YAML that lists the record files to train on.
+
+    META:
+      - path: record.json   # .json or .jsonl; relative to the folder of the YAML, then to the working directory
+        ratio: 0.5          # default 1; below 1 a fresh sample each epoch, above 1 repeats
+        type: captions      # default "default"; items of different types never share an optimizer step
+
+Everything that is wrong with it is reported at once, before anything starts.
+"""
+
+import difflib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+DEFAULT_TYPE = "default"
+RECORD_SUFFIXES = (".json", ".jsonl")
+_KEYS = ("path", "ratio", "type")
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One record file; `ratio` is how often each of its items occurs in an epoch."""
+
+    path: Path
+    ratio: float = 1.0
+    type: str = DEFAULT_TYPE
+
+
+def load_data_config(path: str | os.PathLike) -> list[DataSource]:
+    """The sources of a data config, in its order, with paths that open from here.
+
+    Raises FileNotFoundError if there is no such YAML, and one ValueError that lists all that is wrong in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"data config {path} does not exist")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"data config {path} is not valid YAML: {error}") from None
+    problems: list[str] = []
+    entries = _entries(content, problems)
+    sources = [_parse_entry(entry, f"META entry {i}", path.parent, problems) for i, entry in enumerate(entries, 1)]
+    _check_duplicates(sources, problems)
+    if problems:
+        raise ValueError(f"data config {path}: " + "; ".join(problems))
+    return [source for source in sources if source is not None]
+
+
+def _entries(content: object, problems: list[str]) -> list[object]:
+    if not isinstance(content, dict) or "META" not in content:
+        problems.append("it must have a key META with a list of {path, ratio, type}")
+        return []
+    problems += [f"unknown key {key!r} beside META{_nearest(key, ('META',))}" for key in content if key != "META"]
+    if not isinstance(content["META"], list) or not content["META"]:
+        problems.append(f"META must be a list of one or more {{path, ratio, type}}, got {content['META']!r}")
+        return []
+    return content["META"]
+
+
+def _parse_entry(entry: object, name: str, folder: Path, problems: list[str]) -> DataSource | None:
+    if not isinstance(entry, dict):
+        problems.append(f"{name} must be a mapping with the key path, got {entry!r}")
+        return None
+    problems += [f"{name} has an unknown key {key!r}{_nearest(key, _KEYS)}" for key in entry if key not in _KEYS]
+    ratio, type_name = entry.get("ratio", 1.0), entry.get("type", DEFAULT_TYPE)
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < float("inf"):
+        problems.append(f"{name}: ratio must be a number above 0, got {ratio!r}")
+        ratio = 1.0
+    if not isinstance(type_name, str) or not type_name:
+        problems.append(f"{name}: type must be a name, got {type_name!r}")
+        type_name = DEFAULT_TYPE
+    record = _find_record(entry.get("path"), name, folder, problems)
+    return record and DataSource(record, float(ratio), type_name)
+
+
+def _find_record(value: object, name: str, folder: Path, problems: list[str]) -> Path | None:
+    if not isinstance(value, str) or not value:
+        problems.append(f"{name}: path must name a record file, got {value!r}")
+        return None
+    candidates = list(dict.fromkeys([folder / value, Path(value)]))  # an absolute path gives one
+    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if found is None:
+        problems.append(f"{name}: record {value} does not exist (looked for {' and '.join(map(str, candidates))})")
+    elif found.suffix not in RECORD_SUFFIXES:
+        problems.append(f"{name}: record {value} must end in {' or '.join(RECORD_SUFFIXES)}")
+    elif not found.stat().st_size:
+        problems.append(f"{name}: record {value} is empty")
+    return found
+
+
+def _check_duplicates(sources: list[DataSource | None], problems: list[str]) -> None:
+    first: dict[Path, int] = {}
+    for number, source in enumerate(sources, start=1):
+        if source is None:
+            continue
+        earlier = first.setdefault(source.path.resolve(), number)
+        if earlier != number:
+            problems.append(
+                f"META entry {number} lists {source.path} again, as entry {earlier} does; use one entry and its ratio"
+            )
+
+
+def _nearest(key: object, known: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(str(key).lower(), [name.lower() for name in known], n=1)
+    match = next((name for name in known if close and name.lower() == close[0]), None)
+    return f" (did you mean {match!r}?)" if match else f" (known: {', '.join(known)})"

@@ -1,0 +1,298 @@
+"""The epoch plan: which items share a row, and which rows share an optimizer step.
+
+A *unit* is the row that one rank takes through the model at once; a *step* is `units_per_step` (G) units. The plan is a
+pure function of lengths, types, ratios, options and epoch: it knows neither ranks nor files, so the k-th step of an
+epoch holds the same items on any number of ranks. Rank r of W takes units r, r + W, ... of a step. Numpy only.
+
+By default a unit is `batch_size` items of similar length, its row rounded up to one of few lengths. With `packing` it
+is a row of exactly `batch_size * max_seq_len` tokens, filled best-fit inside large shuffled windows.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+import numpy as np
+
+PACKING_WINDOW = 100_000  # items packed together; larger ones fill 0.1% more, but give the same rows in every epoch
+ROW_LENS_PER_OCTAVE = 16  # allowed row lengths between a power of two and the next: about 2% filler on average
+MIN_ROW_MULTIPLE = 16  # row lengths are multiples of this, as tensor cores want
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What decides a plan beside the data. `units_per_step` is G = accum_iter x ranks at the start of the run."""
+
+    batch_size: int
+    max_seq_len: int
+    units_per_step: int
+    packing: bool = False
+    length_clustering: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_seq_len", "units_per_step"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
+
+    @property
+    def max_row_len(self) -> int:
+        """Tokens of a packed row; no row is longer."""
+        return self.batch_size * self.max_seq_len
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One row: dataset indices `items` int32 [n] (n = 0: a row without targets) and its length in tokens, filler in."""
+
+    items: np.ndarray
+    row_len: int
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """Units in the order in which an epoch takes them.
+
+    `items` int32 [M] dataset indices; unit u is `items[unit_offsets[u]:unit_offsets[u + 1]]` in a row of `row_lens[u]`
+    tokens; step k is the units `step_offsets[k]` to `step_offsets[k + 1]`, at most `units_per_step` of them.
+    """
+
+    items: np.ndarray
+    unit_offsets: np.ndarray
+    row_lens: np.ndarray
+    step_offsets: np.ndarray
+    units_per_step: int
+    num_tokens: int
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.step_offsets) - 1
+
+    @property
+    def num_units(self) -> int:
+        return len(self.row_lens)
+
+    @property
+    def fill(self) -> float:
+        """Share of row positions that hold tokens of items, 0 to 1."""
+        return self.num_tokens / int(self.row_lens.sum(dtype=np.int64))
+
+    def unit(self, index: int) -> Unit:
+        start, stop = self.unit_offsets[index], self.unit_offsets[index + 1]
+        return Unit(self.items[start:stop], int(self.row_lens[index]))
+
+    def units_of_step(self, step: int) -> list[Unit]:
+        """The units of step `step` (from 0), at most G; fewer only where a type runs out of items."""
+        if not 0 <= step < self.num_steps:
+            raise ValueError(f"step {step} is outside this epoch's 0 to {self.num_steps - 1}")
+        return [self.unit(u) for u in range(int(self.step_offsets[step]), int(self.step_offsets[step + 1]))]
+
+
+def plan_epoch(
+    lengths: np.ndarray,
+    type_ids: np.ndarray,
+    source_ids: np.ndarray,
+    ratios: np.ndarray,
+    options: PlanOptions,
+    epoch: int,
+) -> EpochPlan:
+    """The plan of one epoch.
+
+    Takes `lengths`, `type_ids`, `source_ids` [N] per item (tokens; group that shares no step with another; source) and
+    `ratios` [num_sources]: a whole ratio r gives each item of the source r times, a fraction adds a sample without
+    replacement, drawn afresh each epoch. Full steps come in random order, the short last step of each type at the end.
+
+    Raises ValueError for no items, an item longer than `max_seq_len` or arrays that do not fit together.
+    """
+    lengths, type_ids, source_ids = np.asarray(lengths), np.asarray(type_ids), np.asarray(source_ids)
+    _check_arrays(lengths, type_ids, source_ids, ratios, options)
+    parts, full_steps, short_steps, num_units = [], [], [], 0
+    drawn = _draw_items(source_ids, ratios, np.random.default_rng([options.seed, epoch, 0]))
+    for type_id in np.unique(type_ids).tolist():
+        rng = np.random.default_rng([options.seed, epoch, 1, int(type_id)])
+        items = rng.permutation(drawn[type_ids[drawn] == type_id])
+        if not len(items):
+            continue
+        build_rows = _pack_rows if options.packing else _batch_rows
+        parts.append(build_rows(items, lengths, options, rng))
+        type_units = np.arange(num_units, num_units + len(parts[-1][1]))
+        num_full = len(type_units) // options.units_per_step * options.units_per_step
+        full_steps.append(type_units[:num_full].reshape(-1, options.units_per_step))
+        short_steps += [type_units[num_full:]] if num_full < len(type_units) else []
+        num_units += len(type_units)
+    steps = np.random.default_rng([options.seed, epoch, 2]).permutation(np.concatenate(full_steps))
+    step_sizes = np.array([options.units_per_step] * len(steps) + [len(units) for units in short_steps])
+    order = np.concatenate([steps.reshape(-1), *short_steps])
+    items, sizes = _reorder(np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]), order)
+    unit_offsets = _offsets(sizes)
+    return EpochPlan(
+        items=items,
+        unit_offsets=unit_offsets,
+        row_lens=_row_lens(lengths[items], unit_offsets, options),
+        step_offsets=_offsets(step_sizes),
+        units_per_step=options.units_per_step,
+        num_tokens=int(lengths[items].sum(dtype=np.int64)),
+    )
+
+
+def num_micro_steps(plan: EpochPlan, world_size: int) -> int:
+    """Rows that every rank takes in every step: ceil(G / world_size)."""
+    return -(-plan.units_per_step // world_size)
+
+
+def rank_units(plan: EpochPlan, step: int, rank: int, world_size: int) -> list[Unit]:
+    """The units of `rank` in `step`, always ceil(G / world_size); where there is none left, one without items.
+
+    A unit without items is as long as the shortest row of the step, so that it costs little and is no new row length.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must lie between 0 and world_size - 1 = {world_size - 1}, got {rank}")
+    units = plan.units_of_step(step)
+    blank = Unit(np.empty(0, np.int32), min(unit.row_len for unit in units))
+    mine = units[rank::world_size]
+    return mine + [blank] * (num_micro_steps(plan, world_size) - len(mine))
+
+
+def round_row_len(num_tokens: np.ndarray | int) -> np.ndarray:
+    """Rounds row lengths up to one of `ROW_LENS_PER_OCTAVE` values per power of two: few graphs are compiled."""
+    num_tokens = np.asarray(num_tokens, np.int64)
+    octave = 2 ** (np.frexp(np.maximum(num_tokens, 1))[1].astype(np.int64) - 1)
+    multiple = np.maximum(octave // ROW_LENS_PER_OCTAVE, MIN_ROW_MULTIPLE)
+    return -(-num_tokens // multiple) * multiple
+
+
+def best_fit_rows(lengths: np.ndarray, row_len: int) -> tuple[np.ndarray, int]:
+    """Best-fit-decreasing: each item, longest first, goes to the open row with the least space that still takes it.
+
+    Items of equal length are interchangeable and rows with equal space too, so whole groups are placed at once: a row
+    with space s, the tightest there is, takes s // L items of length L in a go (what is left of it stays the tightest).
+
+    Takes `lengths` [n], none above `row_len`; returns the row of each item int64 [n] and the number of rows.
+    """
+    order = np.argsort(-lengths.astype(np.int64), kind="stable")
+    group_lens, group_sizes = np.unique(lengths, return_counts=True)
+    open_rows: dict[int, list[np.ndarray]] = {}  # space left -> batches of rows that have it
+    spaces: list[int] = []  # the keys of open_rows, ascending
+    rows = np.empty(len(lengths), np.int64)
+    num_rows, start = 0, 0
+
+    def give_back(space: int, batch: np.ndarray) -> None:
+        if len(batch) and space >= group_lens[0]:  # else no item fits it any more
+            if space not in open_rows:
+                open_rows[space] = []
+                insort(spaces, space)
+            open_rows[space].append(batch)
+
+    for length, size in zip(group_lens[::-1].tolist(), group_sizes[::-1].tolist(), strict=True):
+        stop = start + size
+        while start < stop:
+            at = bisect_left(spaces, length)
+            space = spaces[at] if at < len(spaces) else row_len
+            per_row = space // length
+            wanted = -(-(stop - start) // per_row)
+            if at < len(spaces):
+                batch = open_rows[space].pop()
+                if not open_rows[space]:
+                    del open_rows[space], spaces[at]
+            else:
+                batch = np.arange(num_rows, num_rows + wanted)
+                num_rows += wanted
+            taken, rest = batch[:wanted], batch[wanted:]
+            num_placed = min(len(taken) * per_row, stop - start)
+            rows[order[start : start + num_placed]] = np.repeat(taken, per_row)[:num_placed]
+            num_in_last = num_placed - (len(taken) - 1) * per_row
+            give_back(space, rest)
+            give_back(space - per_row * length, taken[:-1])
+            give_back(space - num_in_last * length, taken[-1:])
+            start += num_placed
+    return rows, num_rows
+
+
+def _check_arrays(
+    lengths: np.ndarray, type_ids: np.ndarray, source_ids: np.ndarray, ratios: np.ndarray, options: PlanOptions
+) -> None:
+    if not len(lengths):
+        raise ValueError("there is no item to plan an epoch of")
+    if not len(lengths) == len(type_ids) == len(source_ids):
+        raise ValueError(
+            f"lengths, type_ids and source_ids must have one value per item, got {len(lengths)}, {len(type_ids)} and "
+            f"{len(source_ids)}"
+        )
+    if int(source_ids.max()) >= len(ratios) or min(ratios) <= 0:
+        raise ValueError(f"each source needs a ratio above 0, got {list(ratios)} for sources 0 to {source_ids.max()}")
+    if lengths.min() < 1 or lengths.max() > options.max_seq_len:
+        raise ValueError(
+            f"items must have 1 to max_seq_len = {options.max_seq_len} tokens, got {lengths.min()} to {lengths.max()}"
+        )
+
+
+def _draw_items(source_ids: np.ndarray, ratios: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Indices int32 [M] of the epoch's items, each source repeated or sampled according to its ratio."""
+    drawn = []
+    for source_id, ratio in enumerate(ratios):
+        items = np.flatnonzero(source_ids == source_id).astype(np.int32)
+        num_drawn = max(round(float(ratio) * len(items)), 1) if len(items) else 0
+        whole, sampled = divmod(num_drawn, max(len(items), 1))
+        drawn += [items] * whole + [rng.permutation(items)[:sampled]]
+    return np.concatenate(drawn)
+
+
+def _batch_rows(
+    items: np.ndarray, lengths: np.ndarray, options: PlanOptions, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Items in units of `batch_size`: (items [M], unit sizes). What fills no whole step is drawn at random, not the
+    longest items, and comes last."""
+    step_size = options.batch_size * options.units_per_step
+    num_full = len(items) // step_size * step_size
+    if options.length_clustering:
+        head = _cluster(lengths[items[:num_full]], step_size, rng)
+        tail = _cluster(lengths[items[num_full:]], 1, rng)
+        items = items[np.concatenate([head, num_full + tail])]
+    sizes = np.full(-(-len(items) // options.batch_size), options.batch_size)
+    sizes[-1] -= sizes.sum() - len(items)
+    return items, sizes
+
+
+def _cluster(lengths: np.ndarray, spread: int, rng: np.random.Generator) -> np.ndarray:
+    """Order int64 [n] by length in which an item strays up to `spread` places, or epochs would repeat their steps."""
+    by_length = np.argsort(lengths, kind="stable")
+    return by_length[np.argsort(np.arange(len(lengths)) + rng.uniform(0, spread, len(lengths)))]
+
+
+def _pack_rows(
+    items: np.ndarray, lengths: np.ndarray, options: PlanOptions, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Shuffled items in best-fit rows, in random order: (items [M], unit sizes)."""
+    packed, sizes = [], []
+    for start in range(0, len(items), PACKING_WINDOW):
+        window = items[start : start + PACKING_WINDOW]
+        rows, num_rows = best_fit_rows(lengths[window], options.max_row_len)
+        packed.append(window[np.argsort(rows, kind="stable")])
+        sizes.append(np.bincount(rows, minlength=num_rows))
+    all_sizes = np.concatenate(sizes)
+    return _reorder(np.concatenate(packed), all_sizes, rng.permutation(len(all_sizes)))
+
+
+def _reorder(items: np.ndarray, sizes: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Groups of `sizes` consecutive items, taken in `order`: (items, sizes) of the new arrangement."""
+    starts, new_sizes = _offsets(sizes)[:-1][order], sizes[order]
+    source = np.repeat(starts - _offsets(new_sizes)[:-1], new_sizes) + np.arange(len(items))
+    return items[source], new_sizes
+
+
+def _row_lens(item_lengths: np.ndarray, unit_offsets: np.ndarray, options: PlanOptions) -> np.ndarray:
+    num_units = len(unit_offsets) - 1
+    if options.packing:
+        return np.full(num_units, options.max_row_len, np.int32)
+    num_tokens = np.diff(_offsets(item_lengths)[unit_offsets])
+    return np.minimum(round_row_len(num_tokens), options.max_row_len).astype(np.int32)
+
+
+def _offsets(sizes: np.ndarray) -> np.ndarray:
+    """[0, sizes[0], sizes[0] + sizes[1], ...] int64 [n + 1]."""
+    offsets = np.zeros(len(sizes) + 1, np.int64)
+    np.cumsum(sizes, out=offsets[1:])
+    return offsets

@@ -1,0 +1,211 @@
+"""The epoch plan: each item once, no row too long, the same steps on any number of ranks, well filled rows."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.packing import PlanOptions, best_fit_rows, num_micro_steps, plan_epoch, rank_units, round_row_len
+
+
+@st.composite
+def planning_tasks(draw):
+    num_items = draw(st.integers(1, 120))
+    max_seq_len = draw(st.integers(1, 200))
+    lengths = np.array(draw(st.lists(st.integers(1, max_seq_len), min_size=num_items, max_size=num_items)), np.int32)
+    num_sources = draw(st.integers(1, 4))
+    source_ids = np.array(draw(st.lists(st.integers(0, num_sources - 1), min_size=num_items, max_size=num_items)))
+    type_ids = np.array(draw(st.lists(st.integers(0, 2), min_size=num_sources, max_size=num_sources)))[source_ids]
+    options = PlanOptions(
+        batch_size=draw(st.integers(1, 6)),
+        max_seq_len=max_seq_len,
+        units_per_step=draw(st.integers(1, 8)),
+        packing=draw(st.booleans()),
+        length_clustering=draw(st.booleans()),
+        seed=draw(st.integers(0, 5)),
+    )
+    return lengths, type_ids, source_ids, np.ones(num_sources), options
+
+
+def make_plan(lengths, epoch=0, ratios=(1.0,), source_ids=None, type_ids=None, **options):
+    zeros = np.zeros(len(lengths), np.int16)
+    options = PlanOptions(**{"batch_size": 4, "max_seq_len": 8192, "units_per_step": 4, **options})
+    source_ids = zeros if source_ids is None else source_ids
+    return plan_epoch(lengths, zeros if type_ids is None else type_ids, source_ids, np.array(ratios), options, epoch)
+
+
+def step_items(plan):
+    return [np.concatenate([unit.items for unit in plan.units_of_step(k)]) for k in range(plan.num_steps)]
+
+
+@settings(deadline=None, max_examples=200)
+@given(planning_tasks(), st.integers(0, 3))
+def test_each_item_exactly_once_and_no_row_overflows(task, epoch):
+    lengths, type_ids, _, _, options = task
+    plan = plan_epoch(*task, epoch)
+    assert sorted(plan.items.tolist()) == list(range(len(lengths)))
+    assert sum(len(items) for items in step_items(plan)) == len(lengths)
+    for k in range(plan.num_steps):
+        units = plan.units_of_step(k)
+        assert 1 <= len(units) <= options.units_per_step
+        assert len(np.unique(type_ids[np.concatenate([unit.items for unit in units])])) == 1
+        for unit in units:
+            assert 0 < lengths[unit.items].sum() <= unit.row_len <= options.max_row_len
+            if options.packing:
+                assert unit.row_len == options.max_row_len
+            else:
+                assert 1 <= len(unit.items) <= options.batch_size
+    assert 0 < plan.fill <= 1
+
+
+@settings(deadline=None, max_examples=50)
+@given(planning_tasks())
+def test_only_the_last_step_of_a_type_is_short(task):
+    _, type_ids, _, _, options = task
+    plan = plan_epoch(*task, 0)
+    short = [k for k in range(plan.num_steps) if len(plan.units_of_step(k)) < options.units_per_step]
+    assert short == list(range(plan.num_steps - len(short), plan.num_steps))
+    types = [type_ids[plan.units_of_step(k)[0].items[0]] for k in short]
+    assert len(set(types)) == len(types)
+
+
+@settings(deadline=None, max_examples=50)
+@given(planning_tasks(), st.sampled_from([1, 2, 3, 4, 8]))
+def test_a_step_holds_the_same_items_on_any_number_of_ranks(task, world_size):
+    plan = plan_epoch(*task, 1)
+    for k, items in enumerate(step_items(plan)):
+        of_ranks = [rank_units(plan, k, rank, world_size) for rank in range(world_size)]
+        assert {len(units) for units in of_ranks} == {num_micro_steps(plan, world_size)}
+        assert sorted(i for units in of_ranks for unit in units for i in unit.items) == sorted(items.tolist())
+        row_lens = {unit.row_len for unit in plan.units_of_step(k)}
+        assert all(unit.row_len in row_lens for units in of_ranks for unit in units)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=150), st.integers(60, 200))
+def test_best_fit_rows_hold_and_beat_next_fit(lengths, row_len):
+    lengths = np.array(lengths, np.int32)
+    rows, num_rows = best_fit_rows(lengths, row_len)
+    loads = np.bincount(rows, weights=lengths, minlength=num_rows)
+    assert loads.min() > 0 and loads.max() <= row_len
+    assert num_rows == reference_best_fit(lengths.tolist(), row_len)
+
+
+def reference_best_fit(lengths, row_len):
+    """Best-fit-decreasing one item at a time; returns the number of rows."""
+    spaces = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [i for i, space in enumerate(spaces) if space >= length]
+        if fitting:
+            spaces[min(fitting, key=lambda i: spaces[i])] -= length
+        else:
+            spaces.append(row_len - length)
+    return len(spaces)
+
+
+def test_plan_is_a_function_of_its_arguments_and_differs_between_epochs_and_seeds():
+    lengths = np.random.default_rng(0).integers(300, 8001, 500)
+    for packing in (False, True):
+        first, again = make_plan(lengths, packing=packing), make_plan(lengths, packing=packing)
+        np.testing.assert_array_equal(first.items, again.items)
+        np.testing.assert_array_equal(first.unit_offsets, again.unit_offsets)
+        together = {frozenset(items.tolist()) for items in step_items(first)}
+        for other in (make_plan(lengths, epoch=1, packing=packing), make_plan(lengths, seed=1, packing=packing)):
+            assert not together & {frozenset(items.tolist()) for items in step_items(other)}
+
+
+def test_plan_does_not_touch_the_global_generator():
+    np.random.seed(0)
+    before = np.random.get_state()[1].copy()
+    make_plan(np.arange(1, 50))
+    np.testing.assert_array_equal(before, np.random.get_state()[1])
+
+
+def test_ratio_below_one_is_a_fresh_sample_each_epoch():
+    lengths, source_ids = np.full(300, 10), np.repeat([0, 1], [100, 200])
+    draws = []
+    for epoch in range(2):
+        counts = np.bincount(make_plan(lengths, epoch, (0.3, 1.0), source_ids).items, minlength=300)
+        assert counts[:100].sum() == 30 and counts.max() == 1
+        np.testing.assert_array_equal(counts[100:], 1)
+        draws.append(set(np.flatnonzero(counts[:100]).tolist()))
+    assert draws[0] != draws[1]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_ratio_above_one_repeats(packing):
+    counts = np.bincount(make_plan(np.full(100, 10), 0, (2.25,), packing=packing).items, minlength=100)
+    assert sorted(counts.tolist()) == [2] * 75 + [3] * 25
+
+
+def test_small_ratio_keeps_one_item():
+    assert len(make_plan(np.full(10, 5), ratios=(0.001,)).items) == 1
+
+
+def test_default_batches_are_of_similar_length():
+    lengths = np.random.default_rng(0).integers(300, 8001, 4000)
+    spread = lambda plan: np.mean([np.ptp(lengths[items]) for items in step_items(plan)])  # noqa: E731
+    assert spread(make_plan(lengths)) < 0.2 * spread(make_plan(lengths, length_clustering=False))
+
+
+def test_short_last_step_is_not_made_of_the_longest():
+    lengths = np.arange(1, 1 + 16 * 50 + 8)
+    tails = [lengths[step_items(make_plan(lengths, epoch))[-1]].mean() for epoch in range(20)]
+    assert 300 < np.mean(tails) < 500
+
+
+def test_default_rows_have_few_lengths_and_little_filler():
+    plan = make_plan(np.random.default_rng(0).integers(300, 8001, 10_000))
+    assert plan.fill > 0.97
+    assert len(np.unique(plan.row_lens)) <= 16 * 5 + 1
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "batch_size", "max_seq_len", "goal"),
+    [(300, 8000, 1, 8192, 0.99), (300, 8000, 4, 8192, 0.99), (2140, 2404, 8, 4096, 0.95)],
+)
+def test_packed_rows_are_full(low, high, batch_size, max_seq_len, goal):
+    lengths = np.random.default_rng(0).integers(low, high + 1, 20_000)
+    assert make_plan(lengths, batch_size=batch_size, max_seq_len=max_seq_len, packing=True).fill >= goal
+
+
+def test_round_row_len():
+    values = round_row_len(np.arange(1, 70_000))
+    assert (values >= np.arange(1, 70_000)).all() and (values % 16 == 0).all()
+    assert (values[1000:] / np.arange(1001, 70_000)).max() <= 1 + 1 / 16
+    np.testing.assert_array_equal(round_row_len(values), values)
+
+
+def test_a_rank_without_a_unit_gets_a_row_without_items():
+    plan = make_plan(np.full(10, 100), units_per_step=4, batch_size=1)
+    last = plan.num_steps - 1
+    assert len(plan.units_of_step(last)) == 2
+    sizes = [[len(unit.items) for unit in rank_units(plan, last, rank, 3)] for rank in range(3)]
+    assert sizes == [[1, 0], [1, 0], [0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
+        ({"seed": -1}, "seed must not be negative"),
+        ({"max_seq_len": 49}, "max_seq_len = 49 tokens, got 1 to 50"),
+        ({"ratios": (0.0,)}, "ratio above 0"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(np.arange(1, 51), **change)
+
+
+def test_no_items():
+    with pytest.raises(ValueError, match="no item"):
+        make_plan(np.empty(0, np.int32))
+
+
+def test_step_and_rank_out_of_range():
+    plan = make_plan(np.arange(1, 51))
+    with pytest.raises(ValueError, match=f"step {plan.num_steps} is outside"):
+        plan.units_of_step(plan.num_steps)
+    with pytest.raises(ValueError, match="rank must lie"):
+        rank_units(plan, 0, 2, 2)
