@@ -1,0 +1,129 @@
+"""
+The loss: cross-entropy and z-loss of the language-model head, fused with its matmul.
+
+Where it stands: `LossHead` is the `lm_head` of `model/chameleon.py`. The logits of all targets are never in memory at
+once: they are made chunk by chunk, and their gradient is used up at once, in the forward.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+IGNORE_INDEX = -100  # as in data/vocab.py; the model does not import data/
+
+# Logits of one chunk: 32 Mi values are 128 MiB in fp32. At a vocabulary of 65,536 that is 512 targets: fewer make the
+# matmuls slow, more cost memory.
+_CHUNK_LOGITS = 2**25
+_MIN_CHUNK = 64
+
+
+class HeadLoss(NamedTuple):
+    """
+    What `LossHead` returns with labels.
+
+    Attributes:
+        loss: scalar, `loss_scale * sum(ce + z_loss_weight * lse^2)`; the only one with a gradient.
+        ce: fp32 [num_valid], cross-entropy of every valid target.
+        lse: fp32 [num_valid], its log-normalizer (z-loss is its square).
+        targets: int64 [num_valid], the token ids of the valid targets.
+    """
+
+    loss: torch.Tensor
+    ce: torch.Tensor
+    lse: torch.Tensor
+    targets: torch.Tensor
+
+
+class LossHead(nn.Linear):
+    """
+    A linear head that, given labels, returns the loss instead of logits.
+
+    The loss is inside the head's own forward because FSDP has gathered the weight only there.
+    """
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        loss_scale: float | torch.Tensor | None = None,
+        z_loss_weight: float = 0.0,
+        masked_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor | HeadLoss:
+        """
+        Args:
+            hidden_states: [..., D].
+            labels: int64 [...], the target of every position (already shifted), `IGNORE_INDEX` where there is none.
+            loss_scale: factor on the sum over valid targets; None divides by their number (a mean).
+            z_loss_weight: weight of the squared log-normalizer.
+            masked_ids: int64 [M] token ids whose logits are masked out, or None.
+
+        Returns:
+            Logits [..., V] without labels, `HeadLoss` with them.
+        """
+        if labels is None:
+            return F.linear(hidden_states, self.weight, self.bias)
+        flat_labels = labels.reshape(-1)
+        valid = (flat_labels != IGNORE_INDEX).nonzero(as_tuple=True)[0]
+        targets = flat_labels.index_select(0, valid)
+        flat_hidden = hidden_states.reshape(-1, hidden_states.shape[-1]).index_select(0, valid)
+        scale = 1.0 / max(valid.numel(), 1) if loss_scale is None else loss_scale
+        loss, ce, lse = _FusedLinearLoss.apply(
+            flat_hidden, self.weight, targets, scale, z_loss_weight, masked_ids, torch.is_grad_enabled()
+        )
+        return HeadLoss(loss, ce, lse, targets)
+
+
+class _FusedLinearLoss(torch.autograd.Function):
+    """
+    With l = x W^T, lse = log sum exp l and p = exp(l - lse):
+    loss = s * sum(lse - l[y] + z * lse^2) and d loss / d l = s * (p * (1 + 2 z lse) - onehot(y)).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, scale, z_loss_weight, masked_ids, grad_enabled):
+        num_targets, vocab_size = hidden.shape[0], weight.shape[0]
+        acc_dtype = torch.promote_types(weight.dtype, torch.float32)
+        needs_hidden, needs_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
+        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=acc_dtype, device=weight.device) if needs_weight else None
+        ce = torch.empty(num_targets, dtype=acc_dtype, device=hidden.device)
+        lse = torch.empty_like(ce)
+        chunk = max(_MIN_CHUNK, _CHUNK_LOGITS // vocab_size)
+        for start in range(0, num_targets, chunk):
+            rows = slice(start, min(start + chunk, num_targets))
+            x, y = hidden[rows], targets[rows, None]
+            logits = (x @ weight.t()).to(acc_dtype)
+            if masked_ids is not None:
+                logits.index_fill_(1, masked_ids, torch.finfo(acc_dtype).min)
+            lse[rows] = torch.logsumexp(logits, dim=-1)
+            ce[rows] = lse[rows] - logits.gather(1, y)[:, 0]
+            if not (needs_hidden or needs_weight):
+                continue
+            factor = 1 + 2 * z_loss_weight * lse[rows, None]
+            grad_logits = logits.sub_(lse[rows, None]).exp_().mul_(factor)
+            grad_logits.scatter_add_(1, y, torch.full_like(lse[rows, None], -1.0)).mul_(scale)
+            grad_logits = grad_logits.to(x.dtype)
+            if needs_hidden:
+                grad_hidden[rows] = grad_logits @ weight
+            if needs_weight and grad_logits.dtype == acc_dtype:
+                grad_weight.addmm_(grad_logits.t(), x)
+            elif needs_weight:
+                grad_weight += grad_logits.t() @ x
+        # The sums that are reported and the loss are of the same numbers, so that they agree.
+        loss = (ce.sum() + z_loss_weight * lse.square().sum()) * scale
+        if needs_weight:
+            grad_weight = grad_weight.to(weight.dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.mark_non_differentiable(ce, lse)
+        return loss, ce, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, _grad_ce, _grad_lse):
+        grad_hidden, grad_weight = (
+            None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors
+        )
+        return grad_hidden, grad_weight, None, None, None, None, None
