@@ -1,8 +1,8 @@
 """The record: which token files there are, and how long each is.
 
-A worker appends one JSON line per item to its sub-record `{rank}-of-{splits}-record.jsonl`: `{"file", "len", "id"}` and,
-where the item ends in a generated image, `"image_len"`. `record.json` is the JSON list of all of them, one item per line.
-`file` is relative to the folder of the record; absolute and cwd-relative ones of older datasets load too.
+A worker appends one JSON line per item to its sub-record `{rank}-of-{splits}-record.jsonl`: `{"file", "len", "id"}`
+and, where the item ends in a generated image, `"image_len"`. `record.json` is the JSON list of all of them, one item
+per line. `file` is relative to the folder of the record; absolute and cwd-relative ones of older datasets load too.
 """
 
 import json
@@ -64,7 +64,7 @@ def read_raw_record(path: str | os.PathLike) -> Iterator[RecordEntry]:
 
 def write_merged(entries: Iterable[RecordEntry], path: str | os.PathLike) -> int:
     """Write a `record.json`, one item per line, `file` as given; it appears whole. Returns the number of entries."""
-    partial = f"{os.fspath(path)}.{os.getpid()}.partial"
+    partial = f"{os.fspath(path)}.partial"
     count = 0
     try:
         with open(partial, "w", encoding="utf-8") as file:

@@ -27,7 +27,7 @@ def save_token_file(path: str | os.PathLike, token: Sequence[int], label: Sequen
     if len(token) != len(label):
         raise ValueError(f"item {id}: {len(token)} tokens but {len(label)} labels")
     payload = pickle.dumps({"token": list(token), "label": list(label), "id": id}, protocol=4)
-    partial = f"{os.fspath(path)}.{os.getpid()}.partial"
+    partial = f"{os.fspath(path)}.partial"
     with open(partial, "wb") as file:
         file.write(payload)
     os.replace(partial, path)
