@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Fine-tunes the 34B model as the recipe does. Run it in one of these ways (flags that follow are passed on and win):
 #
-#   srun -n128 --ntasks-per-node=8 --gres=gpu:8 bash exps/34B.sh      one task per GPU; see exps/slurm.sh for sbatch
-#   NPROC=8 bash exps/34B.sh                                          the GPUs of one machine, by torchrun
-#   NPROC=8 NNODES=4 RDZV_ENDPOINT=host:29500 bash exps/34B.sh         the same line on each of four machines
+#   srun -n32 --ntasks-per-node=8 --gres=gpu:8 bash exps/34B.sh  (one task per GPU; exps/slurm.sh does it by sbatch)
+#   NPROC=8 bash exps/34B.sh  (the GPUs of one machine, by torchrun)
+#   NPROC=8 NNODES=4 RDZV_ENDPOINT=host:29500 bash exps/34B.sh  (the same line on each of four machines)
 #
 # DATA_CONFIG and OUTPUT_DIR say where from and where to; PACKING=1 fills rows of batch_size x max_seq_len tokens.
 set -euo pipefail

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A complete SLURM job; run from the checkout (edit the sizes, activate the environment before or below):
 #
-#   sbatch exps/slurm.sh                      trains exps/7B.sh
-#   sbatch exps/slurm.sh exps/34B.sh --epochs 3     another script, with flags of its own
+#   sbatch exps/slurm.sh  (trains exps/7B.sh)
+#   sbatch exps/slurm.sh exps/34B.sh --epochs 3  (another script, with flags of its own)
 #
 # 120 seconds before its time ends, SLURM sends SIGTERM to the training, which saves; requeued, it goes on from there.
 #SBATCH --job-name=finetune
