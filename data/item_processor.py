@@ -6,6 +6,7 @@ threads and encode images in batches: `process_item`, `prepare`, (encode `.image
 of them for one item.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -170,6 +171,13 @@ def load_text_tokenizer(tokenizer: str | os.PathLike):
             f"no tokenizer {tokenizer}: it is neither a folder with a tokenizer.json nor a model of the hub that can "
             f"be reached from here ({str(error).splitlines()[0]})"
         ) from None
+
+
+def hash_tokenizer(tokenizer) -> str:
+    """SHA-256, hexadecimal, of a tokenizer's vocabulary and merges."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    content = [sorted(tokenizer.get_vocab().items()), model.get("merges")]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def build_text_encode(tokenizer) -> TextEncode:
