@@ -1,7 +1,7 @@
 """The VQGAN that turns pictures into discrete codes and back: `transformers`' encoder and quantizer, and our decoder.
 
-The state-dict keys are those of Meta's `vqgan.ckpt`. `load_vqgan` reads Meta's folder (`vqgan.yaml`, `vqgan.ckpt`), a Hugging
-Face Chameleon folder (which holds no decoder), and our own (`vqgan.json`, `model.safetensors`).
+The state-dict keys are those of Meta's `vqgan.ckpt`. `load_vqgan` reads Meta's folder (`vqgan.yaml`, `vqgan.ckpt`), a
+Hugging Face Chameleon folder (which holds no decoder), and our own (`vqgan.json`, `model.safetensors`).
 """
 
 import hashlib
@@ -35,7 +35,8 @@ CONFIG_FIELDS = (
 
 
 class VQGAN(nn.Module):
-    """Pictures [B, 3, H, W] in [-1, 1] to codes [B, H/16, W/16] and back. `has_decoder` tells whether back is possible."""
+    """Pictures [B, 3, H, W] in [-1, 1] to codes [B, H/16, W/16] and back. `has_decoder` tells whether back is
+    possible."""
 
     def __init__(self, config: ChameleonVQVAEConfig, with_decoder: bool = True):
         super().__init__()
@@ -92,7 +93,8 @@ class VQGAN(nn.Module):
 
 
 class VQGANDecoder(nn.Module):
-    """Mirror of the encoder: convolutional blocks with nearest-neighbour doubling between levels (taming-transformers' VQGAN)."""
+    """Mirror of the encoder: convolutional blocks with nearest-neighbour doubling between levels (taming-
+    transformers' VQGAN)."""
 
     def __init__(self, config: ChameleonVQVAEConfig):
         super().__init__()

@@ -1,7 +1,7 @@
-"""Render the committed sprites from the Debian font `fonts-noto-color-emoji` (done once; Noto is under the SIL OFL 1.1).
+"""Render the committed sprites from the Debian font `fonts-noto-color-emoji` (done once; Noto: SIL OFL 1.1).
 
-    apt-get install fonts-noto-color-emoji
-    python exps/tiny/render_sprites.py
+apt-get install fonts-noto-color-emoji
+python exps/tiny/render_sprites.py
 """
 
 import argparse
@@ -31,11 +31,15 @@ def render(emoji: str, font: ImageFont.FreeTypeFont) -> Image.Image:
     return square.resize((SPRITE_PIXELS, SPRITE_PIXELS), Image.Resampling.LANCZOS)
 
 
-def main(argv: list[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--font", type=Path, default=FONT_PATH, help="the colour font (default: %(default)s)")
     parser.add_argument("--out_dir", type=Path, default=Path(__file__).parent / "sprites", help="where the PNGs go")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
     if not args.font.is_file():
         print(f"{args.font} is missing: apt-get install fonts-noto-color-emoji, or pass --font", file=sys.stderr)
         return 2

@@ -1,7 +1,8 @@
 """Scenes of emoji on coloured backgrounds: how they are drawn, told, edited and read back.
 
-A scene is a layout, its objects and a background; drawing it is exact, and so is the nearest-template reader that scores
-generated pictures. Some unordered pairs of objects never stand side by side in the training data (`HELD_OUT_PAIRS`).
+A scene is a layout, its objects and a background; drawing it is exact, and so is the nearest-template reader that
+scores generated pictures. Some unordered pairs of objects never stand side by side in the training data
+(`HELD_OUT_PAIRS`).
 """
 
 import itertools

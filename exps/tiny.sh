@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# The whole road on a laptop, without GPU and without network: data, tokenizers, tokens, training on two ranks, pictures.
+#
+#   bash exps/tiny.sh
+#
+# A second run picks up what is there; an interrupted one goes on. OUT (default output/tiny) is the folder of all results.
+# ITEMS, STEPS and PROMPTS shrink the run for a test; RANKS (default 2) is the number of workers and of training ranks.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+OUT=${OUT:-output/tiny}
+ITEMS=${ITEMS:-12000}
+PROMPTS=${PROMPTS:-128}
+RANKS=${RANKS:-2}
+PYTHON=${PYTHON:-python}
+cores=$(getconf _NPROCESSORS_ONLN)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > RANKS ? cores / RANKS : 1))}
+export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+seconds_at_start=$SECONDS
+
+stage() { printf '\n[%3d s] %s\n' $((SECONDS - seconds_at_start)) "$*"; }
+
+stage "1/6 scenes and conversations"
+$PYTHON -u exps/tiny/make_data.py --out_dir "$OUT/data" --num_items "$ITEMS"
+
+stage "2/6 text tokenizer (the VQGAN is in exps/tiny/vqgan)"
+$PYTHON -u exps/tiny/train_tokenizer.py --in_filename "$OUT/data/train.json" --out_dir "$OUT/tokenizer"
+
+stage "3/6 tokens: $RANKS workers"
+workers=()
+for rank in $(seq 0 $((RANKS - 1))); do
+  $PYTHON -u pre_tokenize/pre_tokenize.py --splits="$RANKS" --rank="$rank" --in_filename "$OUT/data/train.json" \
+    --out_dir "$OUT/tokens" --target_size 64 --tokenizer "$OUT/tokenizer" --vqgan_dir exps/tiny/vqgan \
+    --device cpu --precision fp32 &
+  workers+=($!)
+done
+for worker in "${workers[@]}"; do wait "$worker"; done
+
+stage "4/6 one record"
+$PYTHON -u pre_tokenize/concat_record.py --sub_record_dir "$OUT/tokens" --save_path "$OUT/tokens/record.json"
+printf 'META:\n  - path: tokens/record.json\n' > "$OUT/data.yaml"
+
+stage "5/6 training on $RANKS ranks"
+$PYTHON -m torch.distributed.run --standalone --nproc_per_node="$RANKS" finetune_solver.py \
+  --model_size tiny --tokenizer "$OUT/tokenizer" --data_config "$OUT/data.yaml" --output_dir "$OUT/checkpoints" \
+  --batch_size 8 --accum_iter 1 --epochs 2 --warmup_epochs 0.1 --lr 3e-3 --min_lr 3e-5 --wd 0.1 --clip_grad 4 \
+  --max_seq_len 80 --z_loss_weight 1e-5 --precision fp32 --unmask_image_logits --num_workers 0 --auto_resume \
+  --save_iteration_interval 400 --ckpt_max_keep 2 --log_interval 20 ${STEPS:+--max_steps "$STEPS"}
+
+stage "6/6 pictures and scores"
+$PYTHON -u exps/tiny/score.py --model_path "$OUT/checkpoints" --vqgan_dir exps/tiny/vqgan --out_dir "$OUT" \
+  --num_prompts "$PROMPTS"
+stage "done: look at $OUT/contact_sheet.png"

@@ -1,0 +1,184 @@
+"""Draw the contact sheet of a checkpoint of the laptop default and score its answers exactly.
+
+    python exps/tiny/score.py --model_path output/tiny/checkpoints --out_dir output/tiny
+
+Four sets of prompts: captions of scenes that are in the training data, captions with a held-out pair, edits of given
+pictures, and pictures to be captioned. Generated pictures are read by the nearest-template reader of `scenes.py`; an
+answer is exact if layout, objects and background are all right (captions: if the sentence is the true one). Writes
+`score.json` and `contact_sheet.png`; does nothing if both are newer than the checkpoint.
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from exps.tiny.contact_sheet import Section, Tile, draw_contact_sheet  # noqa: E402
+from exps.tiny.make_data import CAPTION_REQUEST  # noqa: E402
+from exps.tiny.scenes import SCENE_PIXELS, Scene, all_scenes, caption, draw, random_edit, random_scene, read  # noqa: E402
+
+MIN_PROMPTS = 96
+
+
+@dataclass
+class Prompt:
+    """One question: `text` and `image` go in; the answer should show `target`, or tell it if `wants_text`."""
+
+    text: str
+    target: Scene
+    image: Image.Image | None = None
+    wants_text: bool = False
+
+
+@dataclass
+class Scored:
+    """An answer and what it got right; every attribute is None where nothing could be read."""
+
+    prompt: Prompt
+    text: str
+    picture: Image.Image | None
+    attributes: dict[str, bool] = field(default_factory=dict)
+
+    @property
+    def exact(self) -> bool:
+        return self.attributes["exact"]
+
+
+def build_prompts(num_prompts: int, seed: int) -> dict[str, list[Prompt]]:
+    """The four sets, `num_prompts` each, distinct scenes within a set where there are enough."""
+    rng = random.Random(seed)
+    seen = rng.sample(all_scenes(), num_prompts)
+    held_out = rng.sample(all_scenes(held_out=True), min(num_prompts, len(all_scenes(held_out=True))))
+    edits = []
+    for _ in range(num_prompts):
+        scene = random_scene(rng)
+        instruction, target = random_edit(scene, rng)
+        edits.append(Prompt(instruction, target, image=draw(scene)))
+    told = rng.sample(all_scenes(), num_prompts)
+    return {
+        "seen": [Prompt(caption(scene), scene) for scene in seen],
+        "held_out_pairs": [Prompt(caption(scene), scene) for scene in held_out],
+        "edits": edits,
+        "captions": [Prompt(CAPTION_REQUEST, scene, image=draw(scene), wants_text=True) for scene in told],
+    }
+
+
+def score_answer(prompt: Prompt, text: str, pictures: list[Image.Image]) -> Scored:
+    """What an answer got right; the last picture counts."""
+    if prompt.wants_text:
+        return Scored(prompt, text.strip(), None, {"exact": text.strip() == caption(prompt.target)})
+    picture = pictures[-1] if pictures else None
+    scene = read(picture) if picture is not None else None
+    attributes = {
+        name: scene is not None and getattr(scene, name) == getattr(prompt.target, name)
+        for name in ("layout", "objects", "background")
+    }
+    return Scored(prompt, text, picture, {"exact": scene == prompt.target, **attributes})
+
+
+def answer_all(solver, prompts: dict[str, list[Prompt]], max_gen_len: int) -> dict[str, list[Scored]]:
+    """Greedy answers, in batches, of every set."""
+    scored = {}
+    for name, questions in prompts.items():
+        requests = [
+            {
+                "qas": [["<|image|>" * (prompt.image is not None) + prompt.text, None]],
+                "images": [prompt.image] if prompt.image is not None else [],
+            }
+            for prompt in questions
+        ]
+        answers = solver.generate_many(requests, max_gen_len=max_gen_len, temperature=0.0, desc=name)
+        scored[name] = [score_answer(p, *answer) for p, answer in zip(questions, answers, strict=True)]
+    return scored
+
+
+def summarize(scored: dict[str, list[Scored]]) -> dict[str, float]:
+    """`{set}_{attribute}` in 0..1 and `{set}_prompts`."""
+    figures = {}
+    for name, answers in scored.items():
+        for attribute in answers[0].attributes:
+            right = sum(answer.attributes[attribute] for answer in answers)
+            figures[f"{name}_{attribute}"] = round(right / len(answers), 4)
+        figures[f"{name}_prompts"] = len(answers)
+    return figures
+
+
+def build_sections(scored: dict[str, list[Scored]], figures: dict[str, float], columns: int) -> list[Section]:
+    """The first answers of each set, as tiles for the sheet; edits show the picture before beside the one after."""
+    titles = {
+        "seen": "Scenes of the training data, from text",
+        "held_out_pairs": "Pairs of objects never seen together, from text",
+        "edits": "Edits: before and after",
+        "captions": "Captions of pictures",
+    }
+    sections = []
+    for name, answers in scored.items():
+        tiles = []
+        for answer in answers[: columns if name in ("edits", "captions") else 2 * columns]:
+            prompt = answer.prompt
+            pictures = [prompt.image, answer.picture] if name == "edits" else [answer.picture or prompt.image]
+            tiles.append(Tile(pictures, answer.text if prompt.wants_text else prompt.text, answer.exact))
+        title = f"{titles[name]}: {figures[f'{name}_exact']:.0%} of {figures[f'{name}_prompts']} exact"
+        sections.append(Section(title, tiles))
+    return sections
+
+
+def newest_checkpoint(model_path: Path) -> Path:
+    """`model_path` itself if it holds a model, else its newest checkpoint; FileNotFoundError if there is none."""
+    if (model_path / "config.json").is_file():
+        return model_path
+    found = [path.parent for path in model_path.glob("epoch*/config.json")]
+    if not found:
+        raise FileNotFoundError(f"no checkpoint in {model_path}: train one first (bash exps/tiny.sh)")
+    return max(found, key=lambda path: (path / "config.json").stat().st_mtime)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model_path", type=Path, default=Path("output/tiny/checkpoints"), help="default: %(default)s")
+    parser.add_argument("--vqgan_dir", default="exps/tiny/vqgan", help="default: %(default)s")
+    parser.add_argument("--out_dir", type=Path, default=Path("output/tiny"), help="default: %(default)s")
+    parser.add_argument("--num_prompts", type=int, default=128, help="prompts of each set (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the prompts (default: %(default)s)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        model_path = newest_checkpoint(args.model_path)
+    except FileNotFoundError as error:
+        print(error, file=sys.stderr)
+        return 2
+    score_path, sheet_path = args.out_dir / "score.json", args.out_dir / "contact_sheet.png"
+    made = [path.stat().st_mtime for path in (score_path, sheet_path) if path.exists()]
+    if len(made) == 2 and min(made) > (model_path / "config.json").stat().st_mtime:
+        print(f"{score_path}: already there\n{score_path.read_text()}", end="")
+        return 0
+
+    from inference_solver import FlexARInferenceSolver
+
+    start = time.time()
+    solver = FlexARInferenceSolver(
+        str(model_path), "fp32", target_size=SCENE_PIXELS, vqgan_dir=args.vqgan_dir, device="cpu"
+    )
+    scored = answer_all(solver, build_prompts(args.num_prompts, args.seed), max_gen_len=64)
+    figures = summarize(scored)
+    print(f"{model_path}: {sum(map(len, scored.values()))} answers in {time.time() - start:.0f} s")
+    draw_contact_sheet(build_sections(scored, figures, columns=8)).save(sheet_path)
+    partial = score_path.with_name("score.json.partial")
+    partial.write_text(json.dumps({"checkpoint": str(model_path), **figures}, indent=2) + "\n")
+    os.replace(partial, score_path)
+    print(f"{score_path.read_text()}{sheet_path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
