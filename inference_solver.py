@@ -1,0 +1,400 @@
+"""
+Generation from a checkpoint: text to image, image to text, image to image, several turns.
+
+    python inference_solver.py --model_path output/7B/epoch1 --prompt "Draw a cat." --size 768x512 --out cat.png
+
+Where it stands: the end of the road. Conversations become token ids as in pre-tokenizing (`data/item_processor.py`),
+`model/generation.py` continues them, and what comes out is decoded here, images by the VQGAN's decoder half.
+"""
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from data.conversation import Turn
+from data.image_transform import open_image
+from data.item_processor import ItemProcessor, build_text_encode, load_text_tokenizer
+from data.vocab import GRID_PIXELS, IMAGE_SYMBOL, ChameleonVocab
+from model.convert import load_pretrained, resolve_checkpoint
+from model.generation import Generation, SamplingOptions, generate_batch
+from model.vqgan import VQGAN, load_vqgan, pixels_to_image
+from pre_tokenize.image_encoder import ImageEncoder, group_by_size
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
+DEFAULT_VQGAN_DIR = "ckpts/chameleon/tokenizer"
+DECODE_BATCH_SIZE = 16
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """
+    What one generation gave.
+
+    Attributes:
+        text: its text, with an image symbol where each image stands.
+        images: the complete images, in order.
+        is_cut_off: the turn was longer than allowed; text is as far as it came.
+        is_image_cut_off: the cut was within an image, which is left out.
+    """
+
+    text: str
+    images: list[Image.Image]
+    is_cut_off: bool = False
+    is_image_cut_off: bool = False
+
+
+class FlexARInferenceSolver:
+    """A model, its tokenizer and its VQGAN, with the recipe's interface."""
+
+    def __init__(
+        self,
+        model_path: str,
+        precision: str = "bf16",
+        target_size: int = 512,
+        *,
+        tokenizer: str | None = None,
+        vqgan_dir: str | Path | None = None,
+        device: str = "auto",
+    ):
+        """
+        Args:
+            model_path: checkpoint folder or hub id, of either shape.
+            precision: "bf16", "fp16", "tf32" or "fp32", of weights and arithmetic; the VQGAN is always in fp32.
+            target_size: of images put in, in pixels: they are cropped to about its square, as in pre-tokenizing.
+            tokenizer: folder or hub id; by default that of the checkpoint.
+            vqgan_dir: needed once an image is put in or comes out.
+            device: "auto" (CUDA where there is one), "cuda", "cpu".
+        """
+        if precision not in DTYPES:
+            raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(DTYPES)}.")
+        self.device = choose_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        self.vqgan_dir = Path(vqgan_dir or DEFAULT_VQGAN_DIR)
+        folder = resolve_checkpoint(model_path)
+        self.tokenizer = load_text_tokenizer(tokenizer or folder)
+        self.vocab = ChameleonVocab.from_tokenizer(self.tokenizer)
+        self.model = load_pretrained(folder, DTYPES[precision], self.device, mask_image_logits=False)
+        self.item_processor = ItemProcessor(
+            build_text_encode(self.tokenizer), self.vocab, self._encode_images, target_size=target_size
+        )
+
+    @cached_property
+    def vqgan(self) -> VQGAN:
+        return load_vqgan(self.vqgan_dir, device=self.device)
+
+    @staticmethod
+    def create_logits_processor(cfg: float = 3.0, image_top_k: int = 2000, text_top_k: int = 10) -> SamplingOptions:
+        """How tokens are drawn, with the recipe's defaults; for `generate` and its kin."""
+        return SamplingOptions(cfg=cfg, image_top_k=image_top_k, text_top_k=text_top_k)
+
+    def generate(
+        self,
+        images: Sequence[Image.Image | str | Path] | Image.Image | str | Path,
+        qas: Sequence[Sequence[str | None]],
+        max_gen_len: int,
+        temperature: float,
+        logits_processor: SamplingOptions | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+        seed: int = 0,
+    ) -> tuple[str, list[Image.Image]]:
+        """
+        One answer, as the recipe's solver gives it.
+
+        Args:
+            images: pictures or their paths, one per image symbol in `qas`; without any symbol they come first.
+            qas: [question, answer] of every turn; the last answer is None, or the text it must begin with.
+            max_gen_len: most new tokens.
+            temperature: 0 is greedy.
+            logits_processor: from `create_logits_processor`; None: its defaults.
+            size: (width, height) in pixels of the image that the answer must begin with.
+            seed: same seed, same answer.
+
+        Returns:
+            (text, images).
+        """
+        request = {"images": images, "qas": qas, "size": size}
+        options = logits_processor or self.create_logits_processor()
+        answer = self.answer_many([request], max_gen_len, replace(options, temperature=temperature, seed=seed))[0]
+        return answer.text, answer.images
+
+    def generate_many(
+        self,
+        requests: Sequence[Mapping[str, Any]],
+        max_gen_len: int,
+        temperature: float,
+        logits_processor: SamplingOptions | None = None,
+        *,
+        seed: int = 0,
+        batch_size: int = 64,
+        desc: str | None = None,
+    ) -> list[tuple[str, list[Image.Image]]]:
+        """
+        Answers to many requests, batched: (text, images) of each.
+
+        A request is {"qas", "images" (optional), "size" (optional)}, as the arguments of `generate`; request i draws
+        with the seed `seed` + i. Without a `logits_processor` there is no guidance. `desc` names the progress bar.
+        """
+        options = replace(logits_processor or SamplingOptions(), temperature=temperature, seed=seed)
+        answers = self.answer_many(requests, max_gen_len, options, batch_size=batch_size, desc=desc or "generating")
+        return [(answer.text, answer.images) for answer in answers]
+
+    def answer_many(
+        self,
+        requests: Sequence[Mapping[str, Any]],
+        max_gen_len: int,
+        options: SamplingOptions,
+        *,
+        batch_size: int = 64,
+        desc: str | None = None,
+    ) -> list[Answer]:
+        """`generate_many` with all that is known of each answer; a progress bar only with `desc`."""
+        prompts = [self.encode_request(request.get("qas"), request.get("images", ())) for request in requests]
+        starts = [self.image_start(request.get("size")) for request in requests]
+        with _Progress(desc, len(prompts), _expected_tokens(requests, self.vocab, max_gen_len)) as progress:
+            generations = generate_batch(
+                self.model, prompts, self.vocab, options, max_gen_len, starts, batch_size, progress.update
+            )
+        answers = self._decode(generations)
+        num_cut = sum(answer.is_cut_off for answer in answers)
+        if num_cut:
+            num_images = sum(answer.is_image_cut_off for answer in answers)
+            logger.warning(
+                "%d of %d answers were cut off at max_gen_len=%d tokens, %d of them within an image, which is left out",
+                num_cut,
+                len(answers),
+                max_gen_len,
+                num_images,
+            )
+        return answers
+
+    def encode_request(
+        self,
+        qas: Sequence[Sequence[str | None]],
+        images: Sequence[Image.Image | str | Path] | Image.Image | str | Path = (),
+    ) -> list[int]:
+        """Token ids of a conversation whose last answer is open. Raises ValueError if `qas` is not of that form."""
+        if not qas or any(len(qa) != 2 or qa[0] is None for qa in qas) or any(qa[1] is None for qa in qas[:-1]):
+            raise ValueError(f"qas must be [question, answer] pairs; only the last answer may be None, got {qas!r}.")
+        if isinstance(images, Image.Image | str | Path):
+            images = [images]
+        pictures = [image if isinstance(image, Image.Image) else open_image(image) for image in images]
+        texts = [text for qa in qas for text in qa if text is not None]
+        if pictures and not any(IMAGE_SYMBOL in text for text in texts):
+            texts[0] = f"{IMAGE_SYMBOL} " * len(pictures) + texts[0]
+        turns = [Turn("gpt" if index % 2 else "human", text) for index, text in enumerate(texts)]
+        return self.item_processor.encode_prompt(turns, pictures)
+
+    def image_start(self, size: tuple[int, int] | None) -> list[int]:
+        """The tokens that begin an image of (width, height) pixels. Raises ValueError for an impossible size."""
+        if size is None:
+            return []
+        width, height = size
+        for side in size:
+            if side % GRID_PIXELS or side // GRID_PIXELS not in self.vocab.grid_size_ids:
+                raise ValueError(
+                    f"the size {width}x{height} is not possible: sides must be multiples of {GRID_PIXELS} pixels, from "
+                    f"{min(self.vocab.grid_size_ids) * GRID_PIXELS} to {max(self.vocab.grid_size_ids) * GRID_PIXELS}."
+                )
+        ids = self.vocab.grid_size_ids
+        return [self.vocab.begin_image_id, ids[height // GRID_PIXELS], ids[width // GRID_PIXELS]]
+
+    def _encode_images(self, images: list[Image.Image]) -> list[np.ndarray]:
+        return ImageEncoder(self.vqgan, "fp32")(images)
+
+    def _decode(self, generations: Sequence[Generation]) -> list[Answer]:
+        """Texts and images of all answers; images of one size are decoded together."""
+        layouts = [self._layout(generation.tokens) for generation in generations]
+        codes = [image for _, images, _ in layouts for image in images]
+        pictures = iter(self._decode_images(codes))
+        return [
+            Answer(text, [next(pictures) for _ in images], not generation.finished, is_image_cut_off)
+            for generation, (text, images, is_image_cut_off) in zip(generations, layouts, strict=True)
+        ]
+
+    def _layout(self, tokens: list[int]) -> tuple[str, list[np.ndarray], bool]:
+        """Text (with image symbols), codes [h, w] of the complete images, and whether an image was cut off."""
+        begin, end = self.vocab.begin_image_id, self.vocab.end_image_id
+        is_image_cut_off = tokens.count(begin) > tokens.count(end)
+        if is_image_cut_off:
+            tokens = tokens[: len(tokens) - 1 - tokens[::-1].index(begin)]
+        text, images, done = "", [], 0
+        for start, stop in self.vocab.find_images(tokens):
+            text += self._decode_text(tokens[done:start]) + IMAGE_SYMBOL
+            images.append(self.vocab.tokens_to_codes(tokens[start:stop]))
+            done = stop
+        return text + self._decode_text(tokens[done:]), images, is_image_cut_off
+
+    def _decode_text(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False) if tokens else ""
+
+    def _decode_images(self, codes: list[np.ndarray]) -> list[Image.Image]:
+        pictures: list[Image.Image | None] = [None] * len(codes)
+        for batch in group_by_size([image.shape for image in codes], DECODE_BATCH_SIZE):
+            pixels = self.vqgan.decode(torch.from_numpy(np.stack([codes[index] for index in batch])))
+            for index, one in zip(batch, pixels, strict=True):
+                pictures[index] = pixels_to_image(one)
+        return pictures
+
+
+def choose_device(device: str) -> torch.device:
+    """The device of "auto", "cuda" or "cpu". Raises ValueError for CUDA where there is none."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"the device {device} is not here: PyTorch sees no CUDA. Use cpu (or auto).")
+    return torch.device(device)
+
+
+class _Progress:
+    """A bar of answers, or of tokens if there is only one; without a name, or outside of a terminal, nothing."""
+
+    def __init__(self, desc: str | None, num_answers: int, num_tokens: int):
+        self.is_single = num_answers == 1
+        self.start, self.num_tokens = time.monotonic(), 0
+        self.bar = tqdm(
+            desc=desc,
+            total=num_tokens if self.is_single else num_answers,
+            unit="token" if self.is_single else "answer",
+            disable=None if desc else True,  # None: silent unless on a terminal
+            dynamic_ncols=True,
+        )
+        self.desc = desc
+
+    def update(self, num_tokens: int, num_finished: int) -> None:
+        self.num_tokens += num_tokens
+        if not self.is_single:
+            self.bar.set_postfix_str(f"{self._rate():.0f} tokens/s", refresh=False)
+        self.bar.update(num_tokens if self.is_single else num_finished)
+
+    def _rate(self) -> float:
+        return self.num_tokens / max(time.monotonic() - self.start, 1e-9)
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.bar.close()
+        if self.desc and self.bar.disable and self.num_tokens:
+            seconds = time.monotonic() - self.start
+            print(f"{self.desc}: {self.num_tokens:,} tokens in {seconds:.1f} s", file=sys.stderr)
+
+
+def _expected_tokens(requests: Sequence[Mapping[str, Any]], vocab: ChameleonVocab, max_gen_len: int) -> int:
+    """Tokens of a single answer: of an image of the given size and its end, else at most `max_gen_len`."""
+    size = requests[0].get("size") if len(requests) == 1 else None
+    return min(max_gen_len, vocab.num_image_tokens(*size) - 2) if size else max_gen_len
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(width, height) of "768x512"."""
+    sides = text.lower().split("x")
+    if len(sides) != 2 or not all(side.isdigit() and int(side) for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write width x height in pixels, e.g. 768x512")
+    return int(sides[0]), int(sides[1])
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Generate text and images from a checkpoint.")
+    add = parser.add_argument
+    # what to answer
+    add("--prompt", required=True, help=f"what is asked; {IMAGE_SYMBOL} marks where images stand (default: first)")
+    add("--image", nargs="*", type=Path, default=[], help="pictures of the prompt, in order")
+    add("--size", type=parse_size, help="draw a picture of WIDTHxHEIGHT pixels first (default: as the model likes)")
+    add("--out", type=Path, help="PNG to write; further pictures get -2, -3, ... (default: pictures are not kept)")
+    # with what
+    add("--model_path", required=True, help="checkpoint folder or hub id")
+    add("--tokenizer", help="folder or hub id (default: that of the checkpoint)")
+    add("--vqgan_dir", type=Path, default=DEFAULT_VQGAN_DIR, help="of images (default: %(default)s)")
+    add("--target_size", type=int, default=512, help="size in pixels of pictures put in (default: %(default)s)")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
+    add("--precision", choices=tuple(DTYPES), default="bf16", help="of the model (default: %(default)s)")
+    # how
+    add("--max_gen_len", type=int, default=8192, help="most new tokens (default: %(default)s)")
+    add("--temperature", type=float, default=1.0, help="0 is greedy (default: %(default)s)")
+    add("--cfg", type=float, default=3.0, help="guidance inside pictures, 1 switches it off (default: %(default)s)")
+    add("--image_top_k", type=int, default=2000, help="tokens drawn from inside pictures (default: %(default)s)")
+    add("--text_top_k", type=int, default=10, help="tokens drawn from in text (default: %(default)s)")
+    add("--seed", type=int, default=0, help="same seed, same answer (default: %(default)s)")
+    return parser
+
+
+def validate(args: argparse.Namespace) -> SamplingOptions:
+    """Check all that can be checked before a model is loaded. Raises ValueError with every problem."""
+    problems, options = [], None
+    try:
+        options = SamplingOptions(args.temperature, args.image_top_k, args.text_top_k, args.cfg, args.seed)
+    except ValueError as error:
+        problems.append(str(error))
+    if args.max_gen_len < 1:
+        problems.append(f"--max_gen_len is {args.max_gen_len}; it must be at least 1")
+    problems += [f"--image {path} does not exist" for path in args.image if not path.is_file()]
+    num_symbols = args.prompt.count(IMAGE_SYMBOL)
+    if num_symbols and num_symbols != len(args.image):
+        problems.append(f"--prompt has {num_symbols} {IMAGE_SYMBOL}, but --image gives {len(args.image)}")
+    if (args.image or args.size or args.out) and not args.vqgan_dir.is_dir():
+        problems.append(f"--vqgan_dir {args.vqgan_dir} is not a folder; TRAIN.md says where to get the VQGAN")
+    if args.out and not args.out.parent.is_dir():
+        problems.append(f"--out {args.out}: the folder {args.out.parent} does not exist")
+    if args.out and args.out.suffix.lower() != ".png":
+        problems.append(f"--out {args.out} must end in .png")
+    if args.size and not args.out:
+        problems.append("--size draws a picture, so say where to write it: --out")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return options
+
+
+def save_images(images: Sequence[Image.Image], out_path: Path) -> list[Path]:
+    """Write PNGs: `out_path`, then the same with -2, -3, ...; each appears whole."""
+    paths = [out_path if i == 1 else out_path.with_stem(f"{out_path.stem}-{i}") for i in range(1, len(images) + 1)]
+    for image, path in zip(images, paths, strict=True):
+        partial = path.with_name(path.name + ".partial")
+        image.save(partial, format="PNG")
+        partial.replace(path)
+    return paths
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s")
+    request = {"qas": [[args.prompt, None]], "images": args.image, "size": args.size}
+    try:
+        options = validate(args)
+        solver = FlexARInferenceSolver(
+            args.model_path,
+            args.precision,
+            args.target_size,
+            tokenizer=args.tokenizer,
+            vqgan_dir=args.vqgan_dir,
+            device=args.device,
+        )
+        solver.image_start(args.size)
+        answer = solver.answer_many([request], args.max_gen_len, options, desc="generating")[0]
+    except (ValueError, FileNotFoundError) as error:
+        print(f"inference_solver.py: {error}", file=sys.stderr)
+        return 2
+    print(answer.text)
+    if answer.images and args.out is None:
+        print(f"{len(answer.images)} pictures were drawn and not kept; give --out to keep them.", file=sys.stderr)
+    elif args.out is not None:
+        for path in save_images(answer.images, args.out):
+            print(path, file=sys.stderr)
+    return 3 if args.out is not None and not answer.images else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

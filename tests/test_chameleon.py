@@ -1,0 +1,208 @@
+"""The decoder: reference figures, packed rows, padding, dropout, initialisation."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache
+
+from model.chameleon import MODEL_SIZES, ChameleonXLLMXConfig, build_config, build_model, init_weights
+from model.loss import IGNORE_INDEX
+from tests.decoder_helpers import code_name, random_tokens, seed_weights, small_model, small_vocabulary
+
+GOLDEN = Path(__file__).parent / "golden"
+DOC_LENS = [11, 1, 29, 11, 5]
+
+
+def reference_model(run: dict):
+    """The two-layer decoder of a run in model.json; image tokens are ids 4 to 8195."""
+    config = ChameleonXLLMXConfig(
+        vocab_size=65536,
+        vocabulary_map={code_name(code): 4 + code for code in range(8192)},
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=run["config"].get("kv", 4),
+        max_position_embeddings=512,
+        swin_norm=run["config"].get("swin", False),
+        mask_image_logits=run["config"].get("mask", False),
+        z_loss_weight=1e-5,
+    )
+    return seed_weights(build_model(config, "cpu"))
+
+
+def pad_right(rows, value):
+    return torch.tensor([row + [value] * (max(map(len, rows)) - len(row)) for row in rows])
+
+
+@pytest.mark.parametrize("name", ["mha_nomask", "swin_gqa_nomask", "mha_mask_textlabels"])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_reference_figures(name, is_packed):
+    golden = json.loads((GOLDEN / "model.json").read_text())
+    run = golden["runs"][name]
+    labels = golden["labels_text_only" if run["config"].get("tl") else "labels"]
+    model = reference_model(run)
+    lengths = torch.tensor([len(row) for row in golden["input_ids"]])
+    if is_packed:
+        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
+        output = model(torch.tensor([sum(golden["input_ids"], [])]), torch.tensor([sum(labels, [])]), None, cu_seqlens)
+    else:
+        input_ids = pad_right(golden["input_ids"], 0)
+        output = model(input_ids, pad_right(labels, IGNORE_INDEX))
+    output.loss.backward()
+    assert output.loss.item() == pytest.approx(run["loss"], abs=1e-5)
+    assert (output.ce_loss / output.num_valid_tokens).item() == pytest.approx(run["c_loss"], abs=1e-5)
+    assert (output.z_loss / output.num_valid_tokens).item() == pytest.approx(run["z_loss"], rel=1e-5)
+    norms = {key: parameter.grad.norm().item() for key, parameter in model.named_parameters()}
+    assert norms.keys() == run["grad_norms"].keys()
+    for key, norm in norms.items():
+        assert norm == pytest.approx(run["grad_norms"][key], rel=1e-4), key
+    model.config.mask_image_logits = False  # the reference logits are those before the mask
+    logits = model(pad_right(golden["input_ids"], 0)).logits
+    for entry in run["logits"]:
+        found = logits[entry["batch"], entry["pos"], entry["idx"]]
+        assert (found - torch.tensor(entry["val"])).abs().max() < 1e-5
+
+
+VARIANTS = [{}, dict(num_key_value_heads=2, model_parallel_size=2, swin_norm=True)]
+
+
+@pytest.mark.parametrize("overrides", VARIANTS)
+def test_packed_row_equals_separate_documents_and_padded_batch(overrides):
+    models = [small_model(z_loss_weight=1e-3, **overrides) for _ in range(3)]
+    docs = [random_tokens(n, seed=n) for n in DOC_LENS]
+    scale = 1 / sum(n - 1 for n in DOC_LENS)
+    row, cu_seqlens = torch.cat(docs)[None], F.pad(torch.tensor(DOC_LENS).cumsum(0), (1, 0)).int()
+    packed = models[0](row, row, cu_seqlens=cu_seqlens, loss_scale=scale)
+    packed.loss.backward()
+    separate = [models[1](doc[None], doc[None], loss_scale=scale) for doc in docs]
+    sum(output.loss for output in separate).backward()
+    rows = [doc.tolist() for doc in docs]
+    padded = models[2](pad_right(rows, 1), pad_right(rows, IGNORE_INDEX), loss_scale=scale)
+    padded.loss.backward()
+    hidden = models[0].model(row, cu_seqlens=cu_seqlens)
+    expected = torch.cat([models[1].model(doc[None]) for doc in docs], 1)
+    assert (hidden - expected).abs().max() < 1e-5
+    assert packed.num_valid_tokens == sum(o.num_valid_tokens for o in separate) == padded.num_valid_tokens
+    assert packed.image_ce_sum.item() == pytest.approx(sum(o.image_ce_sum.item() for o in separate), rel=1e-5)
+    for total in (sum(o.loss.item() for o in separate), padded.loss.item()):
+        assert packed.loss.item() == pytest.approx(total, rel=1e-5)
+    for parameters in zip(*(model.parameters() for model in models), strict=True):
+        for other in parameters[1:]:
+            assert (parameters[0].grad - other.grad).norm() < 1e-5 * other.grad.norm()
+
+
+def test_sums_are_split_by_the_kind_of_the_target():
+    model = small_model()
+    tokens = random_tokens(40)[None]
+    output = model(tokens, tokens)
+    is_image = torch.isin(tokens[0, 1:], model.image_token_ids(torch.device("cpu")))
+    ce = F.cross_entropy(model(tokens).logits[0, :-1], tokens[0, 1:], reduction="none")
+    assert output.num_image_tokens == is_image.sum() > 0
+    assert output.num_text_tokens == (~is_image).sum() > 0
+    assert torch.isclose(output.image_ce_sum, ce[is_image].sum())
+    assert torch.isclose(output.text_ce_sum, ce[~is_image].sum())
+    assert torch.isclose(output.loss, ce.mean())
+
+
+def test_left_padding_and_cache_agree_with_plain_rows():
+    model = small_model().eval()
+    rows = [random_tokens(n, seed=n) for n in (4, 9)]
+    input_ids = torch.stack([F.pad(row, (9 - len(row), 0), value=1) for row in rows])
+    mask = torch.stack([F.pad(torch.ones(len(row)), (9 - len(row), 0)) for row in rows])
+    logits = model(input_ids, attention_mask=mask).logits
+    for row, padded in zip(rows, logits, strict=True):
+        assert (padded[9 - len(row) :] - model(row[None]).logits[0]).abs().max() < 1e-5
+    cache = DynamicCache(config=model.config)
+    steps = [model(part[None], past_key_values=cache).logits for part in rows[1].split([4, 3, 1, 1])]
+    assert (torch.cat(steps, 1) - model(rows[1][None]).logits).abs().max() < 1e-5
+
+
+def test_logits_may_be_kept_for_some_positions():
+    model = small_model()
+    tokens = random_tokens(12).view(2, 6)
+    logits = model(tokens).logits
+    assert torch.allclose(model(tokens, logits_to_keep=2).logits, logits[:, -2:], atol=1e-6)
+    picked = model(tokens, logits_to_keep=torch.tensor([1, 4])).logits
+    assert torch.allclose(picked[:, 0], torch.stack([logits[0, 1], logits[1, 4]]), atol=1e-6)
+
+
+def test_no_valid_target_gives_zero_loss_and_gradients():
+    model = small_model()
+    tokens = random_tokens(12)[None]
+    output = model(tokens, torch.full_like(tokens, IGNORE_INDEX), cu_seqlens=torch.tensor([0, 5, 12]))
+    output.loss.backward()
+    assert output.loss.item() == 0 and output.num_valid_tokens == 0
+    assert all(not parameter.grad.any() for parameter in model.parameters())
+
+
+def test_dropout_works_in_training_only():
+    model = small_model(dropout=0.5)
+    tokens = random_tokens(12)[None]
+    torch.manual_seed(0)
+    first = model.train()(tokens).logits
+    assert not torch.equal(first, model(tokens).logits)
+    torch.manual_seed(0)
+    assert torch.equal(first, model(tokens).logits)
+    assert torch.equal(model.eval()(tokens).logits, small_model()(tokens).logits)
+
+
+def test_masked_image_logits():
+    model = small_model(mask_image_logits=True)
+    tokens = random_tokens(30)[None]
+    image_ids = model.image_token_ids(torch.device("cpu"))
+    assert (model(tokens).logits[..., image_ids] == torch.finfo(torch.float32).min).all()
+    with pytest.raises(ValueError, match="mask_image_logits is on"):
+        model(tokens, tokens)
+
+
+def test_packed_rows_take_no_batch_mask_or_cache():
+    model = small_model()
+    tokens, cu_seqlens = random_tokens(12), torch.tensor([0, 6])
+    with pytest.raises(ValueError, match="batch of 2 rows"):
+        model(tokens.view(2, 6), cu_seqlens=cu_seqlens)
+    with pytest.raises(ValueError, match="attention_mask given"):
+        model(tokens[None, :6], cu_seqlens=cu_seqlens, attention_mask=torch.ones(1, 6))
+
+
+def test_init_weights_depends_on_the_seed_only():
+    config = build_config("tiny", small_vocabulary())
+    models = [build_model(config, "cpu") for _ in range(3)]
+    for model, seed in zip(models, (0, 0, 1), strict=True):
+        init_weights(model, seed)
+    one, same, other = (dict(model.named_parameters()) for model in models)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
+    assert one["model.layers.0.mlp.up_proj.weight"].std().item() == pytest.approx(0.02, rel=0.02)
+    assert (one["model.layers.3.self_attn.q_norm.weight"] == 1).all() and (one["model.norm.weight"] == 1).all()
+    assert not one["model.layers.3.self_attn.k_norm.bias"].any()
+
+
+@pytest.mark.parametrize("size", MODEL_SIZES)
+def test_named_sizes(size):
+    model = build_model(build_config(size, small_vocabulary()))
+    num_parameters = sum(p.numel() for n, p in model.named_parameters() if "embed" not in n and "lm_head" not in n)
+    billions = {"7B": 6.476, "34B": 33.22, "1B": 1.012, "tiny": 0.00316, "bench": 0.00316}[size]
+    assert num_parameters / 1e9 == pytest.approx(billions, rel=0.01)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert model.config.vocab_size == (65536 if size == "bench" else len(small_vocabulary()))
+
+
+def test_bad_configurations_are_refused():
+    with pytest.raises(ValueError, match="13B.*7B, 34B"):
+        build_config("13B")
+    with pytest.raises(ValueError, match="vocab_size=10"):
+        build_config("tiny", small_vocabulary(), vocab_size=10)
+    with pytest.raises(ValueError, match="model_parallel_size must divide"):
+        build_model(build_config("tiny", model_parallel_size=3))
+
+
+def test_config_survives_its_file(tmp_path):
+    config = build_config("tiny", small_vocabulary(), dropout=0.05, z_loss_weight=1e-5, tie_head_norm=False)
+    config.save_pretrained(tmp_path)
+    loaded = ChameleonXLLMXConfig.from_pretrained(tmp_path)
+    for name in ("dropout", "z_loss_weight", "tie_head_norm", "mask_image_logits", "vocabulary_map", "hidden_size"):
+        assert getattr(loaded, name) == getattr(config, name)
