@@ -151,6 +151,7 @@ def sample_tokens(
     # The largest of p_i / e_i, e_i drawn from an exponential distribution, is i with probability p_i: one draw of
     # noise per row and step, from the row's own generator, so that the batch plays no part.
     noise = torch.stack([logits.new_empty(num_kept).exponential_(generator=generator) for generator in generators])
+    noise = noise.clamp(min=torch.finfo(noise.dtype).tiny)
     choice = (torch.softmax(values / options.temperature, -1) / noise).argmax(-1, keepdim=True)
     return ids.gather(1, choice)[:, 0]
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from model.chameleon import ChameleonXLLMXConfig, build_model
 
 NUM_CODES = 32
-WORDS = "a b c d e f g h red blue one two cat car on Ġthe".split()
+WORDS = "a b c d e f g h red blue one two cat car on the".split()
 
 
 def code_name(code: int) -> str:

@@ -1,0 +1,193 @@
+"""Sampling and the loop over the cache, against transformers' own generation and a plain loop without a cache."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import ChameleonForConditionalGeneration, LogitsProcessor, LogitsProcessorList
+
+from data.vocab import ChameleonVocab
+from model.convert import export_hf
+from model.generation import SamplingOptions, generate_batch, sample_tokens
+from model.image_grammar import ImageGrammar, Kind
+from model.vqgan import VQGAN, save_vqgan
+from tests.decoder_helpers import small_config, small_model, small_vocabulary
+from tests.test_image_grammar import plain_allowed
+
+VOCAB = ChameleonVocab.from_mapping(small_vocabulary())
+GREEDY = SamplingOptions(temperature=0.0)
+IMAGE_START = [VOCAB.begin_image_id, VOCAB.grid_size_ids[2], VOCAB.grid_size_ids[1]]  # 4 rows of 2 codes
+
+
+def make_model(**overrides):
+    return small_model(scale=0.3, **overrides).eval()
+
+
+def make_prompts(lengths=(3, 9, 1, 6, 4)) -> list[list[int]]:
+    """Prompts of words after `<s>`."""
+    first_word, num_words = small_vocabulary()["a"], 10
+    return [
+        [VOCAB.bos_id, *[first_word + (3 * i + n) % num_words for i in range(n - 1)]] if n > 1 else [VOCAB.bos_id]
+        for n in lengths
+    ]
+
+
+class PlainGrammar(LogitsProcessor):
+    """For transformers: what the plain grammar does not allow is set to minus infinity."""
+
+    def __init__(self, prompt_len: int):
+        self.prompt_len = prompt_len
+
+    def __call__(self, input_ids, scores):
+        for row, tokens in enumerate(input_ids.tolist()):
+            allowed = torch.tensor(sorted(plain_allowed(tokens[self.prompt_len :])))
+            scores[row] = torch.full_like(scores[row], -torch.inf).index_copy(0, allowed, scores[row, allowed])
+        return scores
+
+
+def plain_generate(model, prompt, forced, cfg, max_gen_len):
+    """Greedy generation, with whole forwards of both branches for every token."""
+    tokens = list(forced)
+    while len(tokens) < max_gen_len:
+        allowed = sorted(plain_allowed(tokens))
+        logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, -1]
+        last_begin = max((i for i, token in enumerate(tokens) if token == VOCAB.begin_image_id), default=None)
+        is_open = last_begin is not None and VOCAB.end_image_id not in tokens[last_begin:]
+        if is_open and len(tokens) - last_begin >= 3:
+            unconditional = model(torch.tensor([tokens[last_begin:]])).logits[0, -1]
+            logits = unconditional + cfg * (logits - unconditional)
+        token = allowed[logits[allowed].argmax()]
+        if token == VOCAB.end_of_turn_id:
+            break
+        tokens.append(token)
+    return tokens
+
+
+@pytest.mark.parametrize("overrides", [{}, dict(num_key_value_heads=2, model_parallel_size=2, swin_norm=True)])
+def test_greedy_equals_stock_transformers(tmp_path, overrides):
+    model = make_model(**overrides)
+    torch.manual_seed(0)
+    save_vqgan(VQGAN(small_config().vq_config), tmp_path / "vqgan", torch.float32)
+    export_hf(model, model.config, tmp_path / "hf", shape="hf", vqgan_dir=tmp_path / "vqgan")
+    stock = ChameleonForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
+    stock.model.vocabulary_mapping.__dict__["image_tokens"] = []  # stock never draws images: let it
+    prompts = [*make_prompts(), *make_prompts((2, 7))]
+    forced = [[]] * 5 + [IMAGE_START] * 2
+    ours = generate_batch(model, prompts, VOCAB, GREEDY, 40, forced)
+    for prompt, start, generation in zip(prompts, forced, ours, strict=True):
+        context = torch.tensor([[*prompt, *start]])
+        theirs = stock.generate(
+            context,
+            attention_mask=torch.ones_like(context),
+            max_new_tokens=40 - len(start),
+            do_sample=False,
+            eos_token_id=VOCAB.end_of_turn_id,
+            pad_token_id=VOCAB.pad_id,
+            logits_processor=LogitsProcessorList([PlainGrammar(len(prompt))]),
+        )[0, len(prompt) :].tolist()
+        finished = theirs[-1] == VOCAB.end_of_turn_id
+        assert generation.tokens == (theirs[:-1] if finished else theirs)
+        assert generation.finished == finished
+    assert sum(VOCAB.begin_image_id in generation.tokens for generation in ours) >= 2
+
+
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+def test_greedy_with_guidance_equals_two_plain_forwards(cfg):
+    model = make_model()
+    prompts, forced = make_prompts(), [IMAGE_START, [], IMAGE_START[:1], [], IMAGE_START]
+    # one prompt ends within an image: the answer goes on with its rows
+    found = generate_batch(model, prompts, VOCAB, replace(GREEDY, cfg=cfg), 40, forced)
+    with torch.inference_mode():
+        for prompt, start, generation in zip(prompts, forced, found, strict=True):
+            assert generation.tokens == plain_generate(model, prompt, start, cfg, 40)
+
+
+def test_guidance_changes_images():
+    results = [
+        generate_batch(make_model(), make_prompts(), VOCAB, replace(GREEDY, cfg=cfg), 20, [IMAGE_START] * 5)
+        for cfg in (1.0, 4.0)
+    ]
+    assert [g.tokens for g in results[0]] != [g.tokens for g in results[1]]
+
+
+def test_same_seed_same_tokens_on_any_batch_size():
+    options = SamplingOptions(temperature=1.0, image_top_k=20, text_top_k=15, cfg=2.0, seed=5)
+    prompts, forced = make_prompts() * 2, [IMAGE_START, []] * 5
+    results = [
+        generate_batch(make_model(), prompts, VOCAB, options, 60, forced, batch_size=batch_size)
+        for batch_size in (1, 3, 64)
+    ]
+    assert results[0] == results[1] == results[2]
+    assert results[0] != generate_batch(make_model(), prompts, VOCAB, replace(options, seed=99), 60, forced)
+
+
+def test_images_are_always_valid_or_reported_as_cut_off():
+    options = SamplingOptions(temperature=2.0, image_top_k=1000, text_top_k=1000)
+    forced = [IMAGE_START, [], IMAGE_START[:1]] * 20
+    generations = generate_batch(make_model(), make_prompts((4,)) * 60, VOCAB, options, 70, forced)
+    num_images = 0
+    for start, generation in zip(forced, generations, strict=True):
+        tokens = generation.tokens
+        assert tokens[: len(start)] == start and len(tokens) <= 70
+        assert generation.finished or len(tokens) == 70
+        if tokens.count(VOCAB.begin_image_id) > tokens.count(VOCAB.end_image_id):
+            assert not generation.finished
+            continue
+        for first, stop in VOCAB.find_images(tokens):
+            VOCAB.tokens_to_codes(tokens[first:stop])
+            num_images += 1
+    assert num_images >= 20
+    assert {generation.finished for generation in generations} == {True, False}
+
+
+def test_progress_counts_all_answers():
+    seen = []
+    generate_batch(
+        make_model(), make_prompts(), VOCAB, GREEDY, 12, batch_size=2, progress=lambda *counts: seen.append(counts)
+    )
+    assert sum(finished for _, finished in seen) == 5 and sum(tokens for tokens, _ in seen) > 5
+
+
+def test_limits_and_misfits_are_named():
+    model = make_model(max_position_embeddings=12)
+    assert len(generate_batch(model, make_prompts((9,)), VOCAB, GREEDY, 40, [IMAGE_START[:1]])[0].tokens) == 3
+    with pytest.raises(ValueError, match="leaves no room in the model's 12"):
+        generate_batch(model, make_prompts((12,)), VOCAB, GREEDY, 40)
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        generate_batch(model, [[VOCAB.bos_id], []], VOCAB, GREEDY, 40)
+    with pytest.raises(ValueError, match="max_gen_len"):
+        generate_batch(model, make_prompts(), VOCAB, GREEDY, 3, [IMAGE_START] * 5)
+    with pytest.raises(ValueError, match="mask_image_logits"):
+        generate_batch(make_model(mask_image_logits=True), make_prompts(), VOCAB, GREEDY, 3)
+    with pytest.raises(ValueError, match="temperature is -1"):
+        SamplingOptions(temperature=-1)
+    with pytest.raises(ValueError, match="top-k"):
+        SamplingOptions(text_top_k=0)
+
+
+def test_sampling_follows_the_softmax_of_the_top_k():
+    grammar = ImageGrammar(VOCAB, VOCAB.vocab_size)
+    logits = torch.randn(VOCAB.vocab_size, generator=torch.Generator().manual_seed(1))
+    num = 4000
+    kind = torch.full((num,), Kind.CODE)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(num)]
+    options = SamplingOptions(temperature=0.7, image_top_k=5, text_top_k=9)
+    drawn = sample_tokens(logits.expand(num, -1), kind, grammar.allowed, options, generators)
+    codes = torch.from_numpy(VOCAB.image_token_ids)
+    best = logits[codes].topk(5)
+    frequencies = torch.stack([(drawn == token).float().mean() for token in codes[best.indices]])
+    assert torch.isin(drawn, codes[best.indices]).all()
+    assert (frequencies - (best.values / 0.7).softmax(0)).abs().max() < 0.03
+
+
+def test_top_k_differs_inside_and_outside_of_images():
+    grammar = ImageGrammar(VOCAB, VOCAB.vocab_size)
+    logits = torch.randn(2, VOCAB.vocab_size, generator=torch.Generator().manual_seed(1))
+    kind = torch.tensor([Kind.TEXT, Kind.CODE])
+    greedy = sample_tokens(logits, kind, grammar.allowed, GREEDY)
+    drawn = []
+    for seed in range(200):
+        generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
+        drawn.append(sample_tokens(logits, kind, grammar.allowed, SamplingOptions(5.0, 3, 1), generators))
+    text, codes = torch.stack(drawn).unbind(1)
+    assert (text == greedy[0]).all() and len(codes.unique()) == 3

@@ -1,0 +1,156 @@
+"""The inference solver on a small seeded checkpoint: what goes in, what comes out, and its command."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.image_transform import crop_to_rgb
+from inference_solver import FlexARInferenceSolver, build_parser, main, parse_size
+from model.convert import export_hf
+from model.generation import generate_batch
+from model.vqgan import VQGAN, image_to_pixels, pixels_to_image, save_vqgan
+from tests.decoder_helpers import small_config, small_model, write_small_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A checkpoint with its tokenizer, and a VQGAN."""
+    root = tmp_path_factory.mktemp("inference")
+    write_small_tokenizer(root / "tokenizer")
+    model = small_model(scale=0.3)
+    export_hf(model, model.config, root / "checkpoint", root / "tokenizer")
+    torch.manual_seed(0)
+    save_vqgan(VQGAN(small_config().vq_config), root / "vqgan", torch.float32)
+    return root
+
+
+@pytest.fixture(scope="module")
+def solver(folders):
+    return FlexARInferenceSolver(
+        str(folders / "checkpoint"), "fp32", target_size=64, vqgan_dir=folders / "vqgan", device="cpu"
+    )
+
+
+def make_picture(width=64, height=32, seed=0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_text_to_image_of_a_given_size(solver):
+    text, images = solver.generate([], [["a red cat", None]], 60, 1.0, size=(64, 32), seed=3)
+    assert text.startswith("<|image|>") and images[0].size == (64, 32)
+    again = solver.generate([], [["a red cat", None]], 60, 1.0, size=(64, 32), seed=3)
+    assert again[0] == text and again[1][0].tobytes() == images[0].tobytes()
+    other = solver.generate([], [["a red cat", None]], 60, 1.0, size=(64, 32), seed=4)
+    assert other[1][0].tobytes() != images[0].tobytes()
+
+
+def test_decoded_images_are_those_of_the_tokens(solver):
+    options = solver.create_logits_processor(cfg=1.0)
+    prompt = solver.encode_request([["a cat", None]])
+    start = solver.image_start((32, 64))
+    generation = generate_batch(solver.model, [prompt], solver.vocab, options, 60, [start])[0]
+    span = generation.tokens[: solver.vocab.num_image_tokens(32, 64)]
+    codes = torch.from_numpy(solver.vocab.tokens_to_codes(span))[None]
+    assert tuple(codes.shape) == (1, 4, 2)
+    _, images = solver.generate([], [["a cat", None]], 60, 1.0, options, size=(32, 64))
+    assert images[0].tobytes() == pixels_to_image(solver.vqgan.decode(codes)[0]).tobytes()
+
+
+def test_images_and_turns_become_the_training_layout(solver):
+    vocab, encode = solver.vocab, solver.item_processor.text_encode
+    first, second = make_picture(), make_picture(32, 64, seed=1)
+
+    def span(picture):
+        pixels = image_to_pixels(crop_to_rgb(picture, 64))
+        return vocab.image_to_tokens(solver.vqgan.encode(pixels[None])[0].numpy())
+
+    qas = [["<|image|>a cat", "red <|image|>"], ["the car", None]]
+    expected = [vocab.bos_id, *span(first), *encode("a cat"), vocab.end_of_turn_id]
+    expected += [*encode("red "), *span(second), vocab.end_of_turn_id, *encode("the car"), vocab.end_of_turn_id]
+    assert solver.encode_request(qas, [first, second]) == expected
+    # without any symbol images come first; an answer that is given is left open
+    expected = [vocab.bos_id, *span(first), *encode(" a cat"), vocab.end_of_turn_id, *encode("one")]
+    assert solver.encode_request([["a cat", "one"]], first) == expected
+
+
+def test_many_requests_equal_single_ones(solver):
+    requests = [
+        {"qas": [["a cat", None]], "size": (32, 32)},
+        {"qas": [["<|image|>two", None]], "images": [make_picture()]},
+        {"qas": [["red", None]]},
+    ]
+    many = solver.generate_many(requests, max_gen_len=50, temperature=0.0)
+    for request, (text, images) in zip(requests, many, strict=True):
+        single = solver.generate_many([request], max_gen_len=50, temperature=0.0)[0]
+        assert text == single[0] and len(images) == len(single[1]) == text.count("<|image|>")
+        for one, other in zip(images, single[1], strict=True):
+            difference = np.asarray(one).astype(int) - np.asarray(other)
+            assert abs(difference).max() <= 1  # convolutions over a batch may round differently
+    assert many[0][1][0].size == (32, 32)
+
+
+def test_an_image_that_is_cut_off_is_reported_and_left_out(solver, caplog):
+    options = solver.create_logits_processor(cfg=1.0)
+    answer = solver.answer_many([{"qas": [["a cat", None]], "size": (64, 64)}], 10, options)[0]
+    assert answer.images == [] and "<|image|>" not in answer.text
+    assert answer.is_cut_off and answer.is_image_cut_off
+    assert "1 of 1 answers were cut off at max_gen_len=10" in caplog.text
+
+
+def test_bad_requests_are_named(solver, folders):
+    with pytest.raises(ValueError, match="multiples of 32 pixels, from 32 to 128"):
+        solver.image_start((100, 64))
+    with pytest.raises(ValueError, match="pairs"):
+        solver.encode_request([["a", None], ["b", None]])
+    with pytest.raises(ValueError, match=r"1 <\|image\|> but 0 images"):
+        solver.encode_request([["<|image|>a", None]])
+    with pytest.raises(ValueError, match="precision"):
+        FlexARInferenceSolver(str(folders / "checkpoint"), "int8")
+
+
+def command(folders, *extra) -> list[str]:
+    return [
+        *("--model_path", str(folders / "checkpoint"), "--vqgan_dir", str(folders / "vqgan")),
+        *("--prompt", "a cat", "--device", "cpu", "--precision", "fp32", "--target_size", "64", *extra),
+    ]
+
+
+def test_command_writes_a_picture(folders, tmp_path, capsys):
+    make_picture().save(tmp_path / "in.png")
+    out_path = tmp_path / "out.png"
+    extra = ["--image", str(tmp_path / "in.png"), "--size", "64x32", "--max_gen_len", "60", "--out", str(out_path)]
+    assert main(command(folders, *extra)) == 0
+    assert Image.open(out_path).size == (64, 32)
+    assert capsys.readouterr().out.startswith("<|image|>")
+    assert not list(tmp_path.glob("*.partial"))
+    out_path.unlink()
+    assert main(command(folders, "--size", "64x32", "--max_gen_len", "9", "--out", str(out_path))) == 3
+    assert not out_path.exists()
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (["--out", "no/such/folder/out.png"], "does not exist"),
+        (["--out", "out.jpg"], "must end in .png"),
+        (["--image", "absent.png"], "absent.png does not exist"),
+        (["--size", "32x32"], "--out"),
+        (["--temperature", "-1", "--max_gen_len", "0"], "temperature"),
+        (["--tokenizer", "absent/folder/x"], "absent/folder/x"),
+        (["--model_path", "absent/folder/x"], "absent/folder/x"),
+        (["--size", "33x32", "--out", "out.png"], "33x32"),
+    ],
+)
+def test_command_refuses_with_one_message(folders, capsys, extra, message):
+    assert main(command(folders, *extra)) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_sizes_are_width_by_height():
+    assert parse_size("768x512") == (768, 512)
+    for bad in ("768", "0x32", "axb"):
+        with pytest.raises(SystemExit):
+            build_parser().parse_args(["--model_path", "m", "--prompt", "p", "--size", bad])
