@@ -193,7 +193,7 @@ def build_text_encode(tokenizer) -> TextEncode:
     model = description["model"]
 
     def is_control(name: str) -> bool:
-        return name in added or is_control_token(name)
+        return name != model.get("unk_token") and (name in added or is_control_token(name))
 
     model["vocab"] = {name: token_id for name, token_id in model["vocab"].items() if not is_control(name)}
     if "merges" in model:

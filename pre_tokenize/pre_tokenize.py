@@ -1,7 +1,8 @@
-"""One pre-tokenizing worker: its share of the raw JSON to token files, a sub-record and a list of refused items.
+r"""One pre-tokenizing worker: its share of the raw JSON to token files, a sub-record and a list of refused items.
 
     for i in {0..7}; do
-      python -u pre_tokenize/pre_tokenize.py --splits=8 --rank=$i --in_filename in.json --out_dir out --target_size 768 &
+      python -u pre_tokenize/pre_tokenize.py --splits=8 --rank=$i --in_filename in.json --out_dir out \
+        --target_size 768 &
     done
     wait
 
