@@ -1,0 +1,311 @@
+"""Checkpoints: `output_dir/epoch{E}` or `epoch{E}-iter{I}`, whole or absent.
+
+A checkpoint folder holds Hugging Face files, ready for `from_pretrained`, and what a run needs to go on:
+
+    training_state/      fp32 master weights and both Adam moments, sharded, by torch.distributed.checkpoint
+    trainer_state.json   position, units per step, ranks, options, versions, and the size of every other file;
+                         written last, so that a folder without it, or whose files differ from it, is not whole
+
+It is written under another name, put on disk, and renamed. Random numbers need no file: every step draws from
+(seed, position, rank). This module also owns the rest of `output_dir` that belongs to no other: the lock that keeps a
+second run out, and the debris of a save that was killed.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import transformers
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from model.distributed import barrier
+
+STATE_NAME = "trainer_state.json"
+SHARDS_NAME = "training_state"
+LOCK_NAME = ".lock"
+SAVING_PREFIX = ".saving-"
+REPLACED_PREFIX = ".replaced-"
+OPTIONS_TO_KEEP = (
+    *("model_size", "data_config", "seed", "batch_size", "max_seq_len"),
+    *("packing", "length_clustering", "overlong"),
+)
+LOCK_PATIENCE_S = 5.0  # a killed run may need a moment to die
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Where and how often to save, how many to keep, and where to go on from. Intervals of 0 or less switch off."""
+
+    output_dir: Path
+    save_interval: int = 1  # epochs
+    save_iteration_interval: int = 5000  # micro-steps of an epoch
+    ckpt_max_keep: int = 2  # 0 or less: all
+    auto_resume: bool = True
+    resume_path: Path | None = None
+
+    def problems(self) -> list[str]:
+        """What is wrong with these options and with what is on disk, one sentence each."""
+        if self.output_dir.exists() and not self.output_dir.is_dir():
+            return [f"--output_dir must be a folder, but {self.output_dir} is a file"]
+        newest, _ = find_newest(self.output_dir)
+        found = []
+        if self.resume_path is not None:
+            try:
+                state = read_state(self.resume_path)
+            except ValueError as error:
+                found.append(f"--resume_path: {error}; to start from weights alone use --init_from")
+            else:
+                is_own = self.resume_path.resolve().parent == self.output_dir.resolve()
+                if is_own and newest and read_state(newest).position.global_step > state.position.global_step:
+                    found.append(
+                        f"--resume_path {self.resume_path} is older than {newest}: go on in another --output_dir, or "
+                        "remove the newer checkpoints first"
+                    )
+                newest = None if is_own else newest
+        if newest is not None and not self.auto_resume:
+            found.append(
+                f"--output_dir {self.output_dir} holds checkpoints of an earlier run ({newest.name}): with "
+                "--no_auto_resume choose an empty folder, or leave the flag away to go on"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: `step` optimizer steps of `epoch` (both from 0) are done, `global_step` since the start."""
+
+    epoch: int = 0
+    step: int = 0
+    global_step: int = 0
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What `trainer_state.json` holds; `options` are the resolved command-line options, by name."""
+
+    position: Position
+    units_per_step: int
+    world_size: int
+    options: dict[str, Any]
+    versions: dict[str, str | None] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
+
+
+def due_checkpoint(
+    options: CheckpointOptions, epoch: int, step: int, num_steps: int, micro_steps: int, is_last: bool
+) -> str | None:
+    """The name of the checkpoint to save after `step` of `num_steps` optimizer steps of `epoch` are done, if any.
+
+    `epoch{E}` at the end of an epoch and `epoch{E}-iter{I}` after I micro-steps of it, as the recipe names them. The
+    intervals count epochs and micro-steps (`micro_steps` to a step, rounded up to whole steps); a run saves at its end.
+    """
+    if step == num_steps and (is_last or (options.save_interval > 0 and (epoch + 1) % options.save_interval == 0)):
+        return f"epoch{epoch}"
+    done, interval = step * micro_steps, options.save_iteration_interval
+    is_due = interval > 0 and done // interval > (done - micro_steps) // interval
+    return f"epoch{epoch}-iter{done}" if is_due or is_last else None
+
+
+def save_checkpoint(
+    output_dir: Path,
+    name: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: TrainerState,
+    write_hf_files: Callable[[Path], None],
+) -> Path:
+    """Saves a whole checkpoint as `output_dir/name`; every rank calls it. Returns its path.
+
+    `write_hf_files(folder)` is called on every rank and puts config, weights and tokenizer there.
+    """
+    is_main = dist.get_rank() == 0
+    saving = output_dir / f"{SAVING_PREFIX}{name}"
+    if is_main:
+        shutil.rmtree(saving, ignore_errors=True)
+        saving.mkdir(parents=True)
+    barrier()
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=saving / SHARDS_NAME)
+    write_hf_files(saving)
+    barrier()
+    if is_main:
+        _seal(saving, state)
+        _publish(saving, output_dir / name)
+    barrier()
+    return output_dir / name
+
+
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Fills a sharded model and its optimizer from a checkpoint of any number of ranks; every rank calls it.
+
+    The optimizer's settings (weight decay and the rest) stay those of this run.
+    """
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=folder / SHARDS_NAME)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    for group, kept in zip(optimizer.param_groups, settings, strict=True):
+        group.update(kept)
+
+
+def read_state(folder: Path) -> TrainerState:
+    """Reads and checks `trainer_state.json`. Raises ValueError, with the reason, if the checkpoint is not whole."""
+    if not folder.is_dir():
+        raise ValueError(f"there is no checkpoint folder {folder}")
+    try:
+        raw = json.loads((folder / STATE_NAME).read_text())
+        state = TrainerState(**{**raw, "position": Position(**raw["position"])})
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is no checkpoint to go on from: it has no {STATE_NAME}") from None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / STATE_NAME} cannot be read: {error!r}") from error
+    for name, size in state.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{folder} is not whole: {name} is missing")
+        if path.stat().st_size != size:
+            raise ValueError(f"{folder} is not whole: {name} has {path.stat().st_size} bytes instead of {size}")
+    return state
+
+
+def find_newest(output_dir: Path) -> tuple[Path | None, list[str]]:
+    """The whole checkpoint of `output_dir` that is furthest on, and why others were skipped, one sentence each."""
+    states, skipped = _whole_checkpoints(output_dir)
+    newest = max(states, key=lambda folder: states[folder].position.global_step, default=None)
+    return newest, skipped
+
+
+def find_start(options: CheckpointOptions) -> tuple[Path | None, list[str]]:
+    """The checkpoint from which a run goes on, if any, and what should be said about the choice.
+
+    The run's own newest one comes before a `resume_path` elsewhere, so that the same command goes on after a kill.
+    """
+    newest, notes = find_newest(options.output_dir) if options.auto_resume else (None, [])
+    if options.resume_path is None:
+        return newest, notes
+    if newest is None or options.resume_path.resolve().parent == options.output_dir.resolve():
+        return options.resume_path, notes
+    return newest, [*notes, f"{newest} goes before --resume_path {options.resume_path}: this run is already on its way"]
+
+
+def describe_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One sentence per changed option, of those that decide which items the next steps hold or which model it is."""
+    return [
+        f"careful: --{name} was {saved.get(name)} before and is {now[name]} now"
+        for name in OPTIONS_TO_KEEP
+        if str(saved.get(name)) != str(now[name])
+    ]
+
+
+def remove_old(output_dir: Path, keep: int) -> None:
+    """Removes all but the `keep` furthest whole checkpoints (0 or less: keeps all)."""
+    states, _ = _whole_checkpoints(output_dir)
+    by_age = sorted(states, key=lambda folder: states[folder].position.global_step)
+    for folder in by_age[:-keep] if keep > 0 else []:
+        # Out of the way in one go first: half a checkpoint must not bear a checkpoint's name.
+        doomed = folder.with_name(f"{REPLACED_PREFIX}{folder.name}")
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed)
+
+
+def lock_output_dir(output_dir: Path) -> TextIO:
+    """Makes `output_dir`, and keeps other runs out of it until the returned file is closed or this process ends.
+
+    What a killed save left there is cleared. Raises ValueError if another run holds the folder.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    file = (output_dir / LOCK_NAME).open("w")
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    # A record lock, not flock(2): loader workers inherit the file, and must not keep the lock of a dead run.
+    while not _try_lock(file.fileno()):
+        if time.monotonic() > deadline:
+            file.close()
+            raise ValueError(f"another run writes to {output_dir}: wait for it, end it, or choose another --output_dir")
+        time.sleep(0.2)
+    _clear_debris(output_dir)
+    return file
+
+
+def collect_versions() -> dict[str, str | None]:
+    """Versions of what the numbers of a run depend on, and the commit of this code (None outside of git)."""
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    commit = git.stdout.strip() if git.returncode == 0 else None
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "commit": commit}
+
+
+def _whole_checkpoints(output_dir: Path) -> tuple[dict[Path, TrainerState], list[str]]:
+    states, skipped = {}, []
+    for folder in sorted(output_dir.glob("epoch*")):
+        try:
+            states[folder] = read_state(folder)
+        except ValueError as error:
+            skipped.append(str(error))
+    return states, skipped
+
+
+def _seal(folder: Path, state: TrainerState) -> None:
+    """Puts every file on disk, then writes `trainer_state.json`, which makes the folder a whole checkpoint."""
+    sizes = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            sizes[str(path.relative_to(folder))] = path.stat().st_size
+        _sync(path)
+    beside = folder / (STATE_NAME + ".tmp")
+    beside.write_text(json.dumps(asdict(state) | {"files": sizes}, indent=1, default=str) + "\n")
+    _sync(beside)
+    os.replace(beside, folder / STATE_NAME)
+    _sync(folder)
+
+
+def _publish(saving: Path, final: Path) -> None:
+    """Gives a sealed folder its name; an older folder of that name makes room and is removed."""
+    replaced = final.with_name(f"{REPLACED_PREFIX}{final.name}")
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(final, replaced)
+    os.rename(saving, final)
+    _sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _clear_debris(output_dir: Path) -> None:
+    """Removes what a kill left of a save; a save that was sealed and only lacks its name gets it."""
+    for saving in output_dir.glob(f"{SAVING_PREFIX}*"):
+        try:
+            read_state(saving)
+        except ValueError:
+            shutil.rmtree(saving)
+        else:
+            _publish(saving, output_dir / saving.name.removeprefix(SAVING_PREFIX))
+    for replaced in output_dir.glob(f"{REPLACED_PREFIX}*"):
+        shutil.rmtree(replaced)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

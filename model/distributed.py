@@ -1,0 +1,164 @@
+"""Ranks: who this process is, joining and leaving the others, and the few collectives that training needs.
+
+First in line after the options are checked: `detect_launch` reads the environment of `torchrun`, of `srun` or of
+nothing at all (one plain process), touching neither network nor GPU, so that a mistake can be reported before any rank
+waits for another. `process_group` then joins, always: a single process forms a group of one, so that sharding, mixed
+precision and checkpoints have one path.
+"""
+
+import contextlib
+import ctypes
+import datetime
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# How long a rank other than the first waits, at a mistake before the start, for rank 0 to speak and the launcher to end
+# all; whoever outlives it met a mistake of its own (say, a file that only its node lacks) and speaks for itself.
+GRACE_S = 20.0
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Where this process stands: `rank` of `world_size`, `local_rank` of `local_world_size` on its node."""
+
+    launcher: str = "python"  # "python" | "torchrun" | "srun"
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    master_addr: str = "127.0.0.1"
+    master_port: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def detect_launch(environment: Mapping[str, str] | None = None) -> Launch:
+    """The place of this process according to `torchrun`'s or SLURM's variables; alone if there are none."""
+    env = os.environ if environment is None else environment
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return Launch(
+            launcher="torchrun",
+            rank=int(env["RANK"]),
+            world_size=int(env["WORLD_SIZE"]),
+            local_rank=int(env.get("LOCAL_RANK", 0)),
+            local_world_size=int(env.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"])),
+            master_addr=env.get("MASTER_ADDR", "127.0.0.1"),
+            master_port=int(env.get("MASTER_PORT", 0)),
+        )
+    # `SLURM_STEP_ID` is set by srun for the processes it starts; a plain python inside an sbatch script is alone.
+    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        return Launch(
+            launcher="srun",
+            rank=int(env["SLURM_PROCID"]),
+            world_size=int(env["SLURM_NTASKS"]),
+            local_rank=int(env["SLURM_LOCALID"]),
+            local_world_size=int(re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", "1")).group()),
+            master_addr=env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1")),
+            master_port=int(env.get("MASTER_PORT") or _slurm_port(env)),
+        )
+    return Launch()
+
+
+def first_host(node_list: str) -> str:
+    """The first host of a SLURM node list: `gpu[003-005,9],cpu1` -> `gpu003`."""
+    match = re.match(r"([^,\[]+)(?:\[(\w+))?", node_list)
+    return match.group(1) + (match.group(2) or "") if match else node_list
+
+
+def stop_at_start(launch: Launch, message: str) -> int:
+    """Says once what is wrong before the ranks have met, and returns the exit code 2.
+
+    Every rank finds the same mistake by itself. A launcher ends all ranks as soon as one has failed, so the others wait
+    for rank 0 to speak.
+    """
+    if not launch.is_main:
+        time.sleep(GRACE_S)
+        message = f"rank {launch.rank} alone: {message}"
+    print(message, file=sys.stderr, flush=True)
+    return 2
+
+
+@contextlib.contextmanager
+def process_group(launch: Launch, device_type: str, timeout_s: float) -> Iterator[torch.device]:
+    """Joins the other ranks, yields this rank's device, and leaves them at the end.
+
+    CPU tensors travel by gloo, also beside NCCL, so that a small count never waits for the GPU.
+    """
+    die_with_launcher(launch)
+    if device_type == "cuda":
+        device = torch.device("cuda", launch.local_rank)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device = torch.device("cpu")
+        backend = "gloo"
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if launch.launcher == "python":
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(
+            backend,
+            init_method="env://" if launch.launcher == "torchrun" else _tcp_address(launch),
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timeout,
+        )
+    yield device
+    # Not reached after an error: the others may be inside a collective, and leaving in order would wait for them.
+    barrier()
+    dist.destroy_process_group()
+
+
+def die_with_launcher(launch: Launch) -> None:
+    """Asks Linux to kill this rank when its launcher dies, so that no orphan goes on writing."""
+    if launch.launcher == "python" or not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Sums a tensor over all ranks in place, and returns it."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def sum_count(count: int) -> int:
+    """The sum over ranks of a number that lives on the host; does not wait for the GPU."""
+    return int(sum_over_ranks(torch.tensor(count, dtype=torch.int64)).item())
+
+
+def from_main(value: Any) -> Any:
+    """What rank 0 holds (any picklable value), on every rank; the others' argument is ignored."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def barrier() -> None:
+    """Waits for all ranks, over CPU (gloo), so that it never depends on the GPU's queue."""
+    sum_count(0)
+
+
+def _tcp_address(launch: Launch) -> str:
+    return f"tcp://{launch.master_addr}:{launch.master_port}"
+
+
+def _slurm_port(env: Mapping[str, str]) -> int:
+    """A port that differs between the jobs and steps that may share a node, below Linux's ephemeral range."""
+    return 15000 + (int(env.get("SLURM_JOB_ID", 0)) * 31 + int(env["SLURM_STEP_ID"])) % 15000

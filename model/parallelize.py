@@ -1,0 +1,126 @@
+"""Sharding: how one decoder is spread over the ranks, in a fixed order, without the model knowing.
+
+`parallelize` takes a decoder built on the meta device and gives it activation checkpointing, then FSDP2 with fp32
+master weights, layer by layer; the caller then allocates (`to_empty`) and fills the shards. The gradient's norm and the
+switches between micro-steps live here too, since they depend on the sharding.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class ParallelOptions:
+    """`data_parallel`: fsdp (parameters, gradients and optimizer sharded, parameters gathered again for the backward),
+    sdp (parameters stay gathered from forward to backward: faster, more memory), hsdp (fsdp within groups of
+    `hsdp_shard_size` ranks, replicated between them). Master weights are fp32 under every `precision`."""
+
+    data_parallel: str = "fsdp"
+    hsdp_shard_size: int = 0  # 0: the ranks of one node
+    precision: str = "bf16"
+    grad_precision: str = "fp32"
+    checkpointing: bool = False
+
+    def problems(self, world_size: int, local_world_size: int) -> list[str]:
+        """What is wrong with these options for so many ranks, one sentence each."""
+        found = []
+        if self.precision == "fp16":
+            found.append(
+                "--precision fp16 is not supported: it overflows above 65,504 and underflows without loss scaling, "
+                "which is not done here; --precision bf16 has the range of fp32 at the same cost"
+            )
+        if self.grad_precision == "fp16":
+            found.append("--grad_precision fp16 is not supported: sums of gradients overflow; use fp32 or bf16")
+        if self.data_parallel == "hsdp":
+            size = self.hsdp_shard_size or local_world_size
+            if size < 1 or world_size % size:
+                found.append(
+                    f"--hsdp_shard_size must divide the number of ranks ({world_size}), got {size}; "
+                    "choose a divisor or use --data_parallel fsdp"
+                )
+        elif self.hsdp_shard_size:
+            found.append(f"--hsdp_shard_size {self.hsdp_shard_size} has a meaning only with --data_parallel hsdp")
+        return found
+
+
+def build_mesh(options: ParallelOptions, device_type: str, local_world_size: int) -> DeviceMesh:
+    """The mesh of all ranks: one dimension `shard`, or `replicate` x `shard` under hsdp."""
+    world_size = dist.get_world_size()
+    if options.data_parallel != "hsdp":
+        return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
+    size = options.hsdp_shard_size or local_world_size
+    return init_device_mesh(device_type, (world_size // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def set_matmul_precision(precision: str) -> None:
+    """Lets fp32 matrix products run in TF32 on GPUs that have it, unless `fp32` asks for every bit."""
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+
+
+def parallelize(model: nn.Module, mesh: DeviceMesh, options: ParallelOptions) -> nn.Module:
+    """Shards a decoder (`model.model.layers`, `.embed_tokens`, `.norm`, `lm_head`) in place, and returns it.
+
+    Gradients are summed over the ranks, not averaged: the loss is already divided by the targets of the whole step.
+    """
+    decoder = model.model
+    if options.checkpointing:
+        for index, layer in enumerate(decoder.layers):
+            decoder.layers[index] = checkpoint_wrapper(layer)
+
+    policy = MixedPrecisionPolicy(
+        param_dtype=DTYPES[options.precision], reduce_dtype=DTYPES[options.grad_precision], cast_forward_inputs=True
+    )
+    sharding = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": options.data_parallel != "sdp"}
+    for layer in decoder.layers:
+        fully_shard(layer, **sharding)
+    fully_shard(decoder.embed_tokens, **sharding)
+    # The head is the last of the forward and the first of the backward: gathered once for both.
+    fully_shard([decoder.norm, model.lm_head], **{**sharding, "reshard_after_forward": False})
+    fully_shard(model, **sharding)
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # A plain sum: gloo has no premultiplied one, and NCCL's mean is not to be trusted with a single rank.
+            module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def begin_micro_step(model: nn.Module, options: ParallelOptions, is_last: bool) -> None:
+    """To be called before each micro-step's forward.
+
+    Gradients are reduce-scattered in every micro-step (to keep them whole would cost 26 GiB at 7B); under hsdp the sum
+    over the replicas waits for the last one.
+    """
+    model.set_is_last_backward(is_last)
+    if options.data_parallel == "hsdp":
+        model.set_requires_all_reduce(is_last)
+
+
+def clip_grad_norm(model: nn.Module, mesh: DeviceMesh, max_norm: float) -> torch.Tensor:
+    """The L2 norm of the whole gradient (fp32 scalar on the device), after which the gradient is scaled to `max_norm`.
+
+    `max_norm` of 0 or less only measures. One collective over the local shards; nothing waits for the host.
+    """
+    gradients = [_local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+    squares = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)).square().sum()
+    group = mesh.get_group("shard")
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(squares, group=group)
+    norm = squares.sqrt()
+    if max_norm > 0:
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,174 @@
+"""When to save, what is whole, which checkpoint a run goes on from, and the lock."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from model import checkpoint
+from model.checkpoint import (
+    CheckpointOptions,
+    Position,
+    TrainerState,
+    describe_changes,
+    due_checkpoint,
+    find_newest,
+    find_start,
+    lock_output_dir,
+    read_state,
+    remove_old,
+)
+
+ROOT = Path(__file__).parents[1]
+
+
+def make_checkpoint(folder: Path, global_step: int) -> Path:
+    """A folder as `save_checkpoint` leaves it, with one small file in place of the shards."""
+    folder.mkdir(parents=True)
+    (folder / "shards").write_bytes(b"12345")
+    state = TrainerState(Position(0, global_step, global_step), units_per_step=2, world_size=1, options={})
+    checkpoint._seal(folder, state)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("step", "is_last", "expected"),
+    [
+        (1, False, None),
+        (3, False, "epoch0-iter6"),  # micro-step 5 is reached within step 3
+        (4, False, None),
+        (5, False, "epoch0-iter10"),
+        (7, True, "epoch0-iter14"),
+        (9, False, "epoch0"),
+        (9, True, "epoch0"),
+    ],
+)
+def test_due_checkpoint(step, is_last, expected):
+    options = CheckpointOptions(Path("out"), save_iteration_interval=5)
+    assert due_checkpoint(options, 0, step, num_steps=9, micro_steps=2, is_last=is_last) == expected
+
+
+def test_due_checkpoint_every_second_epoch_or_never():
+    options = CheckpointOptions(Path("out"), save_interval=2, save_iteration_interval=0)
+    assert [due_checkpoint(options, epoch, 9, 9, 1, is_last=epoch == 4) for epoch in range(5)] == [
+        *(None, "epoch1", None, "epoch3", "epoch4")
+    ]
+    never = CheckpointOptions(Path("out"), save_interval=0, save_iteration_interval=0)
+    assert due_checkpoint(never, 0, 9, 9, 1, is_last=False) is None
+    assert due_checkpoint(never, 0, 9, 9, 1, is_last=True) == "epoch0"
+
+
+def test_read_state_gives_back_what_was_sealed(tmp_path):
+    folder = make_checkpoint(tmp_path / "epoch0", 7)
+    state = read_state(folder)
+    assert state.position == Position(0, 7, 7) and state.files == {"shards": 5}
+    assert asdict(state)["units_per_step"] == 2
+
+
+def test_read_state_says_why_a_folder_is_not_whole(tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint folder"):
+        read_state(tmp_path / "nothing")
+    folder = make_checkpoint(tmp_path / "epoch0", 7)
+    (folder / "shards").write_bytes(b"123")
+    with pytest.raises(ValueError, match="shards has 3 bytes instead of 5"):
+        read_state(folder)
+    (folder / "shards").unlink()
+    with pytest.raises(ValueError, match="shards is missing"):
+        read_state(folder)
+    (folder / "trainer_state.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_state(folder)
+    (folder / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match="has no trainer_state.json"):
+        read_state(folder)
+
+
+def test_find_newest_goes_by_position_and_names_what_it_skips(tmp_path):
+    make_checkpoint(tmp_path / "epoch0-iter90", 9)
+    make_checkpoint(tmp_path / "epoch0-iter100", 10)
+    (make_checkpoint(tmp_path / "epoch1", 20) / "shards").unlink()
+    newest, skipped = find_newest(tmp_path)
+    assert newest == tmp_path / "epoch0-iter100"
+    assert len(skipped) == 1 and "epoch1 is not whole: shards is missing" in skipped[0]
+    assert find_newest(tmp_path / "absent") == (None, [])
+
+
+def test_find_start(tmp_path):
+    elsewhere = make_checkpoint(tmp_path / "other" / "epoch0", 5)
+    options = CheckpointOptions(tmp_path / "out", resume_path=elsewhere)
+    assert find_start(options)[0] == elsewhere
+    own = make_checkpoint(tmp_path / "out" / "epoch0", 3)
+    start, notes = find_start(options)
+    assert start == own and "already on its way" in notes[0]
+    assert find_start(CheckpointOptions(tmp_path / "out"))[0] == own
+    assert find_start(CheckpointOptions(tmp_path / "new"))[0] is None
+
+
+def test_problems(tmp_path):
+    out = tmp_path / "out"
+    old, new = make_checkpoint(out / "epoch0", 5), make_checkpoint(out / "epoch1", 10)
+    assert not CheckpointOptions(out).problems()
+    assert not CheckpointOptions(out, auto_resume=False, resume_path=new).problems()
+    assert "holds checkpoints of an earlier run (epoch1)" in CheckpointOptions(out, auto_resume=False).problems()[0]
+    assert f"is older than {new}" in CheckpointOptions(out, resume_path=old).problems()[0]
+    (problem,) = CheckpointOptions(tmp_path / "new", resume_path=tmp_path / "none").problems()
+    assert problem.startswith("--resume_path: there is no checkpoint folder") and "--init_from" in problem
+    (tmp_path / "file").touch()
+    assert "is a file" in CheckpointOptions(tmp_path / "file").problems()[0]
+
+
+def test_remove_old_keeps_the_furthest(tmp_path):
+    for step in (1, 2, 3):
+        make_checkpoint(tmp_path / f"epoch{step}", step)
+    (tmp_path / "epoch9").mkdir()  # not whole: not counted, not touched
+    remove_old(tmp_path, keep=0)
+    assert len(list(tmp_path.iterdir())) == 4
+    remove_old(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch2", "epoch3", "epoch9"]
+
+
+def test_lock_clears_debris_and_names_a_sealed_save(tmp_path):
+    (tmp_path / ".saving-epoch1").mkdir()
+    make_checkpoint(tmp_path / ".saving-epoch0", 4)
+    (tmp_path / ".replaced-epoch0").mkdir()
+    lock_output_dir(tmp_path).close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "epoch0"]
+    assert read_state(tmp_path / "epoch0").position.global_step == 4
+
+
+def test_publish_replaces_a_folder_of_the_same_name(tmp_path):
+    make_checkpoint(tmp_path / "epoch0", 1)
+    checkpoint._publish(make_checkpoint(tmp_path / ".saving-epoch0", 2), tmp_path / "epoch0")
+    assert read_state(tmp_path / "epoch0").position.global_step == 2
+    assert os.listdir(tmp_path) == ["epoch0"]
+
+
+def test_lock_keeps_a_second_process_out(tmp_path, monkeypatch):
+    hold = f"""
+import sys, time
+from pathlib import Path
+from model.checkpoint import lock_output_dir
+file = lock_output_dir(Path({str(tmp_path)!r}))
+print("held", flush=True)
+sys.stdin.read()
+"""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    monkeypatch.setattr(checkpoint, "LOCK_PATIENCE_S", 0.5)
+    with pytest.raises(ValueError, match="another run writes to"):
+        lock_output_dir(tmp_path)
+    holder.kill()
+    holder.wait()
+    lock_output_dir(tmp_path).close()
+
+
+def test_describe_changes():
+    saved = json.loads(json.dumps({"seed": 0, "data_config": "a.yaml", "batch_size": 2}))
+    now = dict.fromkeys(checkpoint.OPTIONS_TO_KEEP) | {"seed": 1, "data_config": Path("a.yaml"), "batch_size": 2}
+    assert describe_changes(saved, now) == ["careful: --seed was 0 before and is 1 now"]

@@ -1,0 +1,66 @@
+"""The learning-rate curve, and which parameters weight decay touches."""
+
+import math
+
+import pytest
+import torch
+
+from model.chameleon import build_config, build_model
+from model.optim import OptimOptions, build_optimizer, lr_at, set_lr, split_by_decay
+
+OPTIONS = OptimOptions(lr=1.0, min_lr=0.1, warmup_epochs=0.5, epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "expected"),
+    [(0.0, 0.0), (0.25, 0.5), (0.5, 1.0), (1.25, 0.55), (2.0, 0.1), (3.0, 0.1), (1.0, 0.1 + 0.45 * 1.5)],
+)
+def test_lr_at(epoch, expected):
+    assert lr_at(epoch, OPTIONS) == pytest.approx(expected)
+
+
+def test_lr_at_without_warmup_starts_at_lr():
+    assert lr_at(0.0, OptimOptions(lr=2e-5, warmup_epochs=0.0)) == 2e-5
+
+
+def test_lr_at_is_constant_when_min_lr_is_lr():
+    options = OptimOptions(lr=2e-5, min_lr=2e-5, warmup_epochs=0.01, epochs=2)
+    assert {lr_at(epoch, options) for epoch in (0.01, 0.3, 1.7, 2.0)} == {2e-5}
+
+
+def test_lr_at_is_only_warmup():
+    options = OptimOptions(lr=1.0, warmup_epochs=1.0, epochs=1)
+    assert lr_at(0.5, options) == 0.5
+    assert lr_at(1.0, options) == 0.0
+
+
+def test_split_by_decay_takes_matrices_only():
+    model = build_model(build_config("tiny", vocab_size=64))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, kept = split_by_decay(model.named_parameters(), decay_all=False)
+    assert len(decayed) + len(kept) == len(names)
+    assert all("norm" in names[id(parameter)] for parameter in kept)
+    assert "model.layers.0.self_attn.q_norm.weight" in {names[id(parameter)] for parameter in kept}
+    assert not any("norm" in names[id(parameter)] for parameter in decayed)
+    assert len(split_by_decay(model.named_parameters(), decay_all=True)[1]) == 0
+
+
+def test_build_optimizer_follows_adamw():
+    """One step of two parameters against the update rule by hand (Loshchilov and Hutter, 2019)."""
+    module = torch.nn.Module()
+    module.matrix = torch.nn.Parameter(torch.full((2, 2), 3.0))
+    module.norm = torch.nn.Parameter(torch.full((2,), 3.0))
+    optimizer = build_optimizer(module, OptimOptions(wd=0.5))
+    set_lr(optimizer, 0.1)
+    for parameter in (module.matrix, module.norm):
+        parameter.grad = torch.full_like(parameter, 2.0)
+    optimizer.step()
+    moved = 0.1 * 2.0 / (math.sqrt(2.0**2) + 1e-8)
+    assert torch.allclose(module.matrix, torch.full((2, 2), 3.0 * (1 - 0.1 * 0.5) - moved))
+    assert torch.allclose(module.norm, torch.full((2,), 3.0 - moved))
+
+
+def test_problems_are_all_told():
+    problems = OptimOptions(lr=-1.0, min_lr=1.0, warmup_epochs=5.0, epochs=0, wd=-1.0).problems()
+    assert len(problems) == 5
+    assert not OPTIONS.problems()

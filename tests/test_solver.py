@@ -1,0 +1,282 @@
+"""The training script: bad input, whole runs, and runs that are killed and go on, alone and with real ranks."""
+
+import pytest
+import small_run
+import torch
+from small_run import call_main, kill_when, losses, read_lines, run_solver, solver_args, train
+
+from finetune_solver import Options, build_parser, resolve_model
+from model.checkpoint import read_state
+from model.convert import load_pretrained
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("task")
+    small_run.write_small_task(folder)
+    return folder
+
+
+def weights(checkpoint):
+    return (checkpoint / "model.safetensors").read_bytes()
+
+
+def train_here(task, output_dir, **changes):
+    """Runs in this process, one rank; returns the losses by step."""
+    assert call_main(solver_args(task, output_dir, **changes)) == (0, "")
+    return losses(output_dir)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data_config": "missing.yaml"}, "data config missing.yaml does not exist"),
+        ({"data_config": "EMPTY"}, "has no items"),
+        ({"max_seq_len": 10}, "--max_seq_len 10"),
+        ({"resume_path": "nowhere"}, "there is no checkpoint folder nowhere"),
+        ({"init_from": "no/such/folder"}, "there is no checkpoint folder no/such/folder"),
+        ({"init_from": None, "model_size": "tiny"}, "needs --tokenizer DIR"),
+        ({"tokenizer": "no/such/tokenizer"}, "no tokenizer no/such/tokenizer"),
+        ({"precision": "fp16"}, "--precision fp16 is not supported: it overflows"),
+        ({"model_parallel_size": 2}, "--model_parallel_size must be 1"),
+        ({"batch_size": 0}, "--batch_size must be at least 1, got 0"),
+        ({"data_parallel": "hsdp", "hsdp_shard_size": 3}, "must divide the number of ranks (1), got 3"),
+        ({"epochs": "two"}, "argument --epochs: invalid int value: 'two'"),
+        ({"batch_sise": 2}, "unrecognized arguments: --batch_sise 2; did you mean --batch_size?"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_told_in_one_message_and_leaves_nothing(task, tmp_path, changes, said):
+    if changes.get("data_config") == "EMPTY":
+        (tmp_path / "record.json").write_text("[]")
+        (tmp_path / "empty.yaml").write_text("META:\n  - path: record.json\n")
+        changes = {"data_config": tmp_path / "empty.yaml"}
+    code, message = call_main(solver_args(task, tmp_path / "out", **changes))
+    assert code == 2 and said in message, message
+    assert message.startswith("finetune_solver.py: ") and "Traceback" not in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_problems_are_told_at_once(task, tmp_path):
+    changes = {"lr": -1, "data_config": "missing.yaml", "accum_iter": 0, "dropout": 2}
+    code, message = call_main(solver_args(task, tmp_path / "out", **changes))
+    assert code == 2
+    for said in ("--lr must be above 0", "missing.yaml", "--accum_iter must be", "--dropout must lie"):
+        assert message.count(said) == 1
+
+
+@pytest.mark.slow
+def test_bad_input_is_told_once_by_all_ranks(task, tmp_path):
+    done = run_solver(2, solver_args(task, tmp_path / "out", data_config="missing.yaml"))
+    assert done.returncode != 0
+    assert done.stderr.count("data config missing.yaml does not exist") == 1
+    assert not (tmp_path / "out").exists()
+
+
+# Options
+
+
+def test_recipe_spellings_and_defaults():
+    parser = build_parser()
+    given = "--unmask_image_logits --no_auto_resume --no_pin_mem --disable_length_clustering --no_packing"
+    options = Options.from_namespace(parser.parse_args(["--data_config", "c", *given.split()]))
+    assert not options.model.mask_image_logits and not options.checkpoint.auto_resume and not options.data.pin_mem
+    assert not options.data.length_clustering
+    options = Options.from_namespace(parser.parse_args("--data_config c".split()))
+    assert options.checkpoint.auto_resume and options.data.pin_mem and options.data.length_clustering
+    assert (options.data.batch_size, options.data.accum_iter, options.optim.clip_grad) == (4, 4, 4.0)
+
+
+def test_resolve_model(task):
+    def resolve(*flags):
+        return resolve_model(Options.from_namespace(build_parser().parse_args(["--data_config", "c", *flags])).model)
+
+    assert resolve() == ("Alpha-VLLM/Chameleon_7B_mGPT", "Alpha-VLLM/Lumina-mGPT-7B-768")
+    assert resolve("--model_size", "tiny") == (None, None)
+    assert resolve("--model_size", "tiny", "--tokenizer", "t") == (None, "t")
+    init = str(task / "init")
+    assert resolve("--init_from", init) == (init, init)
+    assert resolve("--init_from", init, "--tokenizer", "t") == (init, "t")
+
+
+# One plain process
+
+
+def test_plain_run_learns_and_leaves_a_checkpoint_that_loads(task, tmp_path):
+    out = tmp_path / "out"
+    by_step = train_here(task, out)
+    assert list(by_step) == list(range(1, 25))
+    assert sum(by_step[step] for step in range(19, 25)) < sum(by_step[step] for step in range(1, 7)) - 3
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "epoch0", "epoch1", "metrics.jsonl"]
+    line = read_lines(out)[-1]
+    assert line["epoch"] == 2.0 and line["num_valid_tokens"] > 0 and line["tokens_per_s"] > 0
+    assert line["loss"] == pytest.approx(line["ce"] + 1e-5 * line["z_loss"])
+
+    state = read_state(out / "epoch1")
+    assert (state.position.epoch, state.position.step, state.position.global_step) == (2, 0, 24)
+    model = load_pretrained(out / "epoch1")
+    assert model.lm_head.weight.dtype == torch.float32
+    assert (out / "epoch1" / "tokenizer.json").is_file()
+
+
+def test_fresh_model_of_a_named_size(task, tmp_path):
+    fresh = {"init_from": None, "model_size": "tiny", "tokenizer": task / "init"}
+    assert len(train_here(task, tmp_path / "out", max_steps=2, **fresh)) == 2
+    assert load_pretrained(tmp_path / "out" / "epoch0-iter2").config.hidden_size == 256
+
+
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [
+        ({"checkpointing": True}, 0.0),
+        ({"data_parallel": "sdp"}, 0.0),
+        ({"data_parallel": "hsdp"}, 0.0),
+        ({"precision": "tf32"}, 0.0),
+        ({"num_workers": 2}, 0.0),
+        ({"batch_size": 1, "accum_iter": 2}, 1e-5),
+        ({"precision": "bf16"}, 0.05),
+        ({"precision": "bf16", "checkpointing": True, "grad_precision": "bf16"}, 0.05),
+    ],
+    ids=str,
+)
+def test_ways_of_computing_agree(task, tmp_path, changes, tolerance):
+    expected = train_here(task, tmp_path / "plain", max_steps=6)
+    found = train_here(task, tmp_path / "other", max_steps=6, **changes)
+    assert found == pytest.approx(expected, rel=tolerance, abs=0)
+
+
+def test_packing_and_clustering_train_the_same_items(task, tmp_path):
+    for number, changes in enumerate(({"packing": True}, {"disable_length_clustering": True})):
+        lines = train_here(task, tmp_path / str(number), epochs=1, **changes) and read_lines(tmp_path / str(number))
+        targets = sum(line["num_valid_tokens"] for line in lines)
+        plain = train_here(task, tmp_path / f"plain{number}", epochs=1) and read_lines(tmp_path / f"plain{number}")
+        assert targets == sum(line["num_valid_tokens"] for line in plain)
+
+
+def test_loss_norm_micro_batch_is_another_gradient(task, tmp_path):
+    uneven = {"max_steps": 6, "accum_iter": 2, "batch_size": 1, "disable_length_clustering": True}
+    expected = train_here(task, tmp_path / "global", **uneven)
+    found = train_here(task, tmp_path / "micro", loss_norm="micro_batch", **uneven)
+    assert found[1] == expected[1] and found[6] != expected[6]
+
+
+def test_log_interval_averages_over_targets(task, tmp_path):
+    every = train_here(task, tmp_path / "every", max_steps=6) and read_lines(tmp_path / "every")
+    third = train_here(task, tmp_path / "third", max_steps=6, log_interval=3) and read_lines(tmp_path / "third")
+    assert [line["step"] for line in third] == [3, 6]
+    targets = [line["num_valid_tokens"] for line in every[:3]]
+    total = sum(line["loss"] * count for line, count in zip(every[:3], targets, strict=True))
+    assert third[0]["num_valid_tokens"] == sum(targets)
+    assert third[0]["loss"] == pytest.approx(total / sum(targets))
+
+
+def test_max_steps_ends_well_and_more_steps_go_on(task, tmp_path):
+    whole = train_here(task, tmp_path / "whole", max_steps=16, dropout=0.1)
+    parts = train_here(task, tmp_path / "parts", max_steps=5, dropout=0.1)
+    assert list(parts) == [1, 2, 3, 4, 5] and (tmp_path / "parts" / "epoch0-iter5").is_dir()
+    parts = train_here(task, tmp_path / "parts", max_steps=16, dropout=0.1)
+    assert parts == whole
+    assert weights(tmp_path / "parts" / "epoch1-iter4") == weights(tmp_path / "whole" / "epoch1-iter4")
+
+
+def test_second_run_has_nothing_left_to_do(task, tmp_path, capsys):
+    train_here(task, tmp_path / "out", max_steps=2)
+    before = (tmp_path / "out" / "metrics.jsonl").read_bytes()
+    train_here(task, tmp_path / "out", max_steps=2)
+    assert "nothing left to train" in capsys.readouterr().out
+    assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_skips_a_damaged_checkpoint_and_says_so(task, tmp_path, capsys):
+    out = tmp_path / "out"
+    whole = train_here(task, out, max_steps=8, save_iteration_interval=3)
+    assert sorted(path.name for path in out.glob("epoch*")) == ["epoch0-iter6", "epoch0-iter8"], "two are kept"
+    next((out / "epoch0-iter8" / "training_state").glob("*.distcp")).unlink()
+    capsys.readouterr()
+    assert train_here(task, out, max_steps=8, save_iteration_interval=3) == whole
+    said = capsys.readouterr().out
+    assert "epoch0-iter8 is not whole: training_state/__0_0.distcp is missing" in said
+    assert f"going on from {out / 'epoch0-iter6'} after step 6" in said
+    assert read_state(out / "epoch0-iter8").position.global_step == 8, "the damaged one was replaced"
+
+
+def test_resume_path_from_elsewhere_and_changed_options(task, tmp_path, capsys):
+    whole = train_here(task, tmp_path / "out", max_steps=6, save_iteration_interval=4)
+    start = tmp_path / "out" / "epoch0-iter4"
+    found = train_here(task, tmp_path / "new", max_steps=6, resume_path=start)
+    assert found == {step: loss for step, loss in whole.items() if step > 4}
+    capsys.readouterr()
+    train_here(task, tmp_path / "newer", max_steps=5, resume_path=start, accum_iter=3, seed=1)
+    said = capsys.readouterr().out
+    assert "a step keeps its 1 rows, not accum_iter x ranks = 3" in said
+    assert "careful: --seed was 0 before and is 1 now" in said
+
+
+def test_no_auto_resume_refuses_a_used_folder(task, tmp_path):
+    train_here(task, tmp_path / "out", max_steps=1)
+    code, message = call_main(solver_args(task, tmp_path / "out", no_auto_resume=True))
+    assert code == 2 and "holds checkpoints of an earlier run (epoch0-iter1)" in message
+
+
+def test_default_start_zeroes_the_image_head(task, tmp_path, monkeypatch):
+    """The recipe's default sizes, with a small folder in place of the hub's 7B."""
+    import finetune_solver
+
+    monkeypatch.setitem(finetune_solver.DEFAULT_STARTS, "7B", str(task / "init"))
+    monkeypatch.setattr(finetune_solver, "DEFAULT_TOKENIZER", str(task / "tokenizer"))
+    train_here(task, tmp_path / "out", init_from=None, max_steps=1)
+    model = load_pretrained(tmp_path / "out" / "starting_point")
+    rows = model.image_token_ids(torch.device("cpu"))
+    assert not model.lm_head.weight[rows].any() and model.lm_head.weight.any()
+
+
+# Several ranks
+
+
+@pytest.mark.slow
+def test_two_ranks_train_what_one_does(task, tmp_path):
+    expected = train_here(task, tmp_path / "one", accum_iter=2, batch_size=1)
+    train(2, solver_args(task, tmp_path / "two", accum_iter=1, batch_size=1))
+    assert losses(tmp_path / "two") == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_killed_run_goes_on_as_if_nothing_had_been(task, tmp_path, precision):
+    """SIGKILL to the launcher alone, twice, then the same command: same losses and weights, bit for bit."""
+    changes = {"batch_size": 1, "precision": precision, "dropout": 0.1, "save_iteration_interval": 3, "num_workers": 1}
+    train(2, solver_args(task, tmp_path / "whole", **changes))
+    out = tmp_path / "killed"
+    args = solver_args(task, out, **changes)
+    kill_when(2, args, lambda: (out / "epoch0-iter3").is_dir())
+    kill_when(2, args, lambda: (out / "epoch0-iter9").is_dir() or any(out.glob(".saving-epoch0-iter9")))
+    train(2, args)
+    assert losses(out) == losses(tmp_path / "whole")
+    assert weights(out / "epoch1") == weights(tmp_path / "whole" / "epoch1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
+def test_resume_on_another_number_of_ranks(task, tmp_path, before, after):
+    def args(output_dir, ranks, **changes):
+        return solver_args(task, output_dir, batch_size=1, accum_iter=2 // ranks, max_steps=14, **changes)
+
+    train(before, args(tmp_path / "whole", before))
+    out = tmp_path / "out"
+    train(before, args(out, before, save_iteration_interval=5) + ["--max_steps", "4"])
+    said = train(after, args(out, min(after, 2)))
+    assert ("a step keeps its 2 rows" in said) == (after == 3)
+    assert losses(out) == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_hsdp_and_sdp_on_real_ranks(task, tmp_path):
+    expected = train_here(task, tmp_path / "one", accum_iter=4, batch_size=1, max_steps=4)
+    hsdp = {"data_parallel": "hsdp", "hsdp_shard_size": 1, "accum_iter": 2}
+    train(2, solver_args(task, tmp_path / "hsdp", batch_size=1, max_steps=4, **hsdp))
+    train(2, solver_args(task, tmp_path / "sdp", batch_size=1, max_steps=4, data_parallel="sdp", accum_iter=2))
+    assert losses(tmp_path / "hsdp") == pytest.approx(expected, rel=1e-4)
+    assert losses(tmp_path / "sdp") == pytest.approx(expected, rel=1e-4)
