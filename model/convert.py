@@ -46,9 +46,13 @@ _IGNORED = (VQGAN_PREFIX, "model.rotary_emb.")
 _WRAPPER_PARTS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # of activation checkpointing and torch.compile
 
 
-def resolve_checkpoint(dir_or_hub_id: str | os.PathLike) -> Path:
+def resolve_checkpoint(dir_or_hub_id: str | os.PathLike, with_weights: bool = True) -> Path:
     """
     The folder of a checkpoint; a hub id is downloaded (or found in the local cache).
+
+    Args:
+        dir_or_hub_id: a folder, or the name/name of a model of the hub.
+        with_weights: whether its weights are needed too (of a folder nothing is fetched in any case).
 
     Raises:
         FileNotFoundError: neither a folder nor a hub id that can be fetched.
@@ -61,8 +65,9 @@ def resolve_checkpoint(dir_or_hub_id: str | os.PathLike) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+        patterns = ["*.json", "*.jinja"] + ["*.safetensors"] * with_weights
         try:
-            return Path(snapshot_download(str(dir_or_hub_id), allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
+            return Path(snapshot_download(str(dir_or_hub_id), allow_patterns=patterns))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise FileNotFoundError(
                 f"{dir_or_hub_id} is not a folder here, and could not be fetched from the hub: {error}"
@@ -78,7 +83,7 @@ def load_config(dir_or_hub_id: str | os.PathLike, **overrides: Any) -> Chameleon
         FileNotFoundError: no such checkpoint, or no `config.json` in it.
         ValueError: it is not Chameleon's.
     """
-    folder = resolve_checkpoint(dir_or_hub_id)
+    folder = resolve_checkpoint(dir_or_hub_id, with_weights=False)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json: it is not a checkpoint.")
     values, _ = ChameleonXLLMXConfig.get_config_dict(folder)
@@ -287,7 +292,7 @@ def regroup_head_norm(name: str, tensor: torch.Tensor, num_rows: int) -> torch.T
 
 def copy_tokenizer_files(tokenizer_dir: str | os.PathLike, out_dir: str | os.PathLike) -> None:
     """Copy what a tokenizer is made of from a folder or hub id (nothing, if the folder has none)."""
-    source = resolve_checkpoint(tokenizer_dir)
+    source = resolve_checkpoint(tokenizer_dir, with_weights=False)
     for file_name in TOKENIZER_FILES:
         if (source / file_name).is_file():
             shutil.copyfile(source / file_name, Path(out_dir) / file_name)
