@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+MAX_ID = np.iinfo(np.int32).max
+
 
 @dataclass(frozen=True, eq=False)
 class TokenItem:
@@ -62,7 +64,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _as_ids(values: object, path: str | os.PathLike, key: str) -> np.ndarray:
-    array = np.asarray(values) if isinstance(values, list) and values else np.zeros(0, dtype=np.float64)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ValueError(f"token file {path}: '{key}' must be a list of integers that is not empty")
-    return array.astype(np.int32)
+    are_integers = isinstance(values, list) and set(map(type, values)) == {int}
+    if not are_integers or min(values) < -MAX_ID or max(values) > MAX_ID:
+        raise ValueError(f"token file {path}: '{key}' must be a list of integers of 32 bits that is not empty")
+    return np.array(values, dtype=np.int32)
