@@ -11,6 +11,7 @@ Then `concat_record.py` merges the sub-records. Started again, a worker goes on 
 """
 
 import hashlib
+import os
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,8 @@ from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
 
 from data import item_processor  # noqa: E402
 from data.conversation import Conversation, FormatError, ItemError  # noqa: E402
@@ -109,6 +112,7 @@ def build_worker(options: Options) -> Worker:
     vqgan = load_vqgan(options.vqgan_dir, device=options.device)
     _check_vqgan(vqgan, vocab, options)
     encoder = processor.image_encode = ImageEncoder(vqgan, options.precision, options.batch_size)
+    _share_cores(options)
     options.out_dir.mkdir(parents=True, exist_ok=True)
     settle_manifest(options.out_dir, manifest)
     first_id, stop_id = (num_items * part // options.splits for part in (options.rank, options.rank + 1))
@@ -208,6 +212,12 @@ def write_item(log: WorkerLog, processor: ItemProcessor, item: PreparedItem | Re
         done = processor.finish(item, codes)
         image_len = processor.trailing_image_len(done["token"], done["label"])
         log.add_item(done["token"], done["label"], item.id, image_len)
+
+
+def _share_cores(options: Options) -> None:
+    """Workers of one machine that each take all of its cores slow each other down many times over."""
+    if options.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.splits))
 
 
 def _check_vqgan(vqgan: VQGAN, vocab: ChameleonVocab, options: Options) -> None:
