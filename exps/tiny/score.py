@@ -84,8 +84,9 @@ def score_answer(prompt: Prompt, text: str, pictures: list[Image.Image]) -> Scor
 
 
 def answer_all(solver, prompts: dict[str, list[Prompt]], max_gen_len: int) -> dict[str, list[Scored]]:
-    """Greedy answers, in batches, of every set."""
+    """Greedy answers, in batches, of every set; without guidance, which hurts at this size."""
     scored = {}
+    sampling = solver.create_logits_processor(cfg=1.0)
     for name, questions in prompts.items():
         requests = [
             {
@@ -94,7 +95,7 @@ def answer_all(solver, prompts: dict[str, list[Prompt]], max_gen_len: int) -> di
             }
             for prompt in questions
         ]
-        answers = solver.generate_many(requests, max_gen_len=max_gen_len, temperature=0.0, desc=name)
+        answers = solver.generate_many(requests, max_gen_len, 0.0, sampling, desc=name)
         scored[name] = [score_answer(p, *answer) for p, answer in zip(questions, answers, strict=True)]
     return scored
 
