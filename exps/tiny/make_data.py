@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from exps.tiny.scenes import Scene, all_scenes, caption, draw, random_edit, random_scene  # noqa: E402
 
 CAPTION_REQUEST = "Describe the image."
-KIND_WEIGHTS = {"text_to_image": 0.35, "image_to_text": 0.15, "edit": 0.35, "text_to_image_and_edit": 0.15}
+KIND_WEIGHTS = {"text_to_image": 0.25, "image_to_text": 0.25, "edit": 0.35, "text_to_image_and_edit": 0.15}
 
 
 def build_item(kind: str, rng: random.Random) -> tuple[list[str], list[Scene]]:

@@ -24,8 +24,6 @@ from exps.tiny.contact_sheet import Section, Tile, draw_contact_sheet  # noqa: E
 from exps.tiny.make_data import CAPTION_REQUEST  # noqa: E402
 from exps.tiny.scenes import SCENE_PIXELS, Scene, all_scenes, caption, draw, random_edit, random_scene, read  # noqa: E402
 
-MIN_PROMPTS = 96
-
 
 @dataclass
 class Prompt:
@@ -54,20 +52,27 @@ class Scored:
 def build_prompts(num_prompts: int, seed: int) -> dict[str, list[Prompt]]:
     """The four sets, `num_prompts` each, distinct scenes within a set where there are enough."""
     rng = random.Random(seed)
-    seen = rng.sample(all_scenes(), num_prompts)
+    seen, told = _distinct_scenes(num_prompts, rng), _distinct_scenes(num_prompts, rng)
     held_out = rng.sample(all_scenes(held_out=True), min(num_prompts, len(all_scenes(held_out=True))))
     edits = []
     for _ in range(num_prompts):
         scene = random_scene(rng)
         instruction, target = random_edit(scene, rng)
         edits.append(Prompt(instruction, target, image=draw(scene)))
-    told = rng.sample(all_scenes(), num_prompts)
     return {
         "seen": [Prompt(caption(scene), scene) for scene in seen],
         "held_out_pairs": [Prompt(caption(scene), scene) for scene in held_out],
         "edits": edits,
         "captions": [Prompt(CAPTION_REQUEST, scene, image=draw(scene), wants_text=True) for scene in told],
     }
+
+
+def _distinct_scenes(count: int, rng: random.Random) -> list[Scene]:
+    """Distinct scenes of the training world, layouts as often as in the training data."""
+    scenes: dict[Scene, None] = {}
+    while len(scenes) < min(count, len(all_scenes())):
+        scenes[random_scene(rng)] = None
+    return list(scenes)
 
 
 def score_answer(prompt: Prompt, text: str, pictures: list[Image.Image]) -> Scored:

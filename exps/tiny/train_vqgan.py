@@ -1,6 +1,6 @@
 """Train the small VQGAN of the laptop default (f=16, five levels, the class of the 7B's); done once and committed.
 
-    python exps/tiny/train_vqgan.py --steps 2400 --out_dir exps/tiny/vqgan
+    python exps/tiny/train_vqgan.py --steps 2400 --decoder_steps 3000 --out_dir exps/tiny/vqgan
 
 Its codes must be *local*: a decoder that learns from few scenes can compose pairs that it has never seen only if an
 object's codes do not change with what stands beside it. Trained by reconstruction alone the receptive field, which
@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 import sys
-import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from exps.tiny.scenes import SCENE_PIXELS, Scene, all_scenes, draw, read  # noqa: E402
+from exps.tiny.scenes import LAYOUT_WEIGHTS, SCENE_PIXELS, Scene, all_scenes, draw, read  # noqa: E402
 from model.vqgan import VQGAN, image_to_pixels, load_vqgan, pixels_to_image, save_vqgan  # noqa: E402
 
 NUM_CODES = 1024
@@ -41,7 +41,8 @@ CONFIG = ChameleonVQVAEConfig(
 class PatchWorld:
     """All distinct patches of the training scenes, the patches of each scene, and the code that each patch should have.
 
-    `patches` [P, 3, 16, 16] in [-1, 1]; `scene_cells` [S, 4, 4] indices of patches; `codes` [P]; `centres` [K, 768].
+    `patches` [P, 3, 16, 16] in [-1, 1]; `scene_cells` [S, 4, 4] indices of patches; `scene_weights` [S] how often a
+    scene occurs in the training data; `codes` [P]; `centres` [K, 768].
     """
 
     def __init__(self, scenes: list[Scene], generator: torch.Generator):
@@ -50,6 +51,8 @@ class PatchWorld:
         flat, inverse = torch.unique(cells.reshape(-1, 3 * PATCH * PATCH), dim=0, return_inverse=True)
         self.patches = flat.view(-1, 3, PATCH, PATCH)
         self.scene_cells = inverse.view(len(scenes), GRID, GRID)
+        of_layout = Counter(scene.layout for scene in scenes)
+        self.scene_weights = torch.tensor([LAYOUT_WEIGHTS[s.layout] / of_layout[s.layout] for s in scenes])
         self.centres = k_means(flat, NUM_CODES, generator)
         self.codes = torch.cdist(flat, self.centres).argmin(1)
 
@@ -69,9 +72,12 @@ class PatchWorld:
                 quadrants[box] = draw_cells(num_quadrants)[box]
         single = torch.randint(len(self.patches), (num_single, GRID, GRID), generator=generator)
         cells = torch.cat([scenes, quadrants, single])
-        tiles = self.patches[cells]  # [size, 4, 4, 3, 16, 16]
-        pixels = tiles.permute(0, 3, 1, 4, 2, 5).reshape(size, 3, SCENE_PIXELS, SCENE_PIXELS)
-        return pixels, self.codes[cells]
+        return self.assemble(cells), self.codes[cells]
+
+    def assemble(self, cells: Tensor) -> Tensor:
+        """Pixels [B, 3, 64, 64] of indices of patches [B, 4, 4]."""
+        tiles = self.patches[cells]  # [B, 4, 4, 3, 16, 16]
+        return tiles.permute(0, 3, 1, 4, 2, 5).reshape(len(cells), 3, SCENE_PIXELS, SCENE_PIXELS)
 
 
 def k_means(points: Tensor, num_centres: int, generator: torch.Generator, iterations: int = 40) -> Tensor:
@@ -141,6 +147,35 @@ def train(world: PatchWorld, steps: int, batch_size: int, lr: float, generator: 
     return vqgan.eval()
 
 
+def train_decoder(
+    vqgan: VQGAN, world: PatchWorld, steps: int, batch_size: int, lr: float, generator: torch.Generator
+) -> VQGAN:
+    """The same VQGAN with its decoder trained on, on the codes that the frozen encoder gives."""
+    vqgan.requires_grad_(False)
+    decoder = [*vqgan.decoder.parameters(), *vqgan.post_quant_conv.parameters()]
+    for parameter in decoder:
+        parameter.requires_grad_(True)
+    cells = world.scene_cells
+    encoded = torch.cat([vqgan.encode(world.assemble(chunk)) for chunk in cells.split(128)])
+    optimizer = torch.optim.AdamW(decoder, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    progress = tqdm(range(steps), desc="decoder", mininterval=10)
+    for step in progress:
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        chosen = torch.multinomial(world.scene_weights, batch_size, replacement=True, generator=generator)
+        embedded = vqgan.quantize.embedding(encoded[chosen]).permute(0, 3, 1, 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            drawn = vqgan.decode_embedded(embedded).float()
+        error = drawn - world.assemble(cells[chosen])
+        loss = error.abs().mean() + 2 * error.square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(decoder, 1.0)
+        optimizer.step()
+        if step % 25 == 0:
+            progress.set_postfix(l1=f"{error.abs().mean():.4f}")
+    return vqgan.eval()
+
+
 @torch.no_grad()
 def measure(vqgan: VQGAN, world: PatchWorld) -> dict[str, float]:
     """The gates: scenes read right after encode and decode (training and held-out), PSNR, and how local the codes
@@ -164,25 +199,33 @@ def measure(vqgan: VQGAN, world: PatchWorld) -> dict[str, float]:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2400, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2400, help="steps of the whole VQGAN (default: %(default)s)")
+    parser.add_argument("--decoder_steps", type=int, default=3000, help="then of the decoder (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=32, help="pictures a step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of data and weights (default: %(default)s)")
+    parser.add_argument("--init_from", type=Path, help="with --steps 0: folder of the VQGAN whose decoder learns on")
     parser.add_argument("--out_dir", type=Path, default=Path("exps/tiny/vqgan"), help="default: %(default)s")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    if bool(args.steps) == bool(args.init_from):
+        print("give --steps above 0 for a new VQGAN, or --steps 0 with --init_from", file=sys.stderr)
+        return 2
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
-    start = time.time()
     world = PatchWorld(all_scenes(), generator)
     print(f"{len(world.patches)} distinct patches, {len(world.codes.unique())} of {NUM_CODES} codes in use", flush=True)
-    vqgan = train(world, args.steps, args.batch_size, args.lr, generator)
-    minutes = round((time.time() - start) / 60, 1)
+    if args.steps:
+        vqgan = train(world, args.steps, args.batch_size, args.lr, generator)
+    else:
+        vqgan = load_vqgan(args.init_from)
+    if args.decoder_steps:
+        vqgan = train_decoder(vqgan, world, args.decoder_steps, args.batch_size, args.lr, generator)
     save_vqgan(vqgan, args.out_dir)
-    figures = {"steps": args.steps, "minutes": minutes, **measure(load_vqgan(args.out_dir), world)}
+    figures = measure(load_vqgan(args.out_dir), world)
     (args.out_dir / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
     return 0

@@ -1,0 +1,147 @@
+"""The laptop default: scenes and their reader, the data, the tokenizer, and the gates of the committed VQGAN."""
+
+import itertools
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.vocab import ChameleonVocab
+from exps.tiny import make_data, score, train_tokenizer
+from exps.tiny.scenes import (
+    HELD_OUT_PAIRS,
+    OBJECTS,
+    Scene,
+    all_scenes,
+    caption,
+    draw,
+    random_edit,
+    random_scene,
+    read,
+)
+from exps.tiny.train_vqgan import k_means
+from model.vqgan import image_to_pixels, load_vqgan, pixels_to_image
+
+VQGAN_DIR = Path(__file__).parents[1] / "exps" / "tiny" / "vqgan"
+
+
+def test_the_reader_reads_every_drawing():
+    for scene in all_scenes() + all_scenes(held_out=True):
+        assert read(draw(scene)) == scene
+
+
+def test_the_reader_stands_noise_and_refuses_emptiness():
+    rng = np.random.default_rng(0)
+    for scene in all_scenes()[::40]:
+        noisy = np.asarray(draw(scene)) + rng.normal(0, 20, (64, 64, 3))
+        assert read(Image.fromarray(noisy.clip(0, 255).astype(np.uint8))) == scene
+    assert read(Image.new("RGB", (64, 64), (214, 40, 40))) is None
+    assert read(Image.new("RGB", (32, 64))) is None
+
+
+def test_captions_tell_scenes_apart():
+    scenes = all_scenes() + all_scenes(held_out=True)
+    assert len({caption(scene) for scene in scenes}) == len(scenes)
+    assert caption(Scene("three", ("car",) * 3, "white")) == "three cars on a white background"
+
+
+def test_held_out_pairs_are_never_trained_on():
+    assert len(HELD_OUT_PAIRS) == round(0.15 * len(list(itertools.combinations(OBJECTS, 2))))
+    rng = random.Random(0)
+    for _ in range(3000):
+        scene = random_scene(rng)
+        instruction, edited = random_edit(scene, rng)
+        assert not scene.is_held_out and not edited.is_held_out and edited != scene and instruction
+
+
+def test_make_data_writes_the_same_files_twice(tmp_path, capsys):
+    arguments = ["--out_dir", str(tmp_path), "--num_items", "50"]
+    assert make_data.main(arguments) == 0
+    text = (tmp_path / "train.json").read_text()
+    items = json.loads(text)
+    assert len(items) == 50
+    for item in items:
+        symbols = sum(turn["value"].count("<|image|>") for turn in item["conversations"])
+        assert symbols == len(item["image"])
+        assert all((tmp_path / name).is_file() for name in item["image"])
+    assert make_data.main(arguments) == 0
+    assert "already there" in capsys.readouterr().out
+    assert (tmp_path / "train.json").read_text() == text
+    assert make_data.main(["--out_dir", str(tmp_path / "none"), "--num_items", "0"]) == 2
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_tokenizer_has_chameleons_layout():
+    texts = [caption(scene) for scene in all_scenes()[::7]]
+    tokenizer = train_tokenizer.train_tokenizer(texts)
+    vocab = ChameleonVocab.from_tokenizer(tokenizer)
+    assert len(tokenizer) == vocab.vocab_size == train_tokenizer.VOCAB_SIZE
+    assert vocab.num_codes == train_tokenizer.NUM_CODES
+    codes = np.arange(16).reshape(4, 4)
+    assert (vocab.tokens_to_codes(vocab.image_to_tokens(codes)) == codes).all()
+    ids = tokenizer(texts[0], add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == texts[0] and len(ids) < 16
+
+
+def test_k_means_finds_separate_groups():
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.randn(5, 8, generator=generator) * 50
+    points = (groups[:, None] + torch.randn(5, 20, 8, generator=generator)).reshape(-1, 8)
+    nearest = torch.cdist(points, k_means(points, 5, generator)).argmin(1).view(5, 20)
+    assert (nearest == nearest[:, :1]).all() and len(nearest[:, 0].unique()) == 5
+
+
+@pytest.fixture(scope="module")
+def vqgan():
+    return load_vqgan(VQGAN_DIR)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_first_gate_scenes_survive_encode_and_decode(vqgan, held_out):
+    scenes = all_scenes(held_out)[:: 1 if held_out else 4]
+    codes = torch.cat([vqgan.encode(image_to_pixels(draw(scene))[None]) for scene in scenes])
+    pictures = [pixels_to_image(pixels) for pixels in vqgan.decode(codes)]
+    exact = np.mean([read(picture) == scene for picture, scene in zip(pictures, scenes, strict=True)])
+    assert exact >= 0.99
+
+
+def test_second_gate_codes_are_local(vqgan):
+    """The left half of a pair has the same codes whatever stands on the right."""
+    pairs = [Scene("pair", pair, "white") for pair in itertools.product(OBJECTS[:8], OBJECTS[::3])]
+    codes = vqgan.encode(torch.stack([image_to_pixels(draw(scene)) for scene in pairs]))
+    left = {name: [] for name in OBJECTS[:8]}
+    for scene, code in zip(pairs, codes[:, :, :2], strict=True):
+        left[scene.objects[0]].append(code)
+    kept = [(code == group[0]).float().mean() for group in left.values() for code in group[1:]]
+    assert np.mean(kept) >= 0.98
+
+
+def test_the_committed_vqgan_is_small():
+    assert sum(path.stat().st_size for path in VQGAN_DIR.iterdir()) <= 5e6
+
+
+def test_scoring_is_exact_and_by_attribute():
+    scene = Scene("pair", (OBJECTS[0], OBJECTS[1]), "white")
+    prompt = score.Prompt(caption(scene), scene)
+    assert score.score_answer(prompt, "", [draw(scene)]).exact
+    other = score.score_answer(prompt, "", [draw(Scene("pair", (OBJECTS[0], OBJECTS[2]), "white"))])
+    assert other.attributes == {"exact": False, "layout": True, "objects": False, "background": True}
+    assert not score.score_answer(prompt, "no picture", []).exact
+    told = score.Prompt("Describe the image.", scene, image=draw(scene), wants_text=True)
+    assert score.score_answer(told, f" {caption(scene)} ", []).exact
+    assert not score.score_answer(told, "a cat", []).exact
+
+
+def test_prompts_are_many_and_held_out_ones_are_held_out():
+    prompts = score.build_prompts(96, seed=1)
+    assert all(len(questions) == 96 for questions in prompts.values())
+    assert all(prompt.target.is_held_out == (name == "held_out_pairs") for name in prompts for prompt in prompts[name])
+
+
+def test_score_without_a_checkpoint_is_refused(tmp_path, capsys):
+    assert score.main(["--model_path", str(tmp_path), "--out_dir", str(tmp_path)]) == 2
+    assert "no checkpoint" in capsys.readouterr().err
