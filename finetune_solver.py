@@ -32,7 +32,6 @@ from model.checkpoint import (
     CheckpointOptions,
     Position,
     TrainerState,
-    collect_versions,
     describe_changes,
     due_checkpoint,
     find_start,
@@ -43,7 +42,16 @@ from model.checkpoint import (
     save_checkpoint,
 )
 from model.convert import export_hf, load_checkpoint_weights, load_config, prepare_starting_point
-from model.distributed import Launch, detect_launch, from_main, process_group, stop_at_start, sum_count, sum_over_ranks
+from model.distributed import (
+    Launch,
+    detect_launch,
+    end_process,
+    from_main,
+    process_group,
+    stop_at_start,
+    sum_count,
+    sum_over_ranks,
+)
 from model.metrics import MetricsFile, MetricSums, Progress, summarize
 from model.optim import OptimOptions, build_optimizer, lr_at, set_lr
 from model.parallelize import (
@@ -211,12 +219,12 @@ class Solver:
         """Builds the sharded model, its optimizer and the logs, and fills them from a checkpoint or a start."""
         options = self.options
         set_matmul_precision(options.parallel.precision)
-        weights, self.tokenizer_dir = self._find_weights()
-        tokenizer = load_text_tokenizer(self.tokenizer_dir)
-        self.pad_id = ChameleonVocab.from_tokenizer(tokenizer).pad_id
+        weights, tokenizer = self._find_weights()
+        self.tokenizer = load_text_tokenizer(tokenizer)
+        self.pad_id = ChameleonVocab.from_tokenizer(self.tokenizer).pad_id
         changes = {name: getattr(options.model, name) for name in ("dropout", "z_loss_weight", "mask_image_logits")}
         if weights is None:
-            self.config = build_config(options.model.model_size, tokenizer, **changes)
+            self.config = build_config(options.model.model_size, self.tokenizer, **changes)
         else:
             self.config = load_config(weights, **changes)
 
@@ -306,25 +314,18 @@ class Solver:
         options = self.options.checkpoint
         if self.metrics_file is not None:
             self.metrics_file.sync()
-        state = TrainerState(
-            position=self.position,
-            units_per_step=self.plan_options.units_per_step,
-            world_size=self.launch.world_size,
-            options=dict(self.options.resolved),
-            versions=collect_versions(),
-        )
-        folder = save_checkpoint(
-            options.output_dir,
-            name,
-            self.model,
-            self.optimizer,
-            state,
-            write_hf_files=lambda folder: export_hf(self.model, self.config, folder, self.tokenizer_dir),
-        )
+        units_per_step, resolved = self.plan_options.units_per_step, dict(self.options.resolved)
+        state = TrainerState(self.position, units_per_step, self.launch.world_size, resolved)
+        folder = save_checkpoint(options.output_dir, name, self.model, self.optimizer, state, self._write_hf_files)
         if self.launch.is_main:
             remove_old(options.output_dir, options.ckpt_max_keep)
         self.progress.say(f"saved {folder}")
         self.sums.restart_clock()
+
+    def _write_hf_files(self, folder: Path) -> None:
+        export_hf(self.model, self.config, folder)
+        if self.launch.is_main:  # from memory: the folder that it came from may be gone by now
+            self.tokenizer.save_pretrained(folder)
 
     def _find_weights(self) -> tuple[str | None, str]:
         """(folder or hub id that gives configuration and weights, or None for a fresh model; tokenizer)."""
@@ -492,4 +493,4 @@ def _add_switch(group: argparse._ArgumentGroup, name: str, off: str | None, help
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -92,7 +92,10 @@ class Position:
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What `trainer_state.json` holds; `options` are the resolved command-line options, by name."""
+    """What `trainer_state.json` holds; `options` are the resolved command-line options, by name.
+
+    `versions` and `files` (sizes in bytes) are filled in when it is written.
+    """
 
     position: Position
     units_per_step: int
@@ -264,8 +267,9 @@ def _seal(folder: Path, state: TrainerState) -> None:
         if path.is_file():
             sizes[str(path.relative_to(folder))] = path.stat().st_size
         _sync(path)
+    content = asdict(state) | {"versions": collect_versions(), "files": sizes}
     beside = folder / (STATE_NAME + ".tmp")
-    beside.write_text(json.dumps(asdict(state) | {"files": sizes}, indent=1, default=str) + "\n")
+    beside.write_text(json.dumps(content, indent=1, default=str) + "\n")
     _sync(beside)
     os.replace(beside, folder / STATE_NAME)
     _sync(folder)
