@@ -26,11 +26,15 @@ MAX_SHOWN = 10  # problems and reasons listed by name
 PERCENTILES = (0, 5, 50, 95, 100)
 
 
-def main(argv: list[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sub_record_dir", type=Path, required=True, help="the --out_dir of the workers")
     parser.add_argument("--save_path", type=Path, required=True, help="the record to write, usually out/record.json")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
     try:
         sub_records = find_whole_set(args.sub_record_dir)
         reasons = read_reasons(args.sub_record_dir, len(sub_records))

@@ -31,8 +31,7 @@ class Options:
     num_workers: int
 
 
-def parse_options(argv: list[str] | None, description: str) -> Options:
-    """The options of a command line. Raises ValueError with everything that is wrong with them."""
+def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     # what to tokenize, and this worker's share of it
@@ -52,7 +51,11 @@ def parse_options(argv: list[str] | None, description: str) -> Options:
     add("--precision", choices=PRECISIONS, default="tf32", help="of the VQGAN (default tf32)")
     add("--batch_size", type=int, help="images encoded at once (default: by target size and device)")
     add("--num_workers", type=int, default=2, help="threads that load images; 0: none beside the encoder (default 2)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse_options(args: argparse.Namespace) -> Options:
+    """The options of a parsed command line. Raises ValueError with everything that is wrong with them."""
     args.vqgan_dir = Path(args.vqgan_dir)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -10,6 +10,7 @@ Then `concat_record.py` merges the sub-records. Started again, a worker goes on 
 2 could not start, 3 done but items were refused.
 """
 
+import argparse
 import hashlib
 import os
 import sys
@@ -32,8 +33,9 @@ from data.manifest import Manifest, settle_manifest  # noqa: E402
 from data.vocab import CODE_PIXELS, ChameleonVocab  # noqa: E402
 from data.worker_log import WorkerLog  # noqa: E402
 from model.vqgan import VQGAN, hash_vqgan, load_vqgan  # noqa: E402
+from pre_tokenize import options as command_line  # noqa: E402
 from pre_tokenize.image_encoder import ImageEncoder  # noqa: E402
-from pre_tokenize.options import Options, parse_options  # noqa: E402
+from pre_tokenize.options import Options  # noqa: E402
 from pre_tokenize.progress import Progress  # noqa: E402
 
 BATCHES_PER_WINDOW = 8  # a window is what is prepared, encoded and written at once
@@ -69,9 +71,14 @@ class Worker:
     log: WorkerLog
 
 
+def build_parser() -> argparse.ArgumentParser:
+    return command_line.build_parser(__doc__)
+
+
 def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
     try:
-        worker = build_worker(parse_options(argv, __doc__))
+        worker = build_worker(command_line.parse_options(args))
     except (ValueError, OSError) as error:
         print(f"pre_tokenize.py: {error}", file=sys.stderr)
         return 2

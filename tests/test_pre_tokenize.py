@@ -15,7 +15,7 @@ from data.token_file import load_token_file
 from data.vocab import ChameleonVocab
 from data.worker_log import WorkerLog
 from pre_tokenize.concat_record import main as concat
-from pre_tokenize.options import default_batch_size, parse_options
+from pre_tokenize.options import build_parser, default_batch_size, parse_options
 from pre_tokenize.pre_tokenize import main as pre_tokenize
 from tests.tokenize_helpers import (
     command,
@@ -237,7 +237,7 @@ def test_the_recipes_command_is_understood(task):
         "--target_size",
         "768",
     ]
-    options = parse_options([*argv, "--vqgan_dir", str(task / "vqgan"), "--device", "cpu"], "")
+    options = parse_options(build_parser().parse_args([*argv, "--vqgan_dir", str(task / "vqgan"), "--device", "cpu"]))
     assert (options.splits, options.crop, options.precision, options.target_size) == (8, "center", "tf32", 768)
     assert [default_batch_size(size, "cpu") for size in (64, 256, 512, 768)] == [16, 4, 1, 1]
 
