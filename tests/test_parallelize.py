@@ -62,7 +62,7 @@ def sharded_gradients(options: ParallelOptions, out_path: Path) -> None:
             begin_micro_step(model, options, is_last=micro_step == len(mine) - 1)
             model(input_ids, labels, loss_scale=1.0 / num_valid).loss.backward()
         gradients = {
-            name.replace("_checkpoint_wrapped_module.", ""): parameter.grad.full_tensor()
+            name.replace("_checkpoint_wrapped_module.", ""): parameter.grad.full_tensor().clone()
             for name, parameter in model.named_parameters()
         }
         norm = clip_grad_norm(model, mesh, max_norm=0.01)
