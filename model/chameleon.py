@@ -31,6 +31,14 @@ from model.loss import IGNORE_INDEX, HeadLoss, LossHead
 
 IMAGE_TOKEN_PREFIX = "IMGIMG"
 
+TINY: dict[str, Any] = dict(
+    hidden_size=256,
+    intermediate_size=688,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    max_position_embeddings=4096,
+)
 MODEL_SIZES: dict[str, dict[str, Any]] = {
     "7B": dict(
         hidden_size=4096,
@@ -58,23 +66,8 @@ MODEL_SIZES: dict[str, dict[str, Any]] = {
         num_key_value_heads=16,
         max_position_embeddings=4096,
     ),
-    "tiny": dict(
-        hidden_size=256,
-        intermediate_size=688,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=4096,
-    ),
-    "bench": dict(
-        hidden_size=256,
-        intermediate_size=688,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=4096,
-        vocab_size=65536,
-    ),
+    "tiny": TINY,
+    "bench": TINY | {"vocab_size": 65536},
 }
 
 
