@@ -44,5 +44,5 @@ if [[ -n ${NPROC:-} ]]; then
   )
 fi
 
-# exec: a launcher's signals must reach the training itself, which also writes its own log.
+# exec: a launcher's signals must reach the training itself, which writes its own metrics.jsonl.
 exec "${launcher[@]}" finetune_solver.py "${options[@]}" "$@"
