@@ -1,6 +1,6 @@
 """Train the small VQGAN of the laptop default (f=16, five levels, the class of the 7B's); done once and committed.
 
-    python exps/tiny/train_vqgan.py --steps 2400 --decoder_steps 3000 --out_dir exps/tiny/vqgan
+    python exps/tiny/train_vqgan.py --steps 2400 --decoder_steps 1200 --out_dir exps/tiny/vqgan
 
 Its codes must be *local*: a decoder that learns from few scenes can compose pairs that it has never seen only if an
 object's codes do not change with what stands beside it. Trained by reconstruction alone the receptive field, which
@@ -200,7 +200,7 @@ def measure(vqgan: VQGAN, world: PatchWorld) -> dict[str, float]:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2400, help="steps of the whole VQGAN (default: %(default)s)")
-    parser.add_argument("--decoder_steps", type=int, default=3000, help="then of the decoder (default: %(default)s)")
+    parser.add_argument("--decoder_steps", type=int, default=1200, help="then of the decoder (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=32, help="pictures a step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of data and weights (default: %(default)s)")
