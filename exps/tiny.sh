@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 OUT=${OUT:-output/tiny}
-ITEMS=${ITEMS:-12000}
+ITEMS=${ITEMS:-16000}
 PROMPTS=${PROMPTS:-128}
 RANKS=${RANKS:-2}
 PYTHON=${PYTHON:-python}

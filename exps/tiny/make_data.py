@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from exps.tiny.scenes import Scene, all_scenes, caption, draw, random_edit, random_scene  # noqa: E402
 
 CAPTION_REQUEST = "Describe the image."
-KIND_WEIGHTS = {"text_to_image": 0.25, "image_to_text": 0.25, "edit": 0.35, "text_to_image_and_edit": 0.15}
+KIND_WEIGHTS = {"text_to_image": 0.35, "image_to_text": 0.18, "edit": 0.32, "text_to_image_and_edit": 0.15}
 
 
 def build_item(kind: str, rng: random.Random) -> tuple[list[str], list[Scene]]:
@@ -52,7 +52,7 @@ def build_items(num_items: int, seed: int, file_names: dict[Scene, str]) -> list
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out_dir", type=Path, default=Path("output/tiny/data"), help="default: %(default)s")
-    parser.add_argument("--num_items", type=int, default=12000, help="conversations to write (default: %(default)s)")
+    parser.add_argument("--num_items", type=int, default=16000, help="conversations to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw (default: %(default)s)")
     return parser
 

@@ -1,14 +1,16 @@
 """Train the small VQGAN of the laptop default (f=16, five levels, the class of the 7B's); done once and committed.
 
-    python exps/tiny/train_vqgan.py --steps 2400 --decoder_steps 1200 --out_dir exps/tiny/vqgan
+    python exps/tiny/train_vqgan.py --decoder_steps 0
+    python exps/tiny/train_vqgan.py --steps 0 --decoder_steps 1200 --lr 1.5e-3 --init_from exps/tiny/vqgan
 
 Its codes must be *local*: a decoder that learns from few scenes can compose pairs that it has never seen only if an
 object's codes do not change with what stands beside it. Trained by reconstruction alone the receptive field, which
 covers the whole picture, spoils that. So the codebook is fixed in meaning first: 1,024 k-means centres of 16x16
 patches, embedded by their principal components. The encoder learns to name the centre of each cell (cross-entropy
 over distances to the codebook), in scenes and in collages whose cells come from different scenes; the decoder learns
-to draw the picture from the codes. No code can collapse, because each is a target from the first step. Held-out pairs
-are never shown.
+to draw the picture from the codes. No code can collapse, because each is a target from the first step. The second
+command keeps encoder and codebook, and so every code, and lets the decoder alone learn on, on scenes as they occur in
+the data. Held-out pairs are never shown.
 """
 
 import argparse
@@ -200,7 +202,7 @@ def measure(vqgan: VQGAN, world: PatchWorld) -> dict[str, float]:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2400, help="steps of the whole VQGAN (default: %(default)s)")
-    parser.add_argument("--decoder_steps", type=int, default=1200, help="then of the decoder (default: %(default)s)")
+    parser.add_argument("--decoder_steps", type=int, default=1200, help="then of the decoder alone (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=32, help="pictures a step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of data and weights (default: %(default)s)")
