@@ -44,8 +44,9 @@ stage "5/6 training on $RANKS ranks"
 $PYTHON -m torch.distributed.run --standalone --nproc_per_node="$RANKS" finetune_solver.py \
   --model_size tiny --tokenizer "$OUT/tokenizer" --data_config "$OUT/data.yaml" --output_dir "$OUT/checkpoints" \
   --batch_size 8 --accum_iter 1 --epochs 2 --warmup_epochs 0.1 --lr 3e-3 --min_lr 3e-5 --wd 0.1 --clip_grad 4 \
-  --max_seq_len 80 --disable_length_clustering --data_parallel sdp --z_loss_weight 1e-5 --precision fp32 --num_workers 0 --auto_resume \
-  --save_iteration_interval 400 --ckpt_max_keep 2 --log_interval 20 ${STEPS:+--max_steps "$STEPS"}
+  --max_seq_len 80 --disable_length_clustering --z_loss_weight 1e-5 --precision fp32 --data_parallel sdp \
+  --num_workers 0 --save_iteration_interval 400 --ckpt_max_keep 2 --auto_resume --log_interval 20 \
+  ${STEPS:+--max_steps "$STEPS"}
 
 stage "6/6 pictures and scores"
 $PYTHON -u exps/tiny/score.py --model_path "$OUT/checkpoints" --vqgan_dir exps/tiny/vqgan --out_dir "$OUT" \

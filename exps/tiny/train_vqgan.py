@@ -202,7 +202,7 @@ def measure(vqgan: VQGAN, world: PatchWorld) -> dict[str, float]:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2400, help="steps of the whole VQGAN (default: %(default)s)")
-    parser.add_argument("--decoder_steps", type=int, default=1200, help="then of the decoder alone (default: %(default)s)")
+    parser.add_argument("--decoder_steps", type=int, default=1200, help="then of the decoder (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=32, help="pictures a step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of data and weights (default: %(default)s)")
