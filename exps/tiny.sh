@@ -10,9 +10,15 @@ cd "$(dirname "$0")/.."
 
 OUT=${OUT:-output/tiny}
 ITEMS=${ITEMS:-16000}
-PROMPTS=${PROMPTS:-128}
+PROMPTS=${PROMPTS:-256}
 RANKS=${RANKS:-2}
 PYTHON=${PYTHON:-python}
+for name in ITEMS PROMPTS RANKS ${STEPS:+STEPS}; do
+  if [[ ! ${!name} =~ ^[1-9][0-9]*$ ]]; then
+    echo "exps/tiny.sh: $name must be a whole number from 1 on, got '${!name}'" >&2
+    exit 2
+  fi
+done
 cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > RANKS ? cores / RANKS : 1))}
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
@@ -28,6 +34,8 @@ $PYTHON -u exps/tiny/train_tokenizer.py --in_filename "$OUT/data/train.json" --o
 
 stage "3/6 tokens: $RANKS workers"
 workers=()
+# A worker in the background does not hear Ctrl-C; one that outlives this script would keep the next run out.
+trap 'running=$(jobs -p); if [[ -n $running ]]; then kill $running; wait; fi' EXIT
 for rank in $(seq 0 $((RANKS - 1))); do
   $PYTHON -u pre_tokenize/pre_tokenize.py --splits="$RANKS" --rank="$rank" --in_filename "$OUT/data/train.json" \
     --out_dir "$OUT/tokens" --target_size 64 --tokenizer "$OUT/tokenizer" --vqgan_dir exps/tiny/vqgan \

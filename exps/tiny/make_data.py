@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from exps.tiny.scenes import Scene, all_scenes, caption, draw, random_edit, random_scene  # noqa: E402
 
 CAPTION_REQUEST = "Describe the image."
-KIND_WEIGHTS = {"text_to_image": 0.35, "image_to_text": 0.18, "edit": 0.32, "text_to_image_and_edit": 0.15}
+KIND_WEIGHTS = {"text_to_image": 0.33, "image_to_text": 0.22, "edit": 0.3, "text_to_image_and_edit": 0.15}
 
 
 def build_item(kind: str, rng: random.Random) -> tuple[list[str], list[Scene]]:
@@ -49,6 +49,27 @@ def build_items(num_items: int, seed: int, file_names: dict[Scene, str]) -> list
     return items
 
 
+def write_data(out_dir: Path, num_items: int, seed: int) -> None:
+    """Write `images/` and `train.json`, each file whole; what is there already stays. Raises OSError."""
+    (out_dir / "images").mkdir(parents=True, exist_ok=True)
+    file_names = {scene: f"images/{index:04d}.png" for index, scene in enumerate(all_scenes())}
+    for scene, name in tqdm(file_names.items(), desc="scenes", unit="image", mininterval=1):
+        if not (out_dir / name).exists():
+            draw(scene).save(out_dir / f"{name}.partial", format="PNG")
+            os.replace(out_dir / f"{name}.partial", out_dir / name)
+
+    lines = [json.dumps(item) for item in build_items(num_items, seed, file_names)]
+    text = "[\n" + ",\n".join(lines) + "\n]\n"
+    path = out_dir / "train.json"
+    if path.exists() and path.read_bytes() == text.encode():
+        print(f"{path}: already there, {num_items} items")
+        return
+    partial = path.with_name("train.json.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+    print(f"{path}: {num_items} items over {len(file_names)} pictures")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out_dir", type=Path, default=Path("output/tiny/data"), help="default: %(default)s")
@@ -63,24 +84,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"--num_items must be at least 1, got {args.num_items}", file=sys.stderr)
         return 2
 
-    image_dir = args.out_dir / "images"
-    image_dir.mkdir(parents=True, exist_ok=True)
-    file_names = {scene: f"images/{index:04d}.png" for index, scene in enumerate(all_scenes())}
-    for scene, name in tqdm(file_names.items(), desc="scenes", unit="image", mininterval=1):
-        if not (args.out_dir / name).exists():
-            draw(scene).save(args.out_dir / f"{name}.partial", format="PNG")
-            os.replace(args.out_dir / f"{name}.partial", args.out_dir / name)
-
-    lines = [json.dumps(item) for item in build_items(args.num_items, args.seed, file_names)]
-    text = "[\n" + ",\n".join(lines) + "\n]\n"
-    path = args.out_dir / "train.json"
-    if path.exists() and path.read_text() == text:
-        print(f"{path}: already there, {args.num_items} items")
-        return 0
-    partial = path.with_name("train.json.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-    print(f"{path}: {args.num_items} items over {len(file_names)} pictures")
+    try:
+        write_data(args.out_dir, args.num_items, args.seed)
+    except OSError as error:
+        print(f"make_data.py: --out_dir {args.out_dir} cannot be written ({error}); choose another", file=sys.stderr)
+        return 2
     return 0
 
 

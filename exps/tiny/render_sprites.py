@@ -43,8 +43,12 @@ def main(argv: list[str] | None = None) -> int:
     if not args.font.is_file():
         print(f"{args.font} is missing: apt-get install fonts-noto-color-emoji, or pass --font", file=sys.stderr)
         return 2
+    try:
+        font = ImageFont.truetype(str(args.font), FONT_SIZE)
+    except OSError as error:
+        print(f"--font {args.font} is not the colour font ({error}): give {FONT_PATH.name}", file=sys.stderr)
+        return 2
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    font = ImageFont.truetype(str(args.font), FONT_SIZE)
     for name, emoji in EMOJI.items():
         render(emoji, font).save(args.out_dir / f"{name.replace(' ', '_')}.png", optimize=True)
     print(f"{len(EMOJI)} sprites in {args.out_dir}")

@@ -5,7 +5,7 @@
 Four sets of prompts: captions of scenes that are in the training data, captions with a held-out pair, edits of given
 pictures, and pictures to be captioned. Generated pictures are read by the nearest-template reader of `scenes.py`; an
 answer is exact if layout, objects and background are all right (captions: if the sentence is the true one). Writes
-`score.json` and `contact_sheet.png`; does nothing if both are newer than the checkpoint.
+`score.json` and `contact_sheet.png`; does nothing if both are of this checkpoint and number of prompts already.
 """
 
 import argparse
@@ -146,39 +146,60 @@ def newest_checkpoint(model_path: Path) -> Path:
     return max(found, key=lambda path: (path / "config.json").stat().st_mtime)
 
 
+def is_scored(model_path: Path, num_prompts: int, score_path: Path, sheet_path: Path) -> bool:
+    """Whether both files are newer than the checkpoint, and of it and of so many prompts."""
+    if not (score_path.is_file() and sheet_path.is_file()):
+        return False
+    try:
+        made = json.loads(score_path.read_text())
+    except ValueError:  # not one of ours: it is written anew
+        return False
+    newest = (model_path / "config.json").stat().st_mtime
+    is_newer = min(score_path.stat().st_mtime, sheet_path.stat().st_mtime) > newest
+    return is_newer and (made.get("checkpoint"), made.get("edits_prompts")) == (str(model_path), num_prompts)
+
+
+def load_solver(model_path: Path, vqgan_dir: str):
+    """The inference solver with its VQGAN. Raises ValueError or FileNotFoundError if either cannot be loaded."""
+    from inference_solver import FlexARInferenceSolver
+
+    solver = FlexARInferenceSolver(str(model_path), "fp32", target_size=SCENE_PIXELS, vqgan_dir=vqgan_dir, device="cpu")
+    solver.check_vqgan()
+    return solver
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model_path", type=Path, default=Path("output/tiny/checkpoints"), help="default: %(default)s")
     parser.add_argument("--vqgan_dir", default="exps/tiny/vqgan", help="default: %(default)s")
     parser.add_argument("--out_dir", type=Path, default=Path("output/tiny"), help="default: %(default)s")
-    parser.add_argument("--num_prompts", type=int, default=128, help="prompts of each set (default: %(default)s)")
+    parser.add_argument("--num_prompts", type=int, default=256, help="prompts of each set (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the prompts (default: %(default)s)")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    try:
-        model_path = newest_checkpoint(args.model_path)
-    except FileNotFoundError as error:
-        print(error, file=sys.stderr)
-        return 2
     score_path, sheet_path = args.out_dir / "score.json", args.out_dir / "contact_sheet.png"
-    made = [path.stat().st_mtime for path in (score_path, sheet_path) if path.exists()]
-    if len(made) == 2 and min(made) > (model_path / "config.json").stat().st_mtime:
-        print(f"{score_path}: already there\n{score_path.read_text()}", end="")
-        return 0
-
-    from inference_solver import FlexARInferenceSolver
-
     start = time.time()
-    solver = FlexARInferenceSolver(
-        str(model_path), "fp32", target_size=SCENE_PIXELS, vqgan_dir=args.vqgan_dir, device="cpu"
-    )
+    try:
+        if args.num_prompts < 1:
+            raise ValueError(f"--num_prompts must be at least 1, got {args.num_prompts}")
+        model_path = newest_checkpoint(args.model_path)
+        if is_scored(model_path, args.num_prompts, score_path, sheet_path):
+            print(f"{score_path}: already there\n{score_path.read_text()}", end="")
+            return 0
+        solver = load_solver(model_path, args.vqgan_dir)
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        print(f"score.py: {error}", file=sys.stderr)
+        return 2
     scored = answer_all(solver, build_prompts(args.num_prompts, args.seed), max_gen_len=64)
     figures = summarize(scored)
     print(f"{model_path}: {sum(map(len, scored.values()))} answers in {time.time() - start:.0f} s")
-    draw_contact_sheet(build_sections(scored, figures, columns=8)).save(sheet_path)
+    partial = sheet_path.with_name("contact_sheet.png.partial")
+    draw_contact_sheet(build_sections(scored, figures, columns=8)).save(partial, format="PNG")
+    os.replace(partial, sheet_path)
     partial = score_path.with_name("score.json.partial")
     partial.write_text(json.dumps({"checkpoint": str(model_path), **figures}, indent=2) + "\n")
     os.replace(partial, score_path)

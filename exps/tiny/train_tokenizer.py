@@ -61,6 +61,19 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
+def read_texts(path: Path) -> list[str]:
+    """The texts of all turns of an input JSON. Raises ValueError if it is not one."""
+    try:
+        items = json.loads(path.read_text(encoding="utf-8"))
+        texts = [turn["value"].replace("<|image|>", "") for item in items for turn in item["conversations"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"--in_filename {path} is not what exps/tiny/make_data.py writes ({reason})") from None
+    if not texts:
+        raise ValueError(f"--in_filename {path} holds no texts; write it with exps/tiny/make_data.py")
+    return texts
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -78,8 +91,13 @@ def main(argv: list[str] | None = None) -> int:
     if (args.out_dir / "tokenizer.json").exists():
         print(f"{args.out_dir}: already there")
         return 0
-    items = json.loads(args.in_filename.read_text())
-    texts = [turn["value"].replace("<|image|>", "") for item in items for turn in item["conversations"]]
+    try:
+        if args.out_dir.exists() and (not args.out_dir.is_dir() or any(args.out_dir.iterdir())):
+            raise ValueError(f"--out_dir {args.out_dir} holds something else than a tokenizer; choose another")
+        texts = read_texts(args.in_filename)
+    except (ValueError, OSError) as error:
+        print(f"train_tokenizer.py: {error}", file=sys.stderr)
+        return 2
     tokenizer = train_tokenizer(texts)
     partial = args.out_dir.with_name(f"{args.out_dir.name}.partial")
     tokenizer.save_pretrained(partial)

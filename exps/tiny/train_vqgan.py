@@ -211,19 +211,27 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def validate(args: argparse.Namespace) -> VQGAN | None:
+    """The VQGAN to start from, if any. Raises ValueError or FileNotFoundError for arguments that cannot be."""
+    if min(args.steps, args.decoder_steps) < 0 or bool(args.steps) == bool(args.init_from):
+        raise ValueError("give --steps above 0 for a new VQGAN, or --steps 0 with --init_from; no steps below 0")
+    if args.batch_size < 1 or not args.lr > 0:
+        raise ValueError(f"--batch_size and --lr must be above 0, got {args.batch_size} and {args.lr:g}")
+    return load_vqgan(args.init_from) if args.init_from else None
+
+
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    if bool(args.steps) == bool(args.init_from):
-        print("give --steps above 0 for a new VQGAN, or --steps 0 with --init_from", file=sys.stderr)
+    try:
+        start = validate(args)
+    except (ValueError, OSError) as error:
+        print(f"train_vqgan.py: {error}", file=sys.stderr)
         return 2
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     world = PatchWorld(all_scenes(), generator)
     print(f"{len(world.patches)} distinct patches, {len(world.codes.unique())} of {NUM_CODES} codes in use", flush=True)
-    if args.steps:
-        vqgan = train(world, args.steps, args.batch_size, args.lr, generator)
-    else:
-        vqgan = load_vqgan(args.init_from)
+    vqgan = start or train(world, args.steps, args.batch_size, args.lr, generator)
     if args.decoder_steps:
         vqgan = train_decoder(vqgan, world, args.decoder_steps, args.batch_size, args.lr, generator)
     save_vqgan(vqgan, args.out_dir)
