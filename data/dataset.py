@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -58,7 +59,8 @@ class TokenDataset(Dataset):
         its record says."""
         position = self._positions[index]
         path, expected = self._files[position], int(self._record_lens[position])
-        item = load_token_file(path)
+        offset, nbytes = int(self._offsets[position]), int(self._nbytes[position])
+        item = load_token_file(path, offset, nbytes) if nbytes else load_token_file(path)
         if len(item.token) != expected:
             raise ValueError(
                 f"token file {path} has {len(item.token)} tokens, but its record says {expected}: one of them is of "
@@ -67,6 +69,19 @@ class TokenDataset(Dataset):
         length = int(self.lengths[index])
         return TokenItem(token=item.token[:length], label=item.label[:length], id=item.id)
 
+    def check_first_items(self, num_ids: int) -> None:
+        """Read the first item of each record, so that a folder that was moved or is of another tokenizer is told early.
+
+        Raises what `__getitem__` raises, and ValueError for a token outside of a vocabulary of `num_ids`.
+        """
+        for index in np.unique(self.source_ids, return_index=True)[1].tolist():
+            token = self[index].token
+            if token.min() < 0 or token.max() >= num_ids:
+                raise ValueError(
+                    f"token file {self._files[self._positions[index]]} holds the ids {token.min()}..{token.max()}, but the "
+                    f"model knows 0..{num_ids - 1}: train with the tokenizer that it was made with, or pre-tokenize again"
+                )
+
     def plan_epoch(self, options: PlanOptions, epoch: int) -> EpochPlan:
         """The plan of `epoch` (from 0) over this dataset."""
         return plan_epoch(self.lengths, self.type_ids, self.source_ids, self.ratios, options, epoch)
@@ -74,14 +89,21 @@ class TokenDataset(Dataset):
     def _read_records(self, sources: Sequence[DataSource]) -> None:
         self._files: list[str] = []
         lens, image_lens, counts = [], [], []
+        offsets, nbytes = array("q"), array("q")
+        shard_paths: dict[str, str] = {}  # one string for all items of a shard
         for source in sources:
             for entry in read_record(source.path):
-                self._files.append(entry.file)
+                is_sharded = entry.is_sharded
+                self._files.append(shard_paths.setdefault(entry.file, entry.file) if is_sharded else entry.file)
+                offsets.append(entry.offset if is_sharded else 0)
+                nbytes.append(entry.nbytes if is_sharded else 0)
                 lens.append(entry.len)
                 image_lens.append(entry.image_len or 0)
             counts.append(len(lens) - sum(counts))
             if not counts[-1]:
                 raise ValueError(f"record {source.path} has no items; tokenize its input, or list it no more")
+        self._offsets = np.array(offsets, np.int64)
+        self._nbytes = np.array(nbytes, np.int64)  # 0: the item has its file for itself
         self._record_lens = np.array(lens, np.int32)
         self._image_lens = np.array(image_lens, np.int32)
         self._source_ids = np.repeat(np.arange(len(sources), dtype=np.int16), counts)

@@ -3,17 +3,19 @@
 A worker appends one JSON line per item to its sub-record `{rank}-of-{splits}-record.jsonl`: `{"file", "len", "id"}`
 and, where the item ends in a generated image, `"image_len"`. `record.json` is the JSON list of all of them, one item
 per line. `file` is relative to the folder of the record; absolute and cwd-relative ones of older datasets load too.
+Where the tokens of many items share a file, `"offset"` and `"nbytes"` say which bytes of it are this item's.
 """
 
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
 from data.json_stream import iter_json_values
+from data.whole_file import open_whole
 
 _SUB_RECORD = re.compile(r"(\d+)-of-(\d+)-record\.jsonl")
 
@@ -26,11 +28,18 @@ class RecordEntry:
     len: int  # tokens
     id: int | str
     image_len: int | None = None  # tokens of the image that the item ends in
+    offset: int | None = None  # first byte of the item in `file`, if it shares it with others
+    nbytes: int | None = None  # its bytes there
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.offset is not None
 
     def to_json(self) -> str:
         fields = {"file": self.file, "len": self.len, "id": self.id}
-        if self.image_len is not None:
-            fields["image_len"] = self.image_len
+        for name in ("image_len", "offset", "nbytes"):
+            if getattr(self, name) is not None:
+                fields[name] = getattr(self, name)
         return json.dumps(fields)
 
 
@@ -52,7 +61,7 @@ def read_record(path: str | os.PathLike) -> Iterator[RecordEntry]:
             if base is None:
                 beside = not os.path.exists(entry.file) or (path.parent / entry.file).exists()
                 base = os.fspath(path.parent) if beside else ""
-            entry = RecordEntry(os.path.join(base, entry.file), entry.len, entry.id, entry.image_len)
+            entry = replace(entry, file=os.path.join(base, entry.file))
         yield entry
 
 
@@ -64,18 +73,23 @@ def read_raw_record(path: str | os.PathLike) -> Iterator[RecordEntry]:
 
 def write_merged(entries: Iterable[RecordEntry], path: str | os.PathLike) -> int:
     """Write a `record.json`, one item per line, `file` as given; it appears whole. Returns the number of entries."""
-    partial = f"{os.fspath(path)}.partial"
     count = 0
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write("[")
-            for entry in entries:
-                file.write(("," if count else "") + "\n" + entry.to_json())
-                count += 1
-            file.write("\n]\n")
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+    with open_whole(path) as file:
+        file.write(b"[")
+        for entry in entries:
+            file.write(("," if count else "").encode() + b"\n" + entry.to_json().encode())
+            count += 1
+        file.write(b"\n]\n")
+    return count
+
+
+def write_sub_record(entries: Iterable[RecordEntry], path: str | os.PathLike) -> int:
+    """Write a whole sub-record anew, `file` as given; it appears whole. Returns the number of entries."""
+    count = 0
+    with open_whole(path) as file:
+        for entry in entries:
+            file.write(entry.to_json().encode() + b"\n")
+            count += 1
     return count
 
 
@@ -101,7 +115,13 @@ def _entry(value: object, path: str | os.PathLike, number: int) -> RecordEntry:
     image_len = value.get("image_len")
     if image_len is not None and not _is_length(image_len):
         raise ValueError(f"record {path}: entry {number} has image_len {image_len!r}, which must be a positive integer")
-    return RecordEntry(value["file"], value["len"], value.get("id", number - 1), image_len)
+    offset, nbytes = value.get("offset"), value.get("nbytes")
+    if (offset, nbytes) != (None, None) and not (_is_length(nbytes) and (offset == 0 or _is_length(offset))):
+        raise ValueError(
+            f"record {path}: entry {number} has offset {offset!r} and nbytes {nbytes!r}, which must be two integers, "
+            "from 0 and from 1, or both be absent"
+        )
+    return RecordEntry(value["file"], value["len"], value.get("id", number - 1), image_len, offset, nbytes)
 
 
 def _is_length(value: object) -> bool:

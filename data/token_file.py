@@ -1,16 +1,18 @@
 """The token file, `out_dir/files/{id}.pkl`: a pickle of `{"token": list[int], "label": list[int], "id": int}`.
 
-It is read by an unpickler that refuses every global, so that a pickle from elsewhere is data and never code.
+A shard is a file of many such pickles, one after the other; a record says which bytes of it are an item's.
+Both are read by an unpickler that refuses every global, so that a pickle from elsewhere is data and never code.
 """
 
 import io
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
+
+from data.whole_file import open_whole
 
 MAX_ID = np.iinfo(np.int32).max
 
@@ -35,14 +37,44 @@ def save_token_file(path: str | os.PathLike, token: Sequence[int], label: Sequen
     os.replace(partial, path)
 
 
-def load_token_file(path: str | os.PathLike) -> TokenItem:
-    """Read one item. Raises FileNotFoundError, or ValueError with the file and what is wrong in it."""
+def write_shard(path: str | os.PathLike, payloads: Iterable[bytes]) -> list[tuple[int, int]]:
+    """Write the pickles of many items into one file, which appears whole. Returns (offset, nbytes) of each."""
+    places, offset = [], 0
+    with open_whole(path) as file:
+        for payload in payloads:
+            file.write(payload)
+            places.append((offset, len(payload)))
+            offset += len(payload)
+    return places
+
+
+def load_token_file(path: str | os.PathLike, offset: int | None = None, nbytes: int | None = None) -> TokenItem:
+    """Read one item: the whole file, or of a shard the `nbytes` bytes from `offset`.
+
+    Raises FileNotFoundError, or ValueError with the file and what is wrong in it.
+    """
+    return parse_token_bytes(read_token_bytes(path, offset, nbytes), path)
+
+
+def read_token_bytes(path: str | os.PathLike, offset: int | None = None, nbytes: int | None = None) -> bytes:
+    """The pickle of one item as it lies on disk. Raises FileNotFoundError, or ValueError if the file is too short."""
     try:
-        item = _PlainUnpickler(io.BytesIO(Path(path).read_bytes())).load()
+        with open(path, "rb") as file:
+            if offset is None:
+                return file.read()
+            file.seek(offset)
+            payload = file.read(nbytes)
     except FileNotFoundError:
         raise FileNotFoundError(f"token file {path} does not exist; was the output folder moved without it?") from None
-    except OSError:
-        raise
+    if len(payload) != nbytes:
+        raise ValueError(f"token file {path} ends before byte {offset + nbytes}, the end of an item of its record")
+    return payload
+
+
+def parse_token_bytes(payload: bytes, path: str | os.PathLike) -> TokenItem:
+    """The item of a pickle. Raises ValueError with `path` and what is wrong."""
+    try:
+        item = _PlainUnpickler(io.BytesIO(payload)).load()
     except Exception as error:  # a damaged pickle can raise nearly anything; all of it means the same
         raise ValueError(f"token file {path} cannot be read: {error}") from error
     if not isinstance(item, dict) or not {"token", "label"} <= item.keys():

@@ -2,7 +2,8 @@
 
     python -u pre_tokenize/concat_record.py --sub_record_dir out --save_path out/record.json
 
-Exit codes: 0 merged, 2 not merged, with a list of what is missing.
+With `--shard_size N` it also moves the tokens of N items each into one file (see shards.py); interrupted in any way,
+the same command goes on. Exit codes: 0 merged, 2 not merged, with a list of what is missing.
 """
 
 import argparse
@@ -11,7 +12,9 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,35 +24,71 @@ import numpy as np  # noqa: E402
 from data.manifest import MANIFEST_NAME, load_manifest  # noqa: E402
 from data.record import RecordEntry, find_sub_records, read_raw_record, read_record, write_merged  # noqa: E402
 from data.worker_log import failed_name, read_failed  # noqa: E402
+from pre_tokenize.shards import locked, move_to_shards, remove_moved  # noqa: E402
 
 MAX_SHOWN = 10  # problems and reasons listed by name
 PERCENTILES = (0, 5, 50, 95, 100)
 
 
+@dataclass
+class Survey:
+    """What the sub-records hold, and everything that is wrong with them."""
+
+    num_readable: dict[Path, int] = field(default_factory=dict)  # entries before the first damaged line
+    left_out: dict[Path, set[int]] = field(default_factory=dict)  # positions of entries that cannot be merged
+    lengths: array = field(default_factory=lambda: array("q"))  # tokens of each item that can be merged
+    reasons: Counter[str] = field(default_factory=Counter)  # why items were refused, and how many for each
+    problems: list[str] = field(default_factory=list)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sub_record_dir", type=Path, required=True, help="the --out_dir of the workers")
-    parser.add_argument("--save_path", type=Path, required=True, help="the record to write, usually out/record.json")
+    add = parser.add_argument
+    add("--sub_record_dir", type=Path, required=True, help="the --out_dir of the workers")
+    add("--save_path", type=Path, required=True, help="the record to write, usually out/record.json")
+    add("--allow_partial", action="store_true", help="merge what is there and say what is missing (default: refuse)")
+    add("--shard_size", type=int, help="move the tokens of this many items into one file (default: one file per item)")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
-        sub_records = find_whole_set(args.sub_record_dir)
-        reasons = read_reasons(args.sub_record_dir, len(sub_records))
-        lengths = check_sub_records(args.sub_record_dir, sub_records, reasons.total())
-        args.save_path.parent.mkdir(parents=True, exist_ok=True)
-        write_merged(merged_entries(sub_records, args.save_path.parent), args.save_path)
+        if args.shard_size is not None and args.shard_size < 1:
+            raise ValueError(f"--shard_size must be at least 1, got {args.shard_size}")
+        if args.shard_size is not None and args.allow_partial:
+            raise ValueError("--shard_size moves what is whole only; finish the workers, or leave --allow_partial out")
+        merge(args.sub_record_dir, args.save_path, args.allow_partial, args.shard_size)
     except (ValueError, OSError) as error:
         print(f"concat_record.py: {error}", file=sys.stderr)
         return 2
-    print_summary(args.save_path, lengths, reasons)
     return 0
 
 
-def find_whole_set(folder: Path) -> list[Path]:
-    """The sub-records of ranks 0..N-1 of one N, in order. Raises an error that says what is missing."""
+def merge(folder: Path, save_path: Path, allow_partial: bool = False, shard_size: int | None = None) -> None:
+    """Check the sub-records of a folder, move their tokens into shards if asked, and write the merged record.
+
+    Raises ValueError or FileNotFoundError with everything that is missing, unless `allow_partial`.
+    """
+    sub_records, splits = find_sub_record_set(folder)
+    with locked(list(sub_records.values())) if shard_size else nullcontext():
+        survey = check_sub_records(folder, sub_records, splits)
+        if survey.problems and not allow_partial:
+            raise ValueError(f"{folder} cannot be merged: {_some(survey.problems, separator='; ')}")
+        if not survey.lengths:
+            problems = survey.problems or [f"all {survey.reasons.total()} were refused; see *-failed.jsonl"]
+            raise ValueError(f"{folder} cannot be merged: no item was tokenized, {_some(problems, separator='; ')}")
+        num_moved = sum(move_to_shards(path, shard_size) for path in sub_records.values()) if shard_size else 0
+        save_path.parent.mkdir(parents=True, exist_ok=True)
+        write_merged(merged_entries(survey, save_path.parent), save_path)
+        if shard_size:
+            num_removed = sum(map(remove_moved, sub_records.values()))
+            print(f"{num_moved:,} items moved into shards, {num_removed:,} token files removed")
+    print_summary(save_path, survey)
+
+
+def find_sub_record_set(folder: Path) -> tuple[dict[int, Path], int]:
+    """The sub-records that are there of one N, by rank, and N. Raises an error if there is none, or several N."""
     if not folder.is_dir():
         raise FileNotFoundError(f"--sub_record_dir {folder} is not a folder")
     found = find_sub_records(folder)
@@ -60,53 +99,106 @@ def find_whole_set(folder: Path) -> list[Path]:
         raise ValueError(
             f"{folder} mixes sub-records of --splits {', '.join(map(str, sorted(all_splits)))}; keep one set"
         )
-    splits = all_splits.pop()
-    missing = [rank for rank in range(splits) if (rank, splits) not in found]
+    return {rank: path for (rank, _), path in found.items()}, all_splits.pop()
+
+
+def check_sub_records(folder: Path, sub_records: dict[int, Path], splits: int) -> Survey:
+    """Check that all ranks are there, lines whole, ids unique, tokens on disk and every item tokenized or refused."""
+    survey = Survey()
+    missing = [rank for rank in range(splits) if rank not in sub_records]
     if missing:
-        raise ValueError(f"{folder} lacks the sub-records of --rank {_some(missing)} of --splits {splits}; run them")
-    return list(found.values())
+        survey.problems.append(f"it lacks the sub-records of --rank {_some(missing)} of --splits {splits}; run them")
+    if strays := [rank for rank in sub_records if rank >= splits]:
+        survey.problems.append(f"--rank {_some(strays)} cannot be of --splits {splits}")
+    num_items = load_manifest(folder).get("num_items") if (folder / MANIFEST_NAME).exists() else None
+    seen: set[int | str] = set()
+    for rank in range(splits):
+        before = len(seen)
+        if rank in sub_records:
+            _check_tokenized(sub_records[rank], seen, survey)
+        _check_refused(folder / failed_name(rank, splits), seen, survey)
+        if num_items is not None:
+            first, stop = (num_items * part // splits for part in (rank, rank + 1))
+            if rank in sub_records and len(seen) - before != stop - first:
+                survey.problems.append(
+                    f"--rank {rank} of --splits {splits} has done {len(seen) - before} of its {stop - first} items"
+                )
+    num_done = len(survey.lengths) + survey.reasons.total()
+    if num_items is not None and num_items != num_done:
+        survey.problems.append(
+            f"the input has {num_items} items, but {len(survey.lengths)} are tokenized and {survey.reasons.total()} "
+            "refused: a worker has not finished; run it again, it goes on where it was"
+        )
+    return survey
 
 
-def read_reasons(folder: Path, splits: int) -> Counter[str]:
-    """How many items were refused for which reason. Datasets of the old recipe have no such list."""
-    paths = [folder / failed_name(rank, splits) for rank in range(splits)]
-    return Counter(reason for path in paths if path.exists() for _, reason in read_failed(path))
+def _check_refused(path: Path, seen: set, survey: Survey) -> None:
+    """Datasets of the old recipe have no such list."""
+    if not path.exists():
+        return
+    _check_last_line(path, survey)
+    try:
+        for item_id, reason in read_failed(path):
+            if item_id in seen:
+                survey.problems.append(f"{path.name}: id {item_id} occurs twice")
+            else:
+                survey.reasons[reason] += 1
+                seen.add(item_id)
+    except ValueError as error:
+        survey.problems.append(str(error))
 
 
-def check_sub_records(folder: Path, sub_records: list[Path], num_refused: int) -> np.ndarray:
-    """Check that ids are unique, token files exist and no item is missing. Returns the lengths in tokens, int64 [N]."""
-    lengths, ids, problems = array("q"), set(), []
-    for path in sub_records:
-        for entry in read_record(path):
-            if entry.id in ids:
-                problems.append(f"{path.name}: id {entry.id} occurs twice")
-            if not os.path.exists(entry.file):
-                problems.append(f"{path.name}: the token file {entry.file} of id {entry.id} does not exist")
-            ids.add(entry.id)
-            lengths.append(entry.len)
-    if (folder / MANIFEST_NAME).exists():
-        num_items = load_manifest(folder).get("num_items")
-        if num_items != len(lengths) + num_refused:
-            problems.append(
-                f"the input has {num_items} items, but {len(lengths)} are tokenized and {num_refused} refused: "
-                "a worker has not finished; run it again, it goes on where it was"
-            )
-    if not lengths and not problems:
-        problems.append(f"no item was tokenized, all {num_refused} were refused; see *-failed.jsonl")
-    if problems:
-        raise ValueError(f"{folder} cannot be merged: {_some(problems, separator='; ')}")
-    return np.frombuffer(lengths, dtype=np.int64)
+def _check_tokenized(path: Path, seen: set, survey: Survey) -> None:
+    survey.num_readable[path], survey.left_out[path] = 0, set()
+    sizes: dict[str, int] = {}  # of shards, which are many items' file
+    _check_last_line(path, survey)
+    try:
+        for position, entry in enumerate(read_record(path)):
+            survey.num_readable[path] += 1
+            if problem := _entry_problem(entry, seen, sizes):
+                survey.problems.append(f"{path.name}: {problem}")
+                survey.left_out[path].add(position)
+            else:
+                survey.lengths.append(entry.len)
+                seen.add(entry.id)
+    except ValueError as error:
+        survey.problems.append(str(error))
 
 
-def merged_entries(sub_records: list[Path], record_folder: Path) -> Iterator[RecordEntry]:
-    """The entries of all sub-records, relative files made relative to the folder of the merged record."""
-    for path in sub_records:
-        for raw, resolved in zip(read_raw_record(path), read_record(path), strict=True):
-            is_absolute = os.path.isabs(raw.file)
-            yield raw if is_absolute else replace(raw, file=os.path.relpath(resolved.file, record_folder))
+def _entry_problem(entry: RecordEntry, seen: set, shard_sizes: dict[str, int]) -> str | None:
+    if entry.id in seen:
+        return f"id {entry.id} occurs twice"
+    if not entry.is_sharded:
+        return None if os.path.exists(entry.file) else f"the token file {entry.file} of id {entry.id} does not exist"
+    if entry.file not in shard_sizes:
+        shard_sizes[entry.file] = os.path.getsize(entry.file) if os.path.exists(entry.file) else -1
+    if shard_sizes[entry.file] < 0:
+        return f"the shard {entry.file} of id {entry.id} does not exist"
+    ends_within = entry.offset + entry.nbytes <= shard_sizes[entry.file]
+    return None if ends_within else f"the shard {entry.file} ends before the tokens of id {entry.id}"
 
 
-def print_summary(save_path: Path, lengths: np.ndarray, reasons: Counter[str]) -> None:
+def _check_last_line(path: Path, survey: Survey) -> None:
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        if size and file.read(1) != b"\n":
+            survey.problems.append(f"{path.name}: the last line is torn; run that worker again, it repairs the line")
+
+
+def merged_entries(survey: Survey, record_folder: Path) -> Iterator[RecordEntry]:
+    """The good entries of all sub-records, relative files made relative to the folder of the merged record."""
+    for path, count in survey.num_readable.items():
+        pairs = islice(zip(read_raw_record(path), read_record(path), strict=True), count)
+        for position, (raw, resolved) in enumerate(pairs):
+            if position not in survey.left_out[path]:
+                is_absolute = os.path.isabs(raw.file)
+                yield raw if is_absolute else replace(raw, file=os.path.relpath(resolved.file, record_folder))
+
+
+def print_summary(save_path: Path, survey: Survey) -> None:
+    """Totals, lengths, reasons of refusals, and what is missing if there is something."""
+    lengths, reasons = np.frombuffer(survey.lengths, dtype=np.int64), survey.reasons
     print(f"{save_path}: {len(lengths):,} items, {int(lengths.sum()):,} tokens, {reasons.total():,} items refused")
     values = np.percentile(lengths, PERCENTILES).astype(int)
     print("length in tokens: " + ", ".join(f"p{p} {v:,}" for p, v in zip(PERCENTILES, values, strict=True)))
@@ -114,6 +206,10 @@ def print_summary(save_path: Path, lengths: np.ndarray, reasons: Counter[str]) -
         print(f"  refused {count:,}: {reason}")
     if len(reasons) > MAX_SHOWN:
         print(f"  and {len(reasons) - MAX_SHOWN:,} more reasons, see *-failed.jsonl")
+    if survey.problems:
+        print("PARTIAL, missing or left out:", *survey.problems[:MAX_SHOWN], sep="\n  ")
+        if len(survey.problems) > MAX_SHOWN:
+            print(f"  and {len(survey.problems) - MAX_SHOWN:,} more")
 
 
 def _some(values: list, separator: str = ", ") -> str:

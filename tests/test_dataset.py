@@ -15,7 +15,7 @@ from data.data_config import DataSource
 from data.dataset import EpochRows, TokenDataset, build_loader, collate_row
 from data.packing import PlanOptions
 from data.record import RecordEntry, write_merged
-from data.token_file import TokenItem, save_token_file
+from data.token_file import TokenItem, save_token_file, write_shard
 from data.vocab import IGNORE_INDEX
 
 PAD_ID = 7
@@ -69,6 +69,27 @@ def test_items_of_all_sources(tmp_path):
     assert len(dataset) == 3 and dataset.num_overlong == 0
     assert dataset[1].token.tolist() == [1000, 1001, 1002, 1003, 1004] and dataset[1].id == 1
     assert dataset[2].label.tolist() == [IGNORE_INDEX, 1, IGNORE_INDEX, 3]
+
+
+def test_items_of_shards_and_of_files_are_the_same(tmp_path):
+    source = write_source(tmp_path, [3, 5, 4, 60], image_lens=[None, 4, 2, None])
+    before = TokenDataset([source], max_seq_len=64)
+    folder = tmp_path / "files"
+    places = write_shard(folder / "s.pkls", [(folder / f"{i}.pkl").read_bytes() for i in (1, 3)])
+    in_shard = dict(zip((1, 3), places, strict=True))
+    entries = [
+        RecordEntry("files/s.pkls" if i in in_shard else f"files/{i}.pkl", length, i, image_len, *in_shard.get(i, ()))
+        for i, (length, image_len) in enumerate(zip([3, 5, 4, 60], [None, 4, 2, None], strict=True))
+    ]
+    expected = [(before[i].token.tolist(), before[i].label.tolist(), before[i].id) for i in range(4)]
+    write_merged(entries, source.path)
+    for i in in_shard:
+        (folder / f"{i}.pkl").unlink()
+    after = TokenDataset([source], max_seq_len=64)
+    assert [(after[i].token.tolist(), after[i].label.tolist(), after[i].id) for i in range(4)] == expected
+    assert after.image_lens.tolist() == before.image_lens.tolist()
+    dropped = TokenDataset([source], max_seq_len=4, overlong="drop")
+    assert [dropped[i].id for i in range(2)] == [0, 2]
 
 
 def test_overlong_is_an_error_that_names_the_way_out(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from data import json_stream
 from data.json_stream import iter_json_values
-from data.record import RecordEntry, find_sub_records, read_record, write_merged
+from data.record import RecordEntry, find_sub_records, read_record, write_merged, write_sub_record
 
 VALUES = [{"a": [1, {"b": 'é\n"]}'}]}, 12345678901, "s", None, {}, [[]], -1.5e10]
 
@@ -55,6 +55,22 @@ def test_merged_record_round_trip(tmp_path):
     assert os.listdir(tmp_path) == ["record.json"]
 
 
+def test_entries_of_shards_and_of_single_files_round_trip(tmp_path):
+    entries = [RecordEntry("shards/0.pkls", 10, 0, 6, 0, 99), RecordEntry("shards/0.pkls", 4, 1, None, 99, 50)]
+    entries.append(RecordEntry("files/2.pkl", 3, 2))
+    write_merged(entries, tmp_path / "record.json")
+    write_sub_record(entries, tmp_path / "0-of-1-record.jsonl")
+    assert json.loads((tmp_path / "0-of-1-record.jsonl").read_text().splitlines()[1]) == {
+        "file": "shards/0.pkls", "len": 4, "id": 1, "offset": 99, "nbytes": 50
+    }  # fmt: skip
+    for name in ("record.json", "0-of-1-record.jsonl"):
+        read = list(read_record(tmp_path / name))
+        assert [(entry.offset, entry.nbytes, entry.is_sharded) for entry in read] == [
+            (0, 99, True), (99, 50, True), (None, None, False)
+        ]  # fmt: skip
+        assert read[0].file == str(tmp_path / "shards/0.pkls") and read[0].image_len == 6
+
+
 def test_a_failed_merge_leaves_the_old_record(tmp_path):
     write_merged([RecordEntry("a", 1, 0)], tmp_path / "record.json")
 
@@ -81,7 +97,8 @@ def test_files_relative_to_the_working_directory_load_too(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     "entry",
     ["{}", "[]", '{"file": 1, "len": 2}', '{"file": "a", "len": 0}', '{"file": "a", "len": true}',
-     '{"file": "a", "len": 2, "image_len": "x"}'],
+     '{"file": "a", "len": 2, "image_len": "x"}', '{"file": "a", "len": 2, "offset": 3}',
+     '{"file": "a", "len": 2, "offset": -1, "nbytes": 9}', '{"file": "a", "len": 2, "offset": 0, "nbytes": 0}'],
 )  # fmt: skip
 def test_wrong_entries_are_numbered(tmp_path, entry):
     (tmp_path / "record.json").write_text('[{"file": "a", "len": 2}, ' + entry + "]")

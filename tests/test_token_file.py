@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from data.token_file import load_token_file, save_token_file
+from data.token_file import load_token_file, save_token_file, write_shard
 
 
 class Evil:
@@ -60,3 +60,34 @@ def test_damaged_files_are_named(tmp_path, content):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"gone\.pkl"):
         load_token_file(tmp_path / "gone.pkl")
+
+
+def test_items_of_a_shard(tmp_path):
+    payloads = [pickle.dumps({"token": [i] * (i + 1), "label": [-100] * (i + 1), "id": i}, i) for i in range(4)]
+    places = write_shard(tmp_path / "0.pkls", iter(payloads))
+    assert (tmp_path / "0.pkls").read_bytes() == b"".join(payloads) and os.listdir(tmp_path) == ["0.pkls"]
+    for i in (2, 0, 3, 1):
+        item = load_token_file(tmp_path / "0.pkls", *places[i])
+        assert item.token.tolist() == [i] * (i + 1) and item.id == i
+
+
+def test_a_shard_that_is_cut_or_holds_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    places = write_shard("0.pkls", [pickle.dumps({"token": [1], "label": [1]}), pickle.dumps({"token": Evil()})])
+    with pytest.raises(ValueError, match=r"0\.pkls.*refers to posix\.mkdir"):
+        load_token_file("0.pkls", *places[1])
+    assert not (tmp_path / "it_ran").exists()
+    with pytest.raises(ValueError, match=rf"0\.pkls ends before byte {sum(places[1]) + 1}"):
+        load_token_file("0.pkls", places[1][0], places[1][1] + 1)
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_token_file("0.pkls", places[0][0] + 3, 5)
+
+
+def test_nothing_is_left_of_a_shard_that_fails(tmp_path):
+    def payloads():
+        yield b"one"
+        raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        write_shard(tmp_path / "0.pkls", payloads())
+    assert not os.listdir(tmp_path)

@@ -1,0 +1,307 @@
+"""Merging: what it refuses, what it merges in part, and moving tokens into shards, killed before every step."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from data.data_config import DataSource
+from data.dataset import TokenDataset
+from data.record import read_record
+from data.token_file import load_token_file, save_token_file
+from data.worker_log import WorkerLog
+from pre_tokenize.concat_record import main as concat
+from tests.tokenize_helpers import snapshot
+
+NUM_ITEMS, SPLITS, BAD = 14, 2, (3, 9)
+
+
+def write_output(folder: Path, num_items: int = NUM_ITEMS, splits: int = SPLITS, bad: tuple[int, ...] = BAD) -> Path:
+    """The output folder of finished workers: item i has 3 + i tokens, the bad ones are refused."""
+    for rank in range(splits):
+        first, stop = (num_items * part // splits for part in (rank, rank + 1))
+        with WorkerLog(folder, rank, splits, first, stop) as log:
+            for i in range(first, stop):
+                if i in bad:
+                    log.add_refusal(i, "its image is bad")
+                else:
+                    log.add_item(tokens_of(i), [-100] * (3 + i), i, 2 if i % 2 else None)
+    (folder / "manifest.json").write_text(json.dumps({"num_items": num_items, "splits": splits}))
+    return folder
+
+
+def tokens_of(item_id: int) -> list[int]:
+    return [100 * item_id + t for t in range(3 + item_id)]
+
+
+def run(folder: Path, *flags: str) -> int:
+    return concat([f"--sub_record_dir={folder}", f"--save_path={folder}/record.json", *flags])
+
+
+def merged_ids(record: Path) -> list[int]:
+    """Ids in the order of a record, after each item was loaded and compared."""
+    ids = []
+    for entry in read_record(record):
+        item = load_token_file(entry.file, entry.offset, entry.nbytes)
+        assert item.token.tolist() == tokens_of(entry.id) and item.id == entry.id and len(item.token) == entry.len
+        assert entry.image_len == (2 if entry.id % 2 else None)
+        ids.append(entry.id)
+    return ids
+
+
+GOOD = [i for i in range(NUM_ITEMS) if i not in BAD]
+
+
+def test_totals_lengths_and_reasons_are_printed(tmp_path, capsys):
+    assert run(write_output(tmp_path)) == 0
+    printed = capsys.readouterr().out
+    num_tokens = sum(3 + i for i in GOOD)
+    assert f"12 items, {num_tokens} tokens, 2 items refused" in printed
+    assert "p0 3, p5 " in printed and "p50 " in printed and "p100 16" in printed
+    assert "refused 2: its image is bad" in printed and "PARTIAL" not in printed
+    assert merged_ids(tmp_path / "record.json") == GOOD
+
+
+def lose_a_rank(out: Path) -> None:
+    (out / "1-of-2-record.jsonl").unlink()
+
+
+def tear_a_line(out: Path) -> None:
+    path = out / "0-of-2-record.jsonl"
+    path.write_text(path.read_text()[:-9])
+
+
+def tear_only_the_line_end(out: Path) -> None:
+    path = out / "0-of-2-record.jsonl"
+    path.write_text(path.read_text()[:-1])
+
+
+def lose_a_file(out: Path) -> None:
+    (out / "files" / "8.pkl").unlink()
+
+
+def double_an_item(out: Path) -> None:
+    path = out / "1-of-2-record.jsonl"
+    path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n")
+
+
+def refuse_a_good_item(out: Path) -> None:
+    with open(out / "0-of-2-failed.jsonl", "a") as file:
+        file.write('{"id": 5, "reason": "also bad"}\n')
+
+
+def stop_a_worker_early(out: Path) -> None:
+    path = out / "1-of-2-record.jsonl"
+    path.write_text("".join(line + "\n" for line in path.read_text().splitlines()[:-2]))
+
+
+def forget_a_refusal(out: Path) -> None:
+    (out / "0-of-2-failed.jsonl").unlink()
+
+
+DAMAGES = [
+    (lose_a_rank, ["lacks the sub-records of --rank 1 of --splits 2"], [0, 1, 2, 4, 5, 6]),
+    (tear_a_line, ["0-of-2-record.jsonl: the last line is torn", "not valid JSON at line 6"], GOOD[:5] + GOOD[6:]),
+    (tear_only_the_line_end, ["0-of-2-record.jsonl: the last line is torn"], GOOD),
+    (lose_a_file, ["8.pkl of id 8 does not exist", "--rank 1 of --splits 2 has done 6 of its 7"], GOOD[:7] + GOOD[8:]),
+    (double_an_item, ["id 7 occurs twice"], GOOD),
+    (refuse_a_good_item, ["0-of-2-failed.jsonl: id 5 occurs twice"], GOOD),
+    (stop_a_worker_early, ["has 14 items, but 10 are tokenized and 2 refused: a worker has not finished"], GOOD[:-2]),
+    (forget_a_refusal, ["has 14 items, but 12 are tokenized and 1 refused", "done 6 of its 7"], GOOD),
+]
+
+
+@pytest.mark.parametrize("damage, messages, kept", DAMAGES, ids=[damage[0].__name__ for damage in DAMAGES])
+def test_what_is_not_whole_is_refused_or_merged_in_part(tmp_path, capsys, damage, messages, kept):
+    damage(write_output(tmp_path))
+    assert run(tmp_path) == 2 and not (tmp_path / "record.json").exists()
+    refusal = capsys.readouterr().err
+    assert run(tmp_path, "--allow_partial") == 0
+    printed = capsys.readouterr().out
+    assert "PARTIAL" in printed and f"{len(kept)} items" in printed
+    for message in messages:
+        assert message in refusal and message in printed
+    assert merged_ids(tmp_path / "record.json") == kept
+
+
+def test_all_that_is_wrong_is_told_at_once(tmp_path, capsys):
+    write_output(tmp_path)
+    for damage in (tear_a_line, lose_a_file, double_an_item):
+        damage(tmp_path)
+    assert run(tmp_path) == 2
+    refusal = capsys.readouterr().err
+    assert all(text in refusal for text in ("last line is torn", "8.pkl of id 8 does not exist", "id 7 occurs twice"))
+
+
+def test_a_partial_merge_of_nothing_is_refused(tmp_path, capsys):
+    write_output(tmp_path, 2, 1, bad=(0, 1))
+    assert run(tmp_path, "--allow_partial") == 2
+    assert "no item was tokenized, all 2 were refused" in capsys.readouterr().err
+
+
+def test_items_move_into_shards_that_the_trainer_reads(tmp_path, capsys):
+    out = write_output(tmp_path / "out")
+    assert run(out) == 0
+    source = DataSource(out / "record.json")
+    before = TokenDataset([source], 64)
+    expected = [before[i].token.tolist() for i in range(len(before))]
+    assert run(out, "--shard_size=4") == 0
+    assert "12 items moved into shards, 12 token files removed" in capsys.readouterr().out
+    shards = sorted(os.listdir(out / "shards"))
+    assert shards == [f"{rank}-of-2-{number:05d}.pkls" for rank in (0, 1) for number in (0, 1)]
+    assert not os.listdir(out / "files") and not list(out.glob("*.moved")) and not list(out.rglob("*.partial"))
+    for record in ("record.json", "0-of-2-record.jsonl"):
+        assert all(entry.is_sharded for entry in read_record(out / record))
+    assert merged_ids(out / "record.json") == GOOD
+    after = TokenDataset([source], 64)
+    assert [after[i].token.tolist() for i in range(len(after))] == expected
+
+
+@pytest.mark.parametrize("again", [["--shard_size=4"], ["--shard_size=100"], []])
+def test_a_second_run_changes_nothing(tmp_path, capsys, again):
+    out = write_output(tmp_path)
+    assert run(out, "--shard_size=4") == 0
+    files = snapshot(out)
+    capsys.readouterr()
+    assert run(out, *again) == 0
+    assert snapshot(out) == files
+    if again:
+        assert "0 items moved into shards, 0 token files removed" in capsys.readouterr().out
+
+
+def test_a_sharded_folder_merges_into_another_and_moves_as_a_whole(tmp_path):
+    out = write_output(tmp_path / "out")
+    deep = tmp_path / "deep" / "record.json"
+    assert concat([f"--sub_record_dir={out}", f"--save_path={deep}", "--shard_size=5"]) == 0
+    assert merged_ids(deep) == GOOD and not (out / "record.json").exists()
+    assert run(out) == 0
+    out.rename(tmp_path / "elsewhere")
+    assert merged_ids(tmp_path / "elsewhere" / "record.json") == GOOD
+
+
+def test_killed_before_any_step_it_loses_nothing_and_the_same_command_goes_on(tmp_path):
+    """A child kills itself before its k-th call that changes the disk, for every k; then it runs to its end."""
+    undisturbed = write_output(tmp_path / "undisturbed")
+    assert run(undisturbed) == 0 and run(undisturbed, "--shard_size=4") == 0
+    for step in range(1, 1000):
+        out = write_output(tmp_path / f"step{step}")
+        assert run(out) == 0
+        if not was_killed(out, step):
+            break
+        # what the workers wrote is all there, and so is the merged record until it is replaced
+        assert sorted(i for rank in range(2) for i in merged_ids(out / f"{rank}-of-2-record.jsonl")) == GOOD
+        assert merged_ids(out / "record.json") == GOOD
+        if step % 2:  # and killed again
+            was_killed(out, 5)
+            assert merged_ids(out / "record.json") == GOOD
+        assert run(out, "--shard_size=4") == 0
+        assert snapshot(out) == snapshot(undisturbed)
+    assert step > 40  # it was killed so often: 4 shards, 2 lists, 2 sub-records, the record, 12 token files
+
+
+def was_killed(out: Path, step: int) -> bool:
+    """Run the merge into shards in a child that dies by SIGKILL before its `step`-th change of the disk."""
+    pid = os.fork()
+    if not pid:
+        remaining = step
+
+        def counted(function):
+            def call(*args, **kwargs):
+                nonlocal remaining
+                remaining -= 1
+                if not remaining:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **kwargs)
+
+            return call
+
+        for name in ("replace", "fsync", "unlink", "mkdir"):
+            setattr(os, name, counted(getattr(os, name)))
+        os._exit(run(out, "--shard_size=4"))
+    status = os.waitpid(pid, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+def test_another_shard_size_after_a_kill_leaves_no_strays(tmp_path):
+    out = write_output(tmp_path)
+    assert was_killed(out, 12)
+    assert os.listdir(out / "shards")
+    assert run(out, "--shard_size=100") == 0
+    assert sorted(os.listdir(out / "shards")) == ["0-of-2-00000.pkls", "1-of-2-00000.pkls"]
+    assert merged_ids(out / "record.json") == GOOD and not os.listdir(out / "files")
+
+
+def test_items_tokenized_later_go_into_further_shards(tmp_path):
+    """A refused item is tried again after the others were moved: its line stands among theirs."""
+    out = write_output(tmp_path, splits=1)
+    assert run(out, "--shard_size=5") == 0
+    shards = snapshot(out / "shards")
+    save_token_file(out / "files" / "3.pkl", tokens_of(3), [-100] * 6, 3)
+    record = out / "0-of-1-record.jsonl"
+    lines = record.read_text().splitlines()
+    lines.insert(3, json.dumps({"file": "files/3.pkl", "len": 6, "id": 3, "image_len": 2}))
+    record.write_text("\n".join(lines) + "\n")
+    (out / "0-of-1-failed.jsonl").write_text('{"id": 9, "reason": "its image is bad"}\n')
+    assert run(out) == 0  # the trainer reads a record of both kinds
+    assert merged_ids(out / "record.json") == sorted([*GOOD, 3])
+    assert run(out, "--shard_size=5") == 0
+    assert merged_ids(out / "record.json") == sorted([*GOOD, 3]) and not os.listdir(out / "files")
+    after = snapshot(out / "shards")
+    assert shards.items() <= after.items() and set(after) - set(shards) == {"0-of-1-00003.pkls"}
+
+
+def test_datasets_of_the_old_recipe_move_too(tmp_path, monkeypatch):
+    """Files named from the working directory, no manifest."""
+    (tmp_path / "data" / "files").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for i in range(4):
+        save_token_file(f"data/files/{i}.pkl", tokens_of(i), [-100] * (3 + i), i)
+        entry = {"file": f"data/files/{i}.pkl", "len": 3 + i, "id": i}
+        with open(f"data/{i // 2}-of-2-record.jsonl", "a") as file:
+            file.write(json.dumps(entry) + "\n")
+    assert run(Path("data"), "--shard_size=2") == 0
+    monkeypatch.chdir("/")
+    items = [load_token_file(e.file, e.offset, e.nbytes) for e in read_record(tmp_path / "data" / "record.json")]
+    assert [item.token.tolist() for item in items] == [tokens_of(i) for i in range(4)]
+    assert not os.listdir(tmp_path / "data" / "files")
+
+
+@pytest.mark.parametrize("what", ["other_length", "damaged", "worker_at_work", "incomplete", "partial", "zero"])
+def test_what_may_not_move_stays_as_it_is(tmp_path, capsys, what):
+    out = write_output(tmp_path)
+    flags, message = ["--shard_size=4"], ""
+    if what == "other_length":
+        save_token_file(out / "files" / "5.pkl", [1, 2], [1, 2], 5)
+        message = "5.pkl has 2 tokens, but its record says 8"
+    elif what == "damaged":
+        (out / "files" / "5.pkl").write_bytes(b"x")
+        message = "5.pkl cannot be read"
+    elif what == "incomplete":
+        stop_a_worker_early(out)
+        message = "a worker has not finished"
+    elif what == "partial":
+        flags, message = ["--shard_size=4", "--allow_partial"], "leave --allow_partial out"
+    elif what == "zero":
+        flags, message = ["--shard_size=0"], "--shard_size must be at least 1, got 0"
+    files = sorted(os.listdir(out / "files"))
+    if what == "worker_at_work":
+        with WorkerLog(out, 1, SPLITS, 7, 14):
+            assert run(out, *flags) == 2
+        message = "a worker is still writing"
+    else:
+        assert run(out, *flags) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(os.listdir(out / "files")) == files and not (out / "record.json").exists()
+
+
+def test_a_shard_that_is_gone_or_cut_is_refused(tmp_path, capsys):
+    out = write_output(tmp_path)
+    assert run(out, "--shard_size=4") == 0
+    shard = out / "shards" / "1-of-2-00001.pkls"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert run(out) == 2 and "ends before the tokens of id 13" in capsys.readouterr().err
+    shard.unlink()
+    assert run(out) == 2 and "1-of-2-00001.pkls of id 12 does not exist" in capsys.readouterr().err
