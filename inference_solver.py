@@ -23,10 +23,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.conversation import Turn
-from data.image_transform import open_image
+from data.image_transform import crop_sizes, open_image
 from data.item_processor import ItemProcessor, build_text_encode, load_text_tokenizer
 from data.vocab import GRID_PIXELS, IMAGE_SYMBOL, ChameleonVocab
-from model.convert import load_pretrained, resolve_checkpoint
+from model.convert import load_config, load_pretrained, resolve_checkpoint
 from model.generation import Generation, SamplingOptions, generate_batch
 from model.vqgan import VQGAN, load_vqgan, pixels_to_image
 from pre_tokenize.image_encoder import ImageEncoder, group_by_size
@@ -86,6 +86,12 @@ class FlexARInferenceSolver:
         folder = resolve_checkpoint(model_path)
         self.tokenizer = load_text_tokenizer(tokenizer or folder)
         self.vocab = ChameleonVocab.from_tokenizer(self.tokenizer)
+        num_rows = load_config(folder).vocab_size
+        if self.vocab.vocab_size > num_rows:
+            raise ValueError(
+                f"the tokenizer {tokenizer or folder} has {self.vocab.vocab_size} ids, but the model {folder} "
+                f"{num_rows}: they do not belong together; give the tokenizer that it was trained with."
+            )
         self.model = load_pretrained(folder, DTYPES[precision], self.device, mask_image_logits=False)
         self.item_processor = ItemProcessor(
             build_text_encode(self.tokenizer), self.vocab, self._encode_images, target_size=target_size
@@ -93,7 +99,22 @@ class FlexARInferenceSolver:
 
     @cached_property
     def vqgan(self) -> VQGAN:
-        return load_vqgan(self.vqgan_dir, device=self.device)
+        vqgan = load_vqgan(self.vqgan_dir, device=self.device)
+        if vqgan.num_codes > self.vocab.num_codes:
+            raise ValueError(
+                f"the VQGAN in {self.vqgan_dir} has {vqgan.num_codes} codes, but the tokenizer has tokens for "
+                f"{self.vocab.num_codes}: they do not belong together; give the VQGAN that the data was tokenized with."
+            )
+        return vqgan
+
+    def check_vqgan(self, with_decoder: bool = True) -> None:
+        """Load the VQGAN now, so that what is wrong with it (ValueError) is told before anything is generated."""
+        vqgan = self.vqgan
+        if with_decoder and not vqgan.has_decoder:
+            raise ValueError(
+                f"the VQGAN in {self.vqgan_dir} has no decoder to draw with (Hugging Face folders hold none): "
+                "give the folder of Meta's vqgan.ckpt."
+            )
 
     @staticmethod
     def create_logits_processor(cfg: float = 3.0, image_top_k: int = 2000, text_top_k: int = 10) -> SamplingOptions:
@@ -339,6 +360,10 @@ def validate(args: argparse.Namespace) -> SamplingOptions:
         options = SamplingOptions(args.temperature, args.image_top_k, args.text_top_k, args.cfg, args.seed)
     except ValueError as error:
         problems.append(str(error))
+    try:
+        crop_sizes(args.target_size)
+    except ValueError as error:
+        problems.append(f"--target_size: {error}")
     if args.max_gen_len < 1:
         problems.append(f"--max_gen_len is {args.max_gen_len}; it must be at least 1")
     problems += [f"--image {path} does not exist" for path in args.image if not path.is_file()]
@@ -349,6 +374,8 @@ def validate(args: argparse.Namespace) -> SamplingOptions:
         problems.append(f"--vqgan_dir {args.vqgan_dir} is not a folder; TRAIN.md says where to get the VQGAN")
     if args.out and not args.out.parent.is_dir():
         problems.append(f"--out {args.out}: the folder {args.out.parent} does not exist")
+    if args.out and args.out.is_dir():
+        problems.append(f"--out {args.out} is a folder; give the name of a file in it")
     if args.out and args.out.suffix.lower() != ".png":
         problems.append(f"--out {args.out} must end in .png")
     if args.size and not args.out:
@@ -383,8 +410,10 @@ def main(argv: list[str] | None = None) -> int:
             device=args.device,
         )
         solver.image_start(args.size)
+        if args.image or args.out:
+            solver.check_vqgan(with_decoder=args.out is not None)
         answer = solver.answer_many([request], args.max_gen_len, options, desc="generating")[0]
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"inference_solver.py: {error}", file=sys.stderr)
         return 2
     print(answer.text)

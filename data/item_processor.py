@@ -157,7 +157,7 @@ class ItemProcessor:
 def load_text_tokenizer(tokenizer: str | os.PathLike):
     """The Hugging Face tokenizer of a folder (a `tokenizer.json` suffices, no network) or of the hub.
 
-    Raises FileNotFoundError if there is none.
+    Raises FileNotFoundError if there is none, and ValueError if its files are damaged.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -171,6 +171,12 @@ def load_text_tokenizer(tokenizer: str | os.PathLike):
             f"no tokenizer {tokenizer}: it is neither a folder with a tokenizer.json nor a model of the hub that can "
             f"be reached from here ({str(error).splitlines()[0]})"
         ) from None
+    except Exception as error:  # what a damaged tokenizer.json raises has no common class; all of it means the same
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"the tokenizer {tokenizer} cannot be read: {type(error).__name__}: {reason}. "
+            "Copy its tokenizer.json and tokenizer_config.json again"
+        ) from error
 
 
 def hash_tokenizer(tokenizer) -> str:

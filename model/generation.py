@@ -39,8 +39,10 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.temperature < 0:
+        if not 0 <= self.temperature < float("inf"):
             problems.append(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
+        if not abs(self.cfg) < float("inf"):
+            problems.append(f"cfg is {self.cfg}; it must be a number, 1 for no guidance")
         if min(self.image_top_k, self.text_top_k) < 1:
             problems.append(f"top-k is {self.image_top_k} (image), {self.text_top_k} (text); both must be at least 1")
         if problems:

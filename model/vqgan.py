@@ -4,10 +4,11 @@ The state-dict keys are those of Meta's `vqgan.ckpt`. `load_vqgan` reads Meta's 
 Hugging Face Chameleon folder (which holds no decoder), and our own (`vqgan.json`, `model.safetensors`).
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -140,21 +141,19 @@ class VQGANDecoder(nn.Module):
 
 
 def load_vqgan(vqgan_dir: str | os.PathLike, device: str = "cpu", dtype: torch.dtype = torch.float32) -> VQGAN:
-    """The frozen VQGAN of a folder, in eval mode. Raises FileNotFoundError or ValueError with what the folder lacks."""
+    """The frozen VQGAN of a folder, in eval mode.
+
+    Raises FileNotFoundError or ValueError with what the folder lacks, or which of its files is damaged.
+    """
     folder = Path(vqgan_dir)
     config_path, weight_paths = _find_files(folder)
-    if config_path.name == META_CONFIG:
-        config = _config_from_meta(yaml.safe_load(config_path.read_text()))
-        state = torch.load(weight_paths[0], map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
-    else:
-        is_ours = config_path.name == OUR_CONFIG
-        raw = json.loads(config_path.read_text())
-        fields = raw if is_ours else raw["vq_config"]
-        config = ChameleonVQVAEConfig(**{key: fields[key] for key in CONFIG_FIELDS if key in fields})
-        state = load_file(weight_paths[0]) if is_ours else _read_hf_state(weight_paths)
-    vqgan = VQGAN(config, with_decoder=any(key.startswith("decoder.") for key in state))
-    missing, _ = vqgan.load_state_dict({key: tensor.float() for key, tensor in state.items()}, strict=False)
+    with _naming(config_path):
+        config = _read_config(config_path)
+    with _naming(*weight_paths):
+        state = _read_state(weight_paths, is_ours=config_path.name == OUR_CONFIG)
+    with _naming(config_path, *weight_paths):  # they may be whole and not belong together
+        vqgan = VQGAN(config, with_decoder=any(key.startswith("decoder.") for key in state))
+        missing, _ = vqgan.load_state_dict({key: tensor.float() for key, tensor in state.items()}, strict=False)
     if missing:
         raise ValueError(f"{folder}: the VQGAN weights lack {len(missing)} tensors, first {missing[0]}")
     return vqgan.to(device=device, dtype=dtype).eval().requires_grad_(False)
@@ -205,12 +204,44 @@ def _find_files(folder: Path) -> tuple[Path, list[Path]]:
         return folder / OUR_CONFIG, [folder / OUR_WEIGHTS]
     shards = sorted(folder.glob("*.safetensors"))
     if (folder / "config.json").is_file() and shards:
-        if "vq_config" in json.loads((folder / "config.json").read_text()):
+        with _naming(folder / "config.json"):
+            has_vqgan = "vq_config" in json.loads((folder / "config.json").read_text())
+        if has_vqgan:
             return folder / "config.json", shards
     raise FileNotFoundError(
         f"no VQGAN in {folder}: it must hold {META_CONFIG} and {META_WEIGHTS} (Meta's), {OUR_CONFIG} and {OUR_WEIGHTS} "
         "(ours), or a Hugging Face Chameleon model with vq_config in its config.json; see --vqgan_dir in TRAIN.md"
     )
+
+
+@contextlib.contextmanager
+def _naming(*paths: Path) -> Iterator[None]:
+    """Turns whatever a damaged file raises into one ValueError with its name."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # each format has errors of its own; all of them mean the same
+        names, reason = " and ".join(map(str, paths)), " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"the VQGAN cannot be read from {names}: {type(error).__name__}: {reason}. Copy the folder again, "
+            "configuration and weights of one VQGAN"
+        ) from error
+
+
+def _read_config(path: Path) -> ChameleonVQVAEConfig:
+    if path.name == META_CONFIG:
+        return _config_from_meta(yaml.safe_load(path.read_text()))
+    raw = json.loads(path.read_text())
+    fields = raw if path.name == OUR_CONFIG else raw["vq_config"]
+    return ChameleonVQVAEConfig(**{key: fields[key] for key in CONFIG_FIELDS if key in fields})
+
+
+def _read_state(paths: list[Path], is_ours: bool) -> dict[str, Tensor]:
+    if paths[0].name == META_WEIGHTS:
+        state = torch.load(paths[0], map_location="cpu", weights_only=True)
+        return state.get("state_dict", state)
+    return load_file(paths[0]) if is_ours else _read_hf_state(paths)
 
 
 def _config_from_meta(raw: Mapping) -> ChameleonVQVAEConfig:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 SINGLE_FILE = "model.safetensors"
@@ -29,6 +29,7 @@ class WeightReader:
 
     Raises:
         FileNotFoundError: neither is there, or a file of the index is missing.
+        ValueError: the index or a file is damaged; the latter is found when it is first read.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -63,7 +64,7 @@ class WeightReader:
     def _file(self, name: str) -> safe_open:
         file_name = self._file_of[name]
         if file_name not in self._open:
-            self._open[file_name] = safe_open(self.folder / file_name, framework="pt")
+            self._open[file_name] = _open_file(self.folder / file_name)
         return self._open[file_name]
 
 
@@ -125,8 +126,11 @@ def _find_files(folder: Path) -> dict[str, str]:
     """The file of every tensor."""
     index_path = folder / INDEX_FILE
     if index_path.is_file():
-        file_of = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-        missing = sorted({file for file in file_of.values() if not (folder / file).is_file()})
+        try:
+            file_of = dict(json.loads(index_path.read_text(encoding="utf-8"))["weight_map"])
+            missing = sorted({file for file in file_of.values() if not (folder / file).is_file()})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{index_path} is damaged ({error!r}); copy or write the checkpoint again.") from None
         if missing:
             raise FileNotFoundError(f"{index_path} names {', '.join(missing)}, which are not in the folder.")
         return file_of
@@ -135,5 +139,12 @@ def _find_files(folder: Path) -> dict[str, str]:
             f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there. Give a folder that a "
             "training run or the hub has written (PyTorch .bin files are not read)."
         )
-    with safe_open(folder / SINGLE_FILE, framework="pt") as file:
+    with _open_file(folder / SINGLE_FILE) as file:
         return dict.fromkeys(file.keys(), SINGLE_FILE)
+
+
+def _open_file(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); copy or write the checkpoint again.") from None

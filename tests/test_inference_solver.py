@@ -1,5 +1,7 @@
 """The inference solver on a small seeded checkpoint: what goes in, what comes out, and its command."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -135,6 +137,10 @@ def test_command_writes_a_picture(folders, tmp_path, capsys):
     [
         (["--out", "no/such/folder/out.png"], "does not exist"),
         (["--out", "out.jpg"], "must end in .png"),
+        (["--out", "tests"], "is a folder"),
+        (["--target_size", "100"], "--target_size: the target size must be a positive multiple of 32 pixels"),
+        (["--temperature", "nan"], "temperature is nan"),
+        (["--cfg", "inf"], "cfg is inf"),
         (["--image", "absent.png"], "absent.png does not exist"),
         (["--size", "32x32"], "--out"),
         (["--temperature", "-1", "--max_gen_len", "0"], "temperature"),
@@ -147,6 +153,37 @@ def test_command_refuses_with_one_message(folders, capsys, extra, message):
     assert main(command(folders, *extra)) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_damaged_checkpoint_is_refused_by_name(folders, tmp_path, capsys, name):
+    shutil.copytree(folders / "checkpoint", tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / name).write_text("{")
+    assert main(command(folders, "--model_path", str(tmp_path / "checkpoint"))) == 2
+    assert str(tmp_path / "checkpoint") in capsys.readouterr().err
+
+
+def test_vqgan_is_checked_before_anything_is_drawn(folders, tmp_path, capsys):
+    shutil.copytree(folders / "vqgan", tmp_path / "vqgan")
+    (tmp_path / "vqgan" / "model.safetensors").write_bytes(b"torn")
+    extra = ["--vqgan_dir", str(tmp_path / "vqgan"), "--size", "64x64", "--out", str(tmp_path / "out.png")]
+    assert main(command(folders, *extra)) == 2
+    error = capsys.readouterr().err
+    assert "model.safetensors" in error and "tokens in" not in error
+    save_vqgan(VQGAN(small_config().vq_config, with_decoder=False), tmp_path / "vqgan", torch.float32)
+    assert main(command(folders, *extra)) == 2
+    assert "has no decoder" in capsys.readouterr().err
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_tokenizer_of_another_model_is_refused(folders, tmp_path, capsys):
+    from data.item_processor import load_text_tokenizer
+
+    tokenizer = load_text_tokenizer(folders / "tokenizer")
+    tokenizer.add_tokens([f"more{number}" for number in range(100)])
+    tokenizer.save_pretrained(tmp_path)
+    assert main(command(folders, "--tokenizer", str(tmp_path))) == 2
+    assert "do not belong together" in capsys.readouterr().err
 
 
 def test_sizes_are_width_by_height():

@@ -189,3 +189,10 @@ def test_tokenizers_are_hashed_by_content_and_missing_ones_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="has no tokenizer.json"):
         load_text_tokenizer(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"model": 1}', '{"version": "1.0", "model": {"type": "BPE"}}'])
+def test_a_damaged_tokenizer_is_named(tmp_path, text):
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError), match=f"tokenizer {tmp_path}"):
+        ChameleonVocab.from_tokenizer(load_text_tokenizer(tmp_path))

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import zlib
 from pathlib import Path
 
@@ -104,6 +105,40 @@ def test_missing_tensors_are_named(meta_vqgan_dir, tmp_path):
     (tmp_path / "vqgan.yaml").write_text(yaml.safe_dump(yaml.safe_load((GOLDEN / "vqgan.yaml").read_text())))
     with pytest.raises(ValueError, match="encoder.conv_in.weight"):
         load_vqgan(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("model.safetensors", b""),
+        ("model.safetensors", b"\x08\x00\x00\x00\x00\x00\x00\x00{}"),
+        ("model.safetensors", (TINY / "model.safetensors").read_bytes()[:5000]),
+        ("vqgan.json", b"{"),
+        ("vqgan.json", b"[]"),
+        ("vqgan.json", b'{"embed_dim": "many"}'),
+        ("vqgan.json", b'{"embed_dim": 8}'),  # weights of another shape
+    ],
+)
+def test_a_damaged_folder_of_ours_is_named(tmp_path, name, content):
+    shutil.copytree(TINY, tmp_path / "vqgan")
+    (tmp_path / "vqgan" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"vqgan/{name}|lack"):
+        load_vqgan(tmp_path / "vqgan")
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04torn"])
+def test_a_damaged_folder_of_metas_is_named(tmp_path, content):
+    (tmp_path / "vqgan.yaml").write_text((GOLDEN / "vqgan.yaml").read_text())
+    (tmp_path / "vqgan.ckpt").write_bytes(content)
+    with pytest.raises(ValueError, match="vqgan.ckpt"):
+        load_vqgan(tmp_path)
+    torch.save([1, 2], tmp_path / "vqgan.ckpt")
+    with pytest.raises(ValueError, match="vqgan.ckpt"):
+        load_vqgan(tmp_path)
+    for text in ("model: {", "model: 3", ""):
+        (tmp_path / "vqgan.yaml").write_text(text)
+        with pytest.raises(ValueError, match="vqgan.yaml"):
+            load_vqgan(tmp_path)
 
 
 def test_wrong_sizes_and_codes_are_refused():
