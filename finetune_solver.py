@@ -41,7 +41,7 @@ from model.checkpoint import (
     remove_old,
     save_checkpoint,
 )
-from model.convert import export_hf, load_checkpoint_weights, load_config, prepare_starting_point
+from model.convert import check_weights, export_hf, load_checkpoint_weights, load_config, prepare_starting_point
 from model.distributed import (
     Launch,
     detect_launch,
@@ -137,7 +137,6 @@ def prepare(options: Options, launch: Launch) -> TokenDataset:
     Raises one ValueError that lists every problem found.
     """
     problems = [
-        *_find_model_problems(options.model),
         *_find_number_problems(options),
         *options.optim.problems(),
         *options.parallel.problems(launch.world_size, launch.local_world_size),
@@ -151,6 +150,7 @@ def prepare(options: Options, launch: Launch) -> TokenDataset:
         dataset = TokenDataset(sources, options.data.max_seq_len, options.data.overlong)
     except (ValueError, OSError) as error:
         problems.append(f"--data_config: {error}")
+    problems += _find_model_problems(options.model, dataset)
     if problems:
         raise ValueError("\n  - ".join(["training cannot start:", *problems]))
     return dataset
@@ -397,7 +397,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _find_model_problems(options: ModelOptions) -> list[str]:
+def _find_model_problems(options: ModelOptions, dataset: TokenDataset | None) -> list[str]:
     found = []
     if options.model_parallel_size != 1:
         found.append(f"--model_parallel_size must be 1 (FSDP shards the model), got {options.model_parallel_size}")
@@ -409,8 +409,10 @@ def _find_model_problems(options: ModelOptions) -> list[str]:
     if tokenizer is None:
         return [*found, f"--model_size {options.model_size} starts afresh: its vocabulary needs --tokenizer DIR"]
     try:
-        num_rows = load_config(options.init_from).vocab_size if options.init_from else None
+        num_rows = check_weights(options.init_from).vocab_size if options.init_from else None
         vocab_size = ChameleonVocab.from_tokenizer(load_text_tokenizer(tokenizer)).vocab_size
+        if dataset is not None:
+            dataset.check_first_items(num_rows or vocab_size)
     except (ValueError, OSError) as error:
         return [*found, str(error)]
     if num_rows is not None and vocab_size > num_rows:

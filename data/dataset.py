@@ -76,10 +76,10 @@ class TokenDataset(Dataset):
         """
         for index in np.unique(self.source_ids, return_index=True)[1].tolist():
             token = self[index].token
-            if token.min() < 0 or token.max() >= num_ids:
+            if len(token) and (token.min() < 0 or token.max() >= num_ids):
                 raise ValueError(
-                    f"token file {self._files[self._positions[index]]} holds the ids {token.min()}..{token.max()}, but the "
-                    f"model knows 0..{num_ids - 1}: train with the tokenizer that it was made with, or pre-tokenize again"
+                    f"token file {self._files[self._positions[index]]} holds ids from {token.min()} to {token.max()}, "
+                    f"but the model has {num_ids}: train with the tokenizer that made it, or pre-tokenize again"
                 )
 
     def plan_epoch(self, options: PlanOptions, epoch: int) -> EpochPlan:

@@ -119,6 +119,23 @@ def load_checkpoint_weights(model: nn.Module, dir_or_hub_id: str | os.PathLike) 
                 local.copy_(reader.read(name, local_rows(parameter)))
 
 
+def check_weights(dir_or_hub_id: str | os.PathLike) -> ChameleonXLLMXConfig:
+    """
+    The configuration of a checkpoint, once the weights beside it are seen to fit it.
+
+    Only names and shapes are read, and of a folder alone: the weights of a hub id are checked when they are loaded.
+
+    Raises:
+        FileNotFoundError: no weights in it.
+        ValueError: a damaged file; tensors that are missing, unknown or of another shape.
+    """
+    config = load_config(dir_or_hub_id)
+    if Path(dir_or_hub_id).is_dir():
+        model = build_model(config)  # on meta
+        _check_names_and_shapes(dict(model.named_parameters()), WeightReader(dir_or_hub_id))
+    return config
+
+
 def load_pretrained(
     dir_or_hub_id: str | os.PathLike,
     dtype: torch.dtype | None = None,

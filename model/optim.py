@@ -29,7 +29,7 @@ class OptimOptions:
     def problems(self) -> list[str]:
         """What is wrong with these options, one sentence each."""
         found = []
-        if not self.lr > 0:
+        if not 0 < self.lr < math.inf:
             found.append(f"--lr must be above 0, got {self.lr:g}")
         if not 0 <= self.min_lr <= self.lr:
             found.append(f"--min_lr must lie between 0 and --lr ({self.lr:g}), got {self.min_lr:g}")
@@ -37,7 +37,7 @@ class OptimOptions:
             found.append(f"--epochs must be at least 1, got {self.epochs}")
         if not 0 <= self.warmup_epochs <= max(self.epochs, 0):
             found.append(f"--warmup_epochs must lie between 0 and --epochs ({self.epochs}), got {self.warmup_epochs:g}")
-        if self.wd < 0:
+        if not 0 <= self.wd < math.inf:
             found.append(f"--wd must not be negative, got {self.wd:g}")
         return found
 

@@ -1,10 +1,14 @@
 """The training script: bad input, whole runs, and runs that are killed and go on, alone and with real ranks."""
 
+import shutil
+
 import pytest
 import small_run
 import torch
 from small_run import call_main, kill_when, losses, read_lines, run_solver, solver_args, train
 
+from data.record import RecordEntry, write_merged
+from data.token_file import save_token_file
 from finetune_solver import Options, build_parser, resolve_model
 from model.checkpoint import read_state
 from model.convert import load_pretrained
@@ -58,6 +62,36 @@ def test_bad_input_is_told_in_one_message_and_leaves_nothing(task, tmp_path, cha
     assert code == 2 and said in message, message
     assert message.startswith("finetune_solver.py: ") and "Traceback" not in message
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("model.safetensors", b"torn", "model.safetensors is damaged"),
+        ("model.safetensors", None, "has no weights"),
+        ("model.safetensors.index.json", b"{}", "model.safetensors.index.json is damaged"),
+        ("config.json", b"{", "config.json"),
+        ("tokenizer.json", b"{", "cannot be read"),
+    ],
+)
+def test_damaged_start_is_told_before_anything_is_written(task, tmp_path, name, content, said):
+    shutil.copytree(task / "init", tmp_path / "init")
+    (tmp_path / "init" / name).unlink(missing_ok=True)
+    if content is not None:
+        (tmp_path / "init" / name).write_bytes(content)
+    code, message = call_main(solver_args(task, tmp_path / "out", init_from=tmp_path / "init"))
+    assert code == 2 and said in message and "Traceback" not in message, message
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokens_that_moved_or_are_of_another_tokenizer_are_told_at_the_start(task, tmp_path):
+    save_token_file(tmp_path / "0.pkl", [1, 99999], [1, 99999], 0)
+    (tmp_path / "data.yaml").write_text("META:\n  - path: record.json\n")
+    for file, said in (("0.pkl", "holds ids from 1 to 99999"), ("gone.pkl", "gone.pkl does not exist")):
+        write_merged([RecordEntry(file, 2, 0)], tmp_path / "record.json")
+        code, message = call_main(solver_args(task, tmp_path / "out", data_config=tmp_path / "data.yaml"))
+        assert code == 2 and said in message, message
+        assert not (tmp_path / "out").exists()
 
 
 def test_all_problems_are_told_at_once(task, tmp_path):
