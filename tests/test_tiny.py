@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from data.vocab import ChameleonVocab
-from exps.tiny import make_data, score, train_tokenizer
+from exps.tiny import make_data, render_sprites, score, train_tokenizer, train_vqgan
 from exps.tiny.scenes import (
     HELD_OUT_PAIRS,
     OBJECTS,
@@ -24,6 +24,8 @@ from exps.tiny.scenes import (
     read,
 )
 from exps.tiny.train_vqgan import k_means
+from model.chameleon import build_config, build_model
+from model.convert import export_hf
 from model.vqgan import image_to_pixels, load_vqgan, pixels_to_image
 
 VQGAN_DIR = Path(__file__).parents[1] / "exps" / "tiny" / "vqgan"
@@ -140,6 +142,82 @@ def test_prompts_are_many_and_held_out_ones_are_held_out():
     prompts = score.build_prompts(96, seed=1)
     assert all(len(questions) == 96 for questions in prompts.values())
     assert all(prompt.target.is_held_out == (name == "held_out_pairs") for name in prompts for prompt in prompts[name])
+
+
+@pytest.fixture(scope="module")
+def fresh_checkpoint(tmp_path_factory):
+    """A decoder that has learned nothing, with the tokenizer of the laptop default."""
+    folder = tmp_path_factory.mktemp("fresh")
+    tokenizer = train_tokenizer.train_tokenizer([caption(scene) for scene in all_scenes()[::7]])
+    model = build_model(build_config("tiny", tokenizer, hidden_size=64, intermediate_size=64), "cpu")
+    export_hf(model, model.config, folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_score_is_made_again_for_other_prompts_and_other_checkpoints(fresh_checkpoint, tmp_path, capsys):
+    def run(num_prompts: int, out_dir=tmp_path / "out") -> str:
+        flags = ["--model_path", str(fresh_checkpoint), "--out_dir", str(out_dir), "--num_prompts", str(num_prompts)]
+        assert score.main(flags) == 0
+        assert not list(out_dir.glob("*.partial"))
+        return capsys.readouterr().out
+
+    assert "already there" not in run(2)
+    assert "already there" in run(2)
+    assert "already there" not in run(1)
+    made = json.loads((tmp_path / "out" / "score.json").read_text())
+    assert made["edits_prompts"] == 1
+    (tmp_path / "out" / "score.json").write_text(json.dumps(made | {"checkpoint": "another"}))
+    assert "already there" not in run(1)
+
+
+def test_score_refuses_with_one_message(fresh_checkpoint, tmp_path, capsys):
+    flags = ["--model_path", str(fresh_checkpoint), "--out_dir", str(tmp_path / "out")]
+    for extra, said in (
+        (["--num_prompts", "0"], "--num_prompts must be at least 1"),
+        (["--vqgan_dir", str(tmp_path)], "no VQGAN in"),
+    ):
+        assert score.main(flags + extra) == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
+def test_make_data_refuses_a_file_as_its_folder(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert make_data.main(["--out_dir", str(tmp_path / "file"), "--num_items", "1"]) == 2
+    assert f"--out_dir {tmp_path / 'file'} cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[1]", '[{"image": "a.png"}]', '[{"conversations": [{"value": 3}]}]'])
+def test_train_tokenizer_refuses_what_is_no_input(tmp_path, capsys, text):
+    (tmp_path / "train.json").write_text(text)
+    flags = ["--in_filename", str(tmp_path / "train.json"), "--out_dir", str(tmp_path / "tokenizer")]
+    assert train_tokenizer.main(flags) == 2
+    assert "train.json" in capsys.readouterr().err
+    assert not (tmp_path / "tokenizer").exists()
+
+
+def test_train_tokenizer_leaves_a_folder_of_something_else_alone(tmp_path, capsys):
+    (tmp_path / "train.json").write_text('[{"conversations": [{"value": "a cat"}]}]')
+    (tmp_path / "other").touch()
+    assert train_tokenizer.main(["--in_filename", str(tmp_path / "train.json"), "--out_dir", str(tmp_path)]) == 2
+    assert "choose another" in capsys.readouterr().err
+
+
+def test_rare_scripts_refuse_with_one_message(tmp_path, capsys):
+    (tmp_path / "font.ttf").write_text("no font")
+    assert render_sprites.main(["--font", str(tmp_path / "font.ttf"), "--out_dir", str(tmp_path / "out")]) == 2
+    assert "is not the colour font" in capsys.readouterr().err
+    flags = ["--steps", "0", "--out_dir", str(tmp_path / "out")]
+    for extra, said in (
+        ([], "give --steps above 0"),
+        (["--init_from", str(tmp_path)], "no VQGAN in"),
+        (["--init_from", str(VQGAN_DIR), "--decoder_steps", "-1"], "no steps below 0"),
+        (["--init_from", str(VQGAN_DIR), "--batch_size", "0"], "--batch_size and --lr must be above 0"),
+    ):
+        assert train_vqgan.main(flags + extra) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_score_without_a_checkpoint_is_refused(tmp_path, capsys):
