@@ -1,0 +1,228 @@
+"""Look at what was tokenized: a record, some of its items with their pictures, and figures of all, on one HTML page.
+
+    python pre_tokenize/inspect_record.py out/record.json --num 20 --out page.html
+
+Exit codes: 0 the page is written, 2 it is not, with the reason.
+"""
+
+import argparse
+import os
+import random
+import sys
+import time
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from data.item_processor import hash_tokenizer, load_text_tokenizer  # noqa: E402
+from data.manifest import MANIFEST_NAME, load_manifest  # noqa: E402
+from data.record import RecordEntry, read_record  # noqa: E402
+from data.token_file import TokenItem, load_token_file  # noqa: E402
+from data.vocab import CODE_PIXELS, IGNORE_INDEX, ChameleonVocab  # noqa: E402
+from model.vqgan import VQGAN, hash_vqgan, load_vqgan, pixels_to_image  # noqa: E402
+from pre_tokenize.options import DEFAULT_TOKENIZER, DEFAULT_VQGAN_DIR  # noqa: E402
+from pre_tokenize.page import Part, RecordStats, ShownItem, build_page, write_page  # noqa: E402
+
+PLAIN_LINE_SECONDS = 10
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("record", type=Path, metavar="RECORD", help="record.json, or the sub-record of a worker")
+    add("--num", type=int, default=20, help="number of items shown (default 20)")
+    add("--out", type=Path, default=Path("page.html"), help="the page to write (default page.html)")
+    add("--seed", type=int, default=0, help="of the choice of items (default 0)")
+    add("--tokenizer", default=DEFAULT_TOKENIZER, help=f"folder or hub id (default {DEFAULT_TOKENIZER})")
+    add("--vqgan_dir", type=Path, default=Path(DEFAULT_VQGAN_DIR), help=f"with decoder (default {DEFAULT_VQGAN_DIR})")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default auto: cuda if there is one")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        validate(args)
+        lengths, sample = survey_record(args.record, args.num, args.seed)
+        tokenizer = load_text_tokenizer(args.tokenizer)
+        vocab = ChameleonVocab.from_tokenizer(tokenizer)
+        vqgan = load_decoder(args.vqgan_dir, vocab, args.device)
+        notes = compare_with_manifest(args.record.parent, tokenizer, args.vqgan_dir)
+        stats = count_items(args.record, lengths, vocab)
+        items = [
+            show_item(entry, tokenizer, vocab, vqgan)
+            for entry in with_progress(sample, len(sample), "decoding the pictures")
+        ]
+        page = build_page(os.fspath(args.record), stats, items, notes)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_page(page, args.out)
+    except (ValueError, OSError) as error:
+        print(f"inspect_record.py: {error}", file=sys.stderr)
+        return 2
+    for note in notes:
+        print(f"note: {note}")
+    print(f"{args.out}: {len(items):,} of {len(lengths):,} items, {len(page) / 2**20:.1f} MiB")
+    return 0
+
+
+def validate(args: argparse.Namespace) -> None:
+    """Raise one ValueError with every problem that can be seen without loading anything."""
+    problems = []
+    if not args.record.is_file():
+        problems.append(f"the record {args.record} does not exist; concat_record.py writes it")
+    if args.num < 1:
+        problems.append(f"--num must be at least 1, got {args.num}")
+    if args.out.is_dir():
+        problems.append(f"--out {args.out} is a folder; name a file")
+    if args.out.exists() and args.record.exists() and args.out.samefile(args.record):
+        problems.append(f"--out {args.out} is the record itself; name another file")
+    if not args.vqgan_dir.is_dir():
+        problems.append(f"--vqgan_dir {args.vqgan_dir} is not a folder; TRAIN.md says where to get the VQGAN")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        problems.append("--device cuda: no CUDA device is visible; use --device cpu")
+    if problems:
+        raise ValueError("\n  ".join(["cannot start:", *problems] if len(problems) > 1 else problems))
+
+
+def survey_record(path: Path, num: int, seed: int) -> tuple[np.ndarray, list[RecordEntry]]:
+    """Lengths in tokens, int64 [N], of all items, and `num` of them (all, if there are fewer), drawn evenly, in order.
+
+    The record is streamed once; which items are drawn depends on their number and the seed alone.
+    """
+    generator = random.Random(seed)
+    lengths, drawn = array("q"), []
+    for index, entry in enumerate(read_record(path)):
+        lengths.append(entry.len)
+        if len(drawn) < num:
+            drawn.append((index, entry))
+        elif (slot := generator.randrange(index + 1)) < num:
+            drawn[slot] = (index, entry)
+    if not lengths:
+        raise ValueError(f"the record {path} has no items")
+    drawn.sort(key=lambda pair: pair[0])
+    return np.frombuffer(lengths, dtype=np.int64), [entry for _, entry in drawn]
+
+
+def load_decoder(vqgan_dir: Path, vocab: ChameleonVocab, device: str) -> VQGAN:
+    """The VQGAN of a folder, checked to have a decoder and a code for each of the vocabulary's."""
+    vqgan = load_vqgan(vqgan_dir, device)
+    if not vqgan.has_decoder:
+        raise ValueError(f"--vqgan_dir {vqgan_dir} holds no decoder (Hugging Face folders do not); use Meta's folder")
+    if vqgan.num_codes != vocab.num_codes:
+        raise ValueError(f"the VQGAN in {vqgan_dir} has {vqgan.num_codes} codes, the tokenizer {vocab.num_codes}")
+    return vqgan
+
+
+def compare_with_manifest(folder: Path, tokenizer, vqgan_dir: Path) -> list[str]:
+    """Remarks where tokenizer or VQGAN are not those of the manifest, which may lie beside the record.
+
+    Only remarks: another VQGAN folder may hold the same codes with another decoder, or in another format.
+    """
+    if not (folder / MANIFEST_NAME).is_file():
+        return []
+    manifest = load_manifest(folder)
+    remarks = []
+    if manifest.get("tokenizer_sha256") != hash_tokenizer(tokenizer):
+        remarks.append("The record was made with another tokenizer than the one given here: texts may be wrong.")
+    if manifest.get("vqgan_sha256") != hash_vqgan(vqgan_dir):
+        remarks.append("The record was made with other VQGAN files than those given here: pictures may be wrong.")
+    return remarks
+
+
+def count_items(path: Path, lengths: np.ndarray, vocab: ChameleonVocab) -> RecordStats:
+    """Figures over the token files of all items, one in memory at a time. Raises ValueError naming a wrong one."""
+    code_counts = np.zeros(vocab.num_codes, dtype=np.int64)
+    num_targets = num_image_tokens = 0
+    size_counts: Counter[tuple[int, int]] = Counter()
+    for entry in with_progress(read_record(path), len(lengths), "reading all items"):
+        item, images = load_item(entry, vocab)
+        num_targets += int((item.label != IGNORE_INDEX).sum())
+        for (start, stop), codes in images.items():
+            code_counts += np.bincount(codes.ravel(), minlength=vocab.num_codes)
+            size_counts[codes.shape[1] * CODE_PIXELS, codes.shape[0] * CODE_PIXELS] += 1
+            num_image_tokens += stop - start
+    return RecordStats(lengths, code_counts, num_targets, num_image_tokens, size_counts)
+
+
+def load_item(entry: RecordEntry, vocab: ChameleonVocab) -> tuple[TokenItem, dict[tuple[int, int], np.ndarray]]:
+    """The item of an entry, and (start, stop) -> codes [h, w] of its images in order. Raises ValueError or
+    FileNotFoundError with what does not fit the record or the vocabulary."""
+    item = load_token_file(entry.file, entry.offset, entry.nbytes)
+    if len(item.token) != entry.len:
+        raise ValueError(f"{entry.file} (id {entry.id}) holds {len(item.token)} tokens, the record says {entry.len}")
+    if item.token.min() < 0 or item.token.max() >= vocab.vocab_size:
+        raise ValueError(
+            f"{entry.file} (id {entry.id}) holds token {item.token.max()}, but the tokenizer ends at "
+            f"{vocab.vocab_size - 1}; give the --tokenizer that the record was made with"
+        )
+    try:
+        spans = vocab.find_images(item.token)
+        return item, {span: vocab.tokens_to_codes(item.token[slice(*span)]) for span in spans}
+    except ValueError as error:
+        raise ValueError(f"{entry.file} (id {entry.id}): {error}; is --tokenizer that of the record?") from None
+
+
+def show_item(entry: RecordEntry, tokenizer, vocab: ChameleonVocab, vqgan: VQGAN) -> ShownItem:
+    """Texts and pictures of an item, decoded from its tokens."""
+    item, images = load_item(entry, vocab)
+    is_target = item.label != IGNORE_INDEX
+    turns: list[list[Part]] = [[]]
+    for kind, start, stop in split_parts(item.token, is_target, list(images), vocab):
+        if kind != "control" and start and item.token[start - 1] == vocab.end_of_turn_id:
+            turns.append([])
+        text, image = "", None
+        if kind == "image":
+            image = pixels_to_image(vqgan.decode(torch.from_numpy(images[start, stop])[None])[0])
+        else:
+            ids = item.token[start:stop].tolist()
+            text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        turns[-1].append(Part(kind, start, stop, int(is_target[start:stop].sum()), text, image))
+    num_wrong = int((item.label[is_target] != item.token[is_target]).sum())
+    return ShownItem(entry.id, entry.file, tuple(map(tuple, turns)), is_target, num_wrong)
+
+
+def split_parts(
+    token: np.ndarray, is_target: np.ndarray, spans: Sequence[tuple[int, int]], vocab: ChameleonVocab
+) -> Iterator[tuple[str, int, int]]:
+    """(kind, start, stop) of the stretches of a sequence, in order and without gaps.
+
+    Kinds: `image`, a span; `control`, one token; `text`, as many tokens as follow each other with one label mask.
+    """
+    controls = (vocab.bos_id, vocab.pad_id, vocab.eos_id, vocab.end_of_turn_id)
+    is_control = np.isin(token, [token_id for token_id in controls if token_id is not None])
+    position = 0
+    for image_start, image_stop in [*spans, (len(token), len(token))]:
+        while position < image_start:
+            stop = position + 1
+            if not is_control[position]:
+                while stop < image_start and not is_control[stop] and is_target[stop] == is_target[position]:
+                    stop += 1
+            yield "control" if is_control[position] else "text", position, stop
+            position = stop
+        if image_start < image_stop:
+            yield "image", image_start, image_stop
+        position = image_stop
+
+
+def with_progress(values, total: int, name: str) -> Iterator:
+    """The values, with a bar on a terminal, else a plain line now and then."""
+    is_terminal = sys.stderr.isatty()
+    last_line = time.monotonic()
+    for done, value in enumerate(tqdm(values, name, total, unit="item", disable=not is_terminal, dynamic_ncols=True)):
+        if not is_terminal and time.monotonic() - last_line >= PLAIN_LINE_SECONDS:
+            last_line = time.monotonic()
+            print(f"{name}: {done:,}/{total:,}", file=sys.stderr)
+        yield value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
