@@ -24,6 +24,9 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > RANKS ? cores / RANKS : 1))
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 seconds_at_start=$SECONDS
 
+# A worker in the background does not hear Ctrl-C; one that outlives this script would keep the next run out.
+trap 'running=$(jobs -p); if [[ -n $running ]]; then kill $running; wait; fi' EXIT
+
 stage() { printf '\n[%3d s] %s\n' $((SECONDS - seconds_at_start)) "$*"; }
 
 stage "1/6 scenes and conversations"
@@ -34,8 +37,6 @@ $PYTHON -u exps/tiny/train_tokenizer.py --in_filename "$OUT/data/train.json" --o
 
 stage "3/6 tokens: $RANKS workers"
 workers=()
-# A worker in the background does not hear Ctrl-C; one that outlives this script would keep the next run out.
-trap 'running=$(jobs -p); if [[ -n $running ]]; then kill $running; wait; fi' EXIT
 for rank in $(seq 0 $((RANKS - 1))); do
   $PYTHON -u pre_tokenize/pre_tokenize.py --splits="$RANKS" --rank="$rank" --in_filename "$OUT/data/train.json" \
     --out_dir "$OUT/tokens" --target_size 64 --tokenizer "$OUT/tokenizer" --vqgan_dir exps/tiny/vqgan \

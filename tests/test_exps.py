@@ -4,7 +4,9 @@ import argparse
 import importlib
 import os
 import re
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,14 @@ def record_call(tmp_path: Path, script: str, *args: str, **env: str) -> list[str
     env["PATH"] = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     subprocess.run(["bash", ROOT / script, *args], check=True, cwd=ROOT, env=env)
     return (tmp_path / "call").read_text().split("\0")[:-1]
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and has not ended; one that nobody has waited for yet has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_python_commands_reads_shell():
@@ -117,6 +127,37 @@ def test_slurm_job(tmp_path):
     assert record_call(tmp_path, "exps/slurm.sh") == ["srun", "--kill-on-bad-exit=1", "bash", "exps/7B.sh"]
     call = record_call(tmp_path, "exps/slurm.sh", "exps/34B.sh", "--epochs", "3")
     assert call == ["srun", "--kill-on-bad-exit=1", "bash", "exps/34B.sh", "--epochs", "3"]
+
+
+@pytest.mark.parametrize("name", ["ITEMS", "PROMPTS", "RANKS", "STEPS"])
+def test_tiny_refuses_a_number_that_is_none(tmp_path, name):
+    env = {**os.environ, "OUT": str(tmp_path / "out"), name: "0x"}
+    done = subprocess.run(["bash", ROOT / "exps/tiny.sh"], env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and f"{name} must be a whole number" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("program", "count"), [("pre_tokenize/pre_tokenize.py", 2), ("torch.distributed.run", 1)])
+def test_tiny_leaves_no_process_behind(tmp_path, program, count, number):
+    """The shell alone is signalled; what it started would keep the next run out of the output folder."""
+    stub = tmp_path / "python"
+    stub.write_text(f'#!/bin/bash\n[[ "$*" == *{program}* ]] || exit 0\ntouch "{tmp_path}/$$.pid"\nexec sleep 60\n')
+    stub.chmod(0o755)
+    (tmp_path / "out").mkdir()
+    env = {**os.environ, "PYTHON": str(stub), "OUT": str(tmp_path / "out")}
+    shell = subprocess.Popen(["bash", ROOT / "exps/tiny.sh"], env=env, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 20
+    while len(pids := [int(path.stem) for path in tmp_path.glob("*.pid")]) < count:
+        assert shell.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    shell.send_signal(number)
+    if number == signal.SIGINT and count == 1:
+        os.kill(pids[0], number)  # Ctrl-C reaches what stands in the foreground too
+    assert shell.wait(20) != 0
+    while any(is_running(pid) for pid in pids):
+        assert time.monotonic() < deadline + 20
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
