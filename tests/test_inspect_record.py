@@ -21,7 +21,7 @@ from data.vocab import IGNORE_INDEX, ChameleonVocab
 from model.vqgan import VQGAN, load_vqgan, pixels_to_image
 from pre_tokenize import page as page_module
 from pre_tokenize.inspect_record import count_items, main, split_parts, survey_record
-from pre_tokenize.page import escape, length_bins, perplexity, usage_bins, write_page
+from pre_tokenize.page import data_uri, escape, length_bins, perplexity, usage_bins, write_page
 from tests.tokenize_helpers import NUM_CODES, run_script, write_tiny_tokenizer, write_tiny_vqgan
 
 CHROMIUM = next(
@@ -165,6 +165,16 @@ def test_every_length_falls_into_one_bin(lengths):
     assert counts.sum() == len(lengths) and len(counts) <= page_module.NUM_LENGTH_BINS
     assert counts.tolist() == [((a <= lengths) & (lengths < b)).sum() for a, b in zip(edges, edges[1:], strict=False)]
     assert counts[0] and counts[-1], "no empty bins at the ends"
+
+
+@pytest.mark.parametrize("side, kind", [(256, "PNG"), (512, "JPEG")])
+def test_large_images_are_embedded_small(side, kind):
+    ramp = np.linspace(0, 255, side).astype(np.uint8)
+    image = Image.fromarray(np.stack(np.broadcast_arrays(ramp, ramp[:, None], 128), axis=-1).astype(np.uint8))
+    head, content = data_uri(image).split(",")
+    embedded = Image.open(io.BytesIO(base64.b64decode(content)))
+    assert (head, embedded.format, embedded.size) == (f"data:image/{kind.lower()};base64", kind, image.size)
+    assert np.abs(np.asarray(embedded, int) - np.asarray(image, int)).mean() < (2 if kind == "JPEG" else 1e-9)
 
 
 def test_code_usage_is_counted_by_doublings():
