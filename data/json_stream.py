@@ -30,6 +30,8 @@ def iter_json_values(path: str | os.PathLike, what: str = "file") -> Iterator[ob
         raise ValueError(
             f"{what} {path} is not valid JSON at {error}; it must be a JSON list, or one JSON object per line (JSONL)"
         ) from None
+    except (RecursionError, ValueError) as error:  # nested thousands deep, a number of thousands of digits
+        raise ValueError(f"{what} {path} holds JSON that cannot be read: {error}") from None
 
 
 class _JsonError(ValueError):

@@ -110,3 +110,10 @@ def test_sub_records_are_found_in_order(tmp_path):
     for name in ("10-of-11-record.jsonl", "2-of-11-record.jsonl", "0-of-2-failed.jsonl", "record.json"):
         (tmp_path / name).touch()
     assert list(find_sub_records(tmp_path)) == [(2, 11), (10, 11)]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, f"[1{'0' * 6000}]", "1" * 6000])
+def test_json_that_python_cannot_read_is_named(tmp_path, text):
+    (tmp_path / "in.json").write_text(text)
+    with pytest.raises(ValueError, match=r"input .*in\.json holds JSON that cannot be read"):
+        list(iter_json_values(tmp_path / "in.json", what="input"))
