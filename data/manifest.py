@@ -2,12 +2,24 @@
 
 import json
 import os
-import tempfile
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from data.file_lock import open_locked, replace_locked
+from data.record import find_sub_records
+from data.worker_log import FILES_DIR
+
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+_WAY_OUT = "use another --out_dir, or --overwrite to begin this one again"
+_OURS = {  # by subfolder, what workers and concat_record.py write
+    "": re.compile(r"(\d+-of-\d+-(record|failed|retried)\.jsonl(\.moved)?|record\.json)(\.partial)?"),
+    FILES_DIR: re.compile(r"\d+\.pkl(\.partial)?"),
+    "shards": re.compile(r"\d+-of-\d+-\d+\.pkls(\.partial)?"),
+}
 
 
 @dataclass(frozen=True)
@@ -24,23 +36,32 @@ class Manifest:
     num_items: int  # of the whole input
     input_sha256: str
     format_version: int = FORMAT_VERSION
+    max_seq_len: int | None = None  # None if nothing is too long
 
 
-def settle_manifest(out_dir: str | os.PathLike, manifest: Manifest) -> None:
-    """Write the manifest, or compare it with the one that is there. Several workers may do this at once.
+@contextmanager
+def settle_manifest(out_dir: str | os.PathLike, manifest: Manifest, overwrite: bool = False) -> Iterator[None]:
+    """Write the manifest, or compare it with the one that is there. While it is entered, other workers wait.
 
-    Raises ValueError with each field that differs.
+    Enter it to open the log of a worker, so that no other worker finds the folder unused and clears it in between.
+    With `overwrite` a folder of another manifest is cleared, but none in which a worker runs: of several workers of
+    one manifest the first clears it, and the others find theirs. Raises ValueError with each field that differs.
     """
-    path = Path(out_dir) / MANIFEST_NAME
-    if not path.exists():
-        _create(path, json.dumps(asdict(manifest), indent=2) + "\n")
-    ours, theirs = asdict(manifest), load_manifest(out_dir)
-    different = [f"{key} was {theirs.get(key)}, is now {ours[key]}" for key in ours if ours[key] != theirs.get(key)]
-    if different:
-        raise ValueError(
-            f"{out_dir} was begun with other settings: {'; '.join(different)}. "
-            "Use another --out_dir, or delete this one to begin again"
-        )
+    folder = Path(out_dir)
+    path = folder / MANIFEST_NAME
+    with ExitStack() as held:
+        held.enter_context(open_locked(path, wait=True))
+        is_new = not path.stat().st_size
+        refusal = _foreign_records(folder) if is_new else _difference(folder, manifest)
+        if refusal and not overwrite:
+            if is_new:
+                path.unlink()
+            raise ValueError(refusal)
+        if refusal:
+            _clear(folder)
+        if refusal or is_new:
+            held.enter_context(replace_locked(path, json.dumps(asdict(manifest), indent=2) + "\n"))
+        yield
 
 
 def load_manifest(out_dir: str | os.PathLike) -> dict:
@@ -48,25 +69,44 @@ def load_manifest(out_dir: str | os.PathLike) -> dict:
     path = Path(out_dir) / MANIFEST_NAME
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); delete the folder to begin again") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); {_WAY_OUT}") from None
     if not isinstance(fields, dict):
-        raise ValueError(f"{path} must hold a JSON object; delete the folder to begin again")
+        raise ValueError(f"{path} must hold a JSON object; {_WAY_OUT}")
     return fields
 
 
-def _create(path: Path, text: str) -> None:
-    """Let the file appear whole, unless another process was faster."""
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+def _difference(folder: Path, manifest: Manifest) -> str:
+    """Why the manifest in the folder is not this one; nothing if it is."""
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(partial, 0o644)
-        try:
-            os.link(partial, path)  # unlike a rename, fails where a file is there
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without hard links
-            os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+        ours, theirs = asdict(manifest), load_manifest(folder)
+    except ValueError as error:
+        return str(error)
+    different = [f"{key} was {theirs.get(key)}, is now {ours[key]}" for key in ours if ours[key] != theirs.get(key)]
+    return f"{folder} was begun with other settings: {'; '.join(different)}; {_WAY_OUT}" if different else ""
+
+
+def _foreign_records(folder: Path) -> str:
+    """Why a folder without a manifest cannot be used; nothing if it can."""
+    found = [path.name for path in find_sub_records(folder).values()]
+    return f"{folder} has {found[0]} but no {MANIFEST_NAME}, so nobody knows of what; {_WAY_OUT}" if found else ""
+
+
+def _clear(folder: Path) -> None:
+    """Delete the workers' files and the merged record, nothing else. Raises ValueError if a worker runs in it.
+
+    The manifest is left, to be replaced after it: interrupted here, the folder is still that of the old manifest.
+    """
+    with ExitStack() as held:
+        for path in find_sub_records(folder).values():
+            try:
+                held.enter_context(open_locked(path))
+            except BlockingIOError:
+                raise ValueError(
+                    f"--overwrite: the worker of {path.name} is running in {folder} with other settings; "
+                    "stop it first, or use another --out_dir"
+                ) from None
+        for subfolder, pattern in _OURS.items():
+            if (folder / subfolder).is_dir():
+                for name in filter(pattern.fullmatch, os.listdir(folder / subfolder)):
+                    (folder / subfolder / name).unlink()

@@ -29,6 +29,10 @@ class Options:
     image_root: Path | None
     batch_size: int
     num_workers: int
+    max_seq_len: int | None
+    retry_failed: bool
+    overwrite: bool
+    max_failures: int
 
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
@@ -46,6 +50,11 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of random crops, together with the item's id (default 0)")
     add("--tokenizer", default=DEFAULT_TOKENIZER, help=f"of text, folder or hub id (default {DEFAULT_TOKENIZER})")
     add("--vqgan_dir", type=Path, default=DEFAULT_VQGAN_DIR, help=f"of images (default {DEFAULT_VQGAN_DIR})")
+    add("--max_seq_len", type=int, help="refuse items of more tokens; none is ever cut (default: no limit)")
+    # what to do with what is there, and with items that cannot be used
+    add("--retry_failed", action="store_true", help="try the items once more that were refused in an earlier run")
+    add("--overwrite", action="store_true", help="delete what was tokenized with other settings, and begin again")
+    add("--max_failures", type=int, default=0, help="refused items of this worker that still end with 0 (default 0)")
     # where and how fast
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default auto: cuda if there is one")
     add("--precision", choices=PRECISIONS, default="tf32", help="of the VQGAN (default tf32)")
@@ -85,8 +94,8 @@ def validate(options: Options) -> None:
         problems.append(f"--vqgan_dir {options.vqgan_dir} is not a folder; TRAIN.md says where to get the VQGAN")
     if options.device == "cuda" and not torch.cuda.is_available():
         problems.append("--device cuda: no CUDA device is visible; use --device cpu")
-    for name, least in (("batch_size", 1), ("num_workers", 0), ("seed", 0)):
-        if getattr(options, name) < least:
+    for name, least in (("batch_size", 1), ("num_workers", 0), ("seed", 0), ("max_failures", 0), ("max_seq_len", 1)):
+        if getattr(options, name) is not None and getattr(options, name) < least:
             problems.append(f"--{name} must be at least {least}, got {getattr(options, name)}")
     if problems:
         raise ValueError("\n  ".join(["cannot start:", *problems] if len(problems) > 1 else problems))

@@ -13,7 +13,7 @@ from data.manifest import Manifest, settle_manifest
 from data.record import read_record
 from data.token_file import load_token_file
 from data.vocab import ChameleonVocab
-from data.worker_log import WorkerLog
+from data.worker_log import WorkerLog, read_failed
 from pre_tokenize.concat_record import main as concat
 from pre_tokenize.options import build_parser, default_batch_size, parse_options
 from pre_tokenize.pre_tokenize import main as pre_tokenize
@@ -41,13 +41,13 @@ def task(tmp_path_factory):
     return folder
 
 
-def arguments(task, out_dir, **changes) -> list[str]:
+def arguments(task, out_dir, *flags: str, **changes) -> list[str]:
     options = {
         "splits": 1, "rank": 0, "in_filename": task / "in.json", "out_dir": out_dir, "target_size": 64,
         "tokenizer": task / "tokenizer", "vqgan_dir": task / "vqgan", "device": "cpu", "precision": "fp32",
         "batch_size": 2, **changes,
     }  # fmt: skip
-    return [f"--{name}={value}" for name, value in options.items()]
+    return [*(f"--{name}={value}" for name, value in options.items()), *flags]
 
 
 @pytest.fixture(scope="module")
@@ -184,10 +184,13 @@ def test_bad_input_is_one_message_and_nothing_written(task, tmp_path, capsys, co
     [
         ({"rank": 1}, "--rank 1 --splits 1"),
         ({"target_size": 100}, "multiple of 32 pixels, got 100"),
+        ({"target_size": 2048}, "size tokens up to"),
         ({"vqgan_dir": "nowhere"}, "--vqgan_dir nowhere is not a folder"),
         ({"tokenizer": "."}, "has no tokenizer.json"),
         ({"batch_size": 0}, "--batch_size must be at least 1"),
         ({"image_root": "nowhere"}, "--image_root nowhere"),
+        ({"max_seq_len": 0}, "--max_seq_len must be at least 1, got 0"),
+        ({"max_failures": -1}, "--max_failures must be at least 0, got -1"),
     ],
 )
 def test_bad_arguments_are_one_message_and_nothing_written(task, tmp_path, capsys, changes, message):
@@ -205,6 +208,25 @@ def test_all_problems_with_the_arguments_are_told_at_once(task, tmp_path, capsys
     assert caught.value.code == 2
 
 
+@pytest.mark.parametrize("max_failures, code", [(0, 3), (1, 3), (2, 0)])
+def test_max_failures_are_tolerated(task, undisturbed, max_failures, code):
+    assert pre_tokenize(arguments(task, task / "undisturbed", max_failures=max_failures)) == code
+
+
+def test_longer_items_are_refused_with_the_length_they_need(task, tmp_path, undisturbed):
+    lengths = {entry.id: entry.len for entry in read_record(task / "undisturbed" / "0-of-1-record.jsonl")}
+    limit = sorted(lengths.values())[len(lengths) // 2]
+    assert limit < max(lengths.values())
+    assert pre_tokenize(arguments(task, tmp_path, max_seq_len=limit)) == 3
+    kept = {entry.id: entry.len for entry in read_record(tmp_path / "0-of-1-record.jsonl")}
+    assert kept == {item_id: length for item_id, length in lengths.items() if length <= limit}
+    reasons = dict(read_failed(tmp_path / "0-of-1-failed.jsonl"))
+    for item_id in lengths.keys() - kept.keys():
+        assert reasons[item_id] == f"it needs {lengths[item_id]} tokens, --max_seq_len is {limit}"
+    for item_id in kept:  # not cut: the same tokens as without a limit
+        assert (tmp_path / f"files/{item_id}.pkl").read_bytes() == undisturbed[f"files/{item_id}.pkl"]
+
+
 def test_a_folder_begun_with_other_settings_is_refused(task, undisturbed, capsys):
     assert pre_tokenize(arguments(task, task / "undisturbed", target_size=96)) == 2
     message = capsys.readouterr().err
@@ -219,11 +241,14 @@ def test_the_same_rank_twice_is_refused(tmp_path):
 
 def test_manifests_are_settled_once_and_compared(tmp_path):
     manifest = Manifest("a", "b", 100, 64, "center", None, 2, 10, "c")
-    settle_manifest(tmp_path, manifest)
-    settle_manifest(tmp_path, manifest)
-    assert os.listdir(tmp_path) == ["manifest.json"]
-    with pytest.raises(ValueError, match="crop was center, is now random; seed was None, is now 3"):
-        settle_manifest(tmp_path, Manifest("a", "b", 100, 64, "random", 3, 2, 10, "c"))
+    for _ in range(2):
+        with settle_manifest(tmp_path, manifest):
+            assert os.listdir(tmp_path) == ["manifest.json"]
+    with (
+        pytest.raises(ValueError, match="crop was center, is now random; seed was None, is now 3"),
+        settle_manifest(tmp_path, Manifest("a", "b", 100, 64, "random", 3, 2, 10, "c")),
+    ):
+        pass
 
 
 def test_the_recipes_command_is_understood(task):
