@@ -74,7 +74,7 @@ def random_scene(rng: random.Random) -> Scene:
         (layout,) = rng.choices(list(LAYOUT_WEIGHTS), list(LAYOUT_WEIGHTS.values()))
         first = rng.choice(OBJECTS)
         objects = (first,) * len(SLOTS[layout])
-        if layout == "pair" and rng.random() < 0.75:
+        if layout == "pair" and rng.random() < 0.9:
             objects = (first, rng.choice(OBJECTS))
         scene = Scene(layout, objects, rng.choice(list(BACKGROUNDS)))
         if not scene.is_held_out:
