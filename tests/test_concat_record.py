@@ -234,6 +234,17 @@ def test_another_shard_size_after_a_kill_leaves_no_strays(tmp_path):
     assert merged_ids(out / "record.json") == GOOD and not os.listdir(out / "files")
 
 
+def test_a_finished_worker_is_still_finished_after_its_tokens_moved(tmp_path):
+    out = write_output(tmp_path)
+    assert run(out, "--shard_size=4") == 0
+    files = snapshot(out)
+    for rank in range(SPLITS):
+        with WorkerLog(out, rank, SPLITS, 7 * rank, 7 * rank + 7) as log:
+            log.recover()
+            assert (log.next_id, log.num_good, log.num_refused) == (7 * rank + 7, 6, 1)
+    assert snapshot(out) == files
+
+
 def test_items_tokenized_later_go_into_further_shards(tmp_path):
     """A refused item is tried again after the others were moved: its line stands among theirs."""
     out = write_output(tmp_path, splits=1)
