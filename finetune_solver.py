@@ -403,7 +403,7 @@ def _find_model_problems(options: ModelOptions, dataset: TokenDataset | None) ->
         found.append(f"--model_parallel_size must be 1 (FSDP shards the model), got {options.model_parallel_size}")
     if not 0 <= options.dropout < 1:
         found.append(f"--dropout must lie between 0 and 1, got {options.dropout:g}")
-    if options.z_loss_weight < 0:
+    if not 0 <= options.z_loss_weight < float("inf"):
         found.append(f"--z_loss_weight must not be negative, got {options.z_loss_weight:g}")
     tokenizer = resolve_model(options)[1]
     if tokenizer is None:

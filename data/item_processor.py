@@ -166,13 +166,13 @@ def load_text_tokenizer(tokenizer: str | os.PathLike):
         raise FileNotFoundError(f"the tokenizer folder {path} has no tokenizer.json")
     try:
         return PreTrainedTokenizerFast.from_pretrained(os.fspath(tokenizer))
-    except OSError as error:
-        raise FileNotFoundError(
-            f"no tokenizer {tokenizer}: it is neither a folder with a tokenizer.json nor a model of the hub that can "
-            f"be reached from here ({str(error).splitlines()[0]})"
-        ) from None
-    except Exception as error:  # what a damaged tokenizer.json raises has no common class; all of it means the same
+    except Exception as error:  # what a missing or damaged file raises has no common class
         reason = " ".join(str(error).split())[:200]
+        if not path.is_dir():
+            raise FileNotFoundError(
+                f"no tokenizer {tokenizer}: it is neither a folder with a tokenizer.json nor a model of the hub that "
+                f"can be reached from here ({reason})"
+            ) from None
         raise ValueError(
             f"the tokenizer {tokenizer} cannot be read: {type(error).__name__}: {reason}. "
             "Copy its tokenizer.json and tokenizer_config.json again"

@@ -196,3 +196,9 @@ def test_a_damaged_tokenizer_is_named(tmp_path, text):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises((ValueError, FileNotFoundError), match=f"tokenizer {tmp_path}"):
         ChameleonVocab.from_tokenizer(load_text_tokenizer(tmp_path))
+
+
+def test_a_tokenizer_that_the_hub_does_not_give_is_named(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="no tokenizer nobody/nothing: it is neither a folder"):
+        load_text_tokenizer("nobody/nothing")
