@@ -29,6 +29,7 @@ import transformers
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from data.whole_file import sync_path
 from model.distributed import barrier
 
 STATE_NAME = "trainer_state.json"
@@ -266,13 +267,13 @@ def _seal(folder: Path, state: TrainerState) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             sizes[str(path.relative_to(folder))] = path.stat().st_size
-        _sync(path)
+        sync_path(path)
     content = asdict(state) | {"versions": collect_versions(), "files": sizes}
     beside = folder / (STATE_NAME + ".tmp")
     beside.write_text(json.dumps(content, indent=1, default=str) + "\n")
-    _sync(beside)
+    sync_path(beside)
     os.replace(beside, folder / STATE_NAME)
-    _sync(folder)
+    sync_path(folder)
 
 
 def _publish(saving: Path, final: Path) -> None:
@@ -282,7 +283,7 @@ def _publish(saving: Path, final: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
         os.rename(final, replaced)
     os.rename(saving, final)
-    _sync(final.parent)
+    sync_path(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -305,11 +306,3 @@ def _try_lock(descriptor: int) -> bool:
     except (BlockingIOError, PermissionError):
         return False
     return True
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
