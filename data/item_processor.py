@@ -186,14 +186,12 @@ def hash_tokenizer(tokenizer) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def build_text_encode(tokenizer) -> TextEncode:
+def build_text_encode(tokenizer) -> "PlainTextEncoder":
     """A function from text to its ids, without special tokens, in which no text whatever becomes a control token.
 
     It encodes with a copy of the tokenizer that does not know the control tokens, so that their names typed by a user
     stay text.
     """
-    from tokenizers import Tokenizer
-
     description = json.loads(tokenizer.backend_tokenizer.to_str())
     added = {token["content"] for token in description["added_tokens"]}
     model = description["model"]
@@ -206,5 +204,16 @@ def build_text_encode(tokenizer) -> TextEncode:
         pairs = (tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"])
         model["merges"] = [list(pair) for pair in pairs if not any(map(is_control, (*pair, "".join(pair))))]
     description |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-    plain = Tokenizer.from_str(json.dumps(description))
-    return lambda text: plain.encode(text, add_special_tokens=False).ids
+    return PlainTextEncoder(json.dumps(description))
+
+
+class PlainTextEncoder:
+    """Text to ids by a tokenizer in JSON. Unlike a closure it can be sent to another process."""
+
+    def __init__(self, description: str):
+        from tokenizers import Tokenizer
+
+        self.tokenizer = Tokenizer.from_str(description)
+
+    def __call__(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids

@@ -45,7 +45,8 @@ class WorkerLog:
             self._record = open_locked(self.record_path)
         except BlockingIOError:
             raise ValueError(
-                f"another worker is running as --rank {rank} of --splits {splits} on {out_dir}; give each its own rank"
+                f"another worker is running as --rank {rank} of --splits {splits} on {out_dir}; give each "
+                "its own rank, or wait for that one, or end it"
             ) from None
         self._failed = open(self.failed_path, "a", encoding="utf-8")
 

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +49,7 @@ class VQGAN(nn.Module):
         self.post_quant_conv = vqvae.post_quant_conv
         if with_decoder:
             self.decoder = VQGANDecoder(config)
+        _centre_group_norms(self)
 
     @property
     def num_codes(self) -> int:
@@ -74,9 +75,12 @@ class VQGAN(nn.Module):
         if height % self.downsample or width % self.downsample:
             raise ValueError(f"a picture of {width}x{height} does not divide into codes of {self.downsample} pixels")
         weight = next(self.parameters())
-        features = self.features(pixels.to(weight.device, weight.dtype))
+        return self.nearest_codes(self.features(pixels.to(weight.device, weight.dtype)))
+
+    def nearest_codes(self, features: Tensor) -> Tensor:
+        """Codes, int64 [B, h, w], of features [B, embed_dim, h, w]."""
         _, _, codes = self.quantize(features)
-        return codes.view(len(pixels), *features.shape[-2:])
+        return codes.view(len(features), *features.shape[-2:])
 
     def decode_embedded(self, embedded: Tensor) -> Tensor:
         """Pixels [B, 3, 16h, 16w] of quantized features [B, embed_dim, h, w]; with gradient, not clamped."""
@@ -91,6 +95,27 @@ class VQGAN(nn.Module):
             raise ValueError(f"codes must lie in 0..{self.num_codes - 1}, got {int(codes.min())}..{int(codes.max())}")
         embedded = self.quantize.embedding(codes.to(self.quantize.embedding.weight.device))
         return self.decode_embedded(embedded.permute(0, 3, 1, 2).contiguous()).float()
+
+
+class CenteredGroupNorm(nn.GroupNorm):
+    """GroupNorm that is as exact in channels-last layout as in the other.
+
+    torch's own kernel for fp32 on a CPU adds up x and x^2 one after the other there: on an even surface of 256 x 224
+    pixels it is off by 6e-5 of the largest value, and the features after it by up to 4e-4, enough to change codes.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        is_concerned = input.device.type == "cpu" and input.dtype == torch.float32 and input.dim() == 4
+        if not is_concerned or not input.is_contiguous(memory_format=torch.channels_last):
+            return super().forward(input)
+        centered = input - self._mean_of_groups(input)
+        scale = torch.rsqrt(self._mean_of_groups(centered * centered) + self.eps) * self.weight[:, None, None]
+        return torch.addcmul(self.bias[:, None, None], centered, scale)
+
+    def _mean_of_groups(self, values: Tensor) -> Tensor:
+        """[B, C, 1, 1], the mean of the group of each channel of [B, C, H, W]."""
+        means = values.mean((2, 3)).unflatten(1, (self.num_groups, -1))
+        return means.mean(-1, keepdim=True).expand_as(means).flatten(1)[:, :, None, None]
 
 
 class VQGANDecoder(nn.Module):
@@ -184,16 +209,29 @@ def hash_vqgan(vqgan_dir: str | os.PathLike) -> str:
 
 def image_to_pixels(image: Image.Image) -> Tensor:
     """Float pixels [3, H, W] in [-1, 1] of an RGB picture."""
-    if image.mode != "RGB":
-        raise ValueError(f"the VQGAN takes RGB pictures, got mode {image.mode}; convert it first")
-    array = np.asarray(image).astype(np.float64) / 255 * 2 - 1  # the recipe's arithmetic, in double before the cast
-    return torch.from_numpy(array.astype(np.float32)).permute(2, 0, 1).contiguous()
+    return images_to_pixels([image])[0].contiguous()
+
+
+def images_to_pixels(images: Sequence[Image.Image], device: torch.device | str = "cpu") -> Tensor:
+    """Float pixels [B, 3, H, W] in [-1, 1], in channels-last layout, of RGB pictures of one size."""
+    if wrong := {image.mode for image in images} - {"RGB"}:
+        raise ValueError(f"the VQGAN takes RGB pictures, got mode {wrong.pop()}; convert it first")
+    levels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).to(device)
+    # The recipe's arithmetic, in double before the cast.
+    return (levels.double() / 255 * 2 - 1).float().permute(0, 3, 1, 2)
 
 
 def pixels_to_image(pixels: Tensor) -> Image.Image:
     """The 8-bit RGB picture of float pixels [3, H, W], clamped to [-1, 1]."""
     array = (pixels.detach().float().clamp(-1, 1).add(1).mul(127.5)).permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(array.astype(np.uint8))
+
+
+def _centre_group_norms(module: nn.Module) -> None:
+    for parent in list(module.modules()):
+        for name, norm in parent.named_children():
+            if type(norm) is nn.GroupNorm:
+                setattr(parent, name, CenteredGroupNorm(norm.num_groups, norm.num_channels, eps=norm.eps))
 
 
 def _find_files(folder: Path) -> tuple[Path, list[Path]]:

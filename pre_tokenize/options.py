@@ -4,11 +4,9 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from data.image_transform import crop_sizes
-from pre_tokenize.image_encoder import PRECISIONS
 
+PRECISIONS = ("tf32", "fp32", "bf16")
 DEFAULT_TOKENIZER = "Alpha-VLLM/Lumina-mGPT-7B-768"
 DEFAULT_VQGAN_DIR = "ckpts/chameleon/tokenizer"
 
@@ -29,6 +27,7 @@ class Options:
     image_root: Path | None
     batch_size: int
     num_workers: int
+    compile: bool
     max_seq_len: int | None
     retry_failed: bool
     overwrite: bool
@@ -59,7 +58,8 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default auto: cuda if there is one")
     add("--precision", choices=PRECISIONS, default="tf32", help="of the VQGAN (default tf32)")
     add("--batch_size", type=int, help="images encoded at once (default: by target size and device)")
-    add("--num_workers", type=int, default=2, help="threads that load images; 0: none beside the encoder (default 2)")
+    add("--num_workers", type=int, default=2, help="processes that load images; 0: none but this one (default 2)")
+    add("--compile", action="store_true", help="torch.compile the VQGAN; a minute at the start (default: off)")
     return parser
 
 
@@ -67,7 +67,7 @@ def parse_options(args: argparse.Namespace) -> Options:
     """The options of a parsed command line. Raises ValueError with everything that is wrong with them."""
     args.vqgan_dir = Path(args.vqgan_dir)
     if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+        args.device = "cuda" if _has_cuda() else "cpu"
     if args.batch_size is None:
         args.batch_size = default_batch_size(args.target_size, args.device)
     options = Options(**vars(args))
@@ -92,7 +92,7 @@ def validate(options: Options) -> None:
         problems.append(f"--image_root {options.image_root} is not a folder")
     if not options.vqgan_dir.is_dir():
         problems.append(f"--vqgan_dir {options.vqgan_dir} is not a folder; TRAIN.md says where to get the VQGAN")
-    if options.device == "cuda" and not torch.cuda.is_available():
+    if options.device == "cuda" and not _has_cuda():
         problems.append("--device cuda: no CUDA device is visible; use --device cpu")
     for name, least in (("batch_size", 1), ("num_workers", 0), ("seed", 0), ("max_failures", 0), ("max_seq_len", 1)):
         if getattr(options, name) is not None and getattr(options, name) < least:
@@ -105,3 +105,9 @@ def default_batch_size(target_size: int, device: str) -> int:
     """As many pixels as keep the device busy and fit in its memory: 8 pictures of 512 on a GPU, 4 of 256 on a CPU."""
     pixels, most = (8 * 512**2, 64) if device == "cuda" else (4 * 256**2, 16)
     return max(1, min(most, pixels // max(1, target_size) ** 2))
+
+
+def _has_cuda() -> bool:
+    import torch  # not above, so that processes that load images do not wait for it
+
+    return torch.cuda.is_available()

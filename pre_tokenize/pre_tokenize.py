@@ -7,7 +7,8 @@ r"""One pre-tokenizing worker: its share of the raw JSON to token files, a sub-r
     wait
 
 Then `concat_record.py` merges the sub-records. Started again, a worker goes on where it was. Exit codes: 0 all is done,
-2 could not start, 3 done but more than --max_failures items were refused, 143 ended early by SIGTERM (130 by Ctrl-C).
+1 broke down, 2 could not start, 3 done but more than --max_failures items were refused, 143 ended early by SIGTERM (130
+by Ctrl-C).
 """
 
 import argparse
@@ -15,38 +16,37 @@ import hashlib
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import BrokenExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
+import numpy as np  # noqa: E402
+from PIL import Image  # noqa: E402
 
 from data import item_processor  # noqa: E402
-from data.conversation import Conversation, FormatError, ItemError  # noqa: E402
+from data.conversation import Conversation, FormatError  # noqa: E402
 from data.image_transform import crop_sizes  # noqa: E402
-from data.item_processor import (  # noqa: E402
-    IMAGE_SLOT,
-    PreparedItem,
-    build_text_encode,
-    hash_tokenizer,
-    load_text_tokenizer,
-)
+from data.item_processor import PreparedItem, build_text_encode, hash_tokenizer, load_text_tokenizer  # noqa: E402
 from data.json_stream import iter_json_values  # noqa: E402
 from data.manifest import Manifest, settle_manifest  # noqa: E402
 from data.vocab import CODE_PIXELS, GRID_PIXELS, ChameleonVocab  # noqa: E402
 from data.worker_log import RetriedLog, WorkerLog, read_failed  # noqa: E402
-from model.vqgan import VQGAN, hash_vqgan, load_vqgan  # noqa: E402
 from pre_tokenize import options as command_line  # noqa: E402
-from pre_tokenize.image_encoder import ImageEncoder  # noqa: E402
+from pre_tokenize.loading import Refused, check_can_be_sent, prepare_windows  # noqa: E402
 from pre_tokenize.options import Options  # noqa: E402
 from pre_tokenize.progress import Progress  # noqa: E402
 from pre_tokenize.termination import EXIT_CODE as EXIT_CODE_TERMINATED  # noqa: E402
 from pre_tokenize.termination import Termination  # noqa: E402
+
+if TYPE_CHECKING:  # torch is imported by `build_worker` only: processes that load images import this module, too
+    from model.vqgan import VQGAN
+    from pre_tokenize.image_encoder import ImageEncoder
 
 BATCHES_PER_WINDOW = 8  # a window is what is prepared, encoded and written at once
 
@@ -62,20 +62,12 @@ class ItemProcessor(item_processor.ItemProcessor):
 
 
 @dataclass(frozen=True)
-class Refused:
-    """An item that cannot be used, and why."""
-
-    id: int
-    reason: str
-
-
-@dataclass(frozen=True)
 class Worker:
     """All that `run` needs, checked and loaded."""
 
     options: Options
     processor: ItemProcessor
-    encoder: ImageEncoder
+    encoder: "ImageEncoder"
     first_id: int  # this worker has the items first_id..stop_id-1 of the input
     stop_id: int
     log: WorkerLog
@@ -114,6 +106,13 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from here", file=sys.stderr)
             return 130
+        except BrokenExecutor:
+            print(
+                "pre_tokenize.py: a process that loads images was killed, perhaps for want of memory; the same command "
+                "goes on from here, with fewer --num_workers if it happens again",
+                file=sys.stderr,
+            )
+            return 1
     if not is_done:
         num_done, total = worker.log.next_id - worker.first_id, worker.stop_id - worker.first_id
         print(
@@ -127,6 +126,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_worker(options: Options) -> Worker:
     """Check the input, load the tokenizers, then settle the manifest and open the log: written only if all is well."""
+    from model.vqgan import hash_vqgan, load_vqgan
+    from pre_tokenize.image_encoder import ImageEncoder
+
     tokenizer = load_text_tokenizer(options.tokenizer)
     vocab = ChameleonVocab.from_tokenizer(tokenizer)
     image_dirs = (options.image_root, options.in_filename.parent, Path())
@@ -154,8 +156,11 @@ def build_worker(options: Options) -> Worker:
     )
     vqgan = load_vqgan(options.vqgan_dir, device=options.device)
     _check_vqgan(vqgan, vocab, options)
-    encoder = processor.image_encode = ImageEncoder(vqgan, options.precision, options.batch_size)
-    _share_cores(options)
+    encoder = processor.image_encode = ImageEncoder(vqgan, options.precision, options.batch_size, options.compile)
+    if options.num_workers:
+        check_can_be_sent(processor)
+    if options.device == "cpu":
+        _prepare_cpu(options)
     options.out_dir.mkdir(parents=True, exist_ok=True)
     first_id, stop_id = (num_items * part // options.splits for part in (options.rank, options.rank + 1))
     with settle_manifest(options.out_dir, manifest, options.overwrite):
@@ -202,9 +207,11 @@ def run(worker: Worker, termination: Termination) -> bool:
     begin = worker.first_id + (log.next_id - worker.first_id) // worker.window_items * worker.window_items
     progress = Progress(worker.name, total, log.next_id - worker.first_id, position=worker.options.rank)
     with closing(worker.windows(worker.items(begin, worker.stop_id))) as windows:
-        while not termination.is_asked and (window := next(windows, None)):
-            num_images = write_window(worker, log, window, {item.id for item in window if item.id >= log.next_id})
-            progress.update(log.next_id - worker.first_id, num_images, log.num_refused)
+        for window, codes in encode_windows(worker.encoder, windows):
+            write_window(worker, log, window, codes, {item.id for item in window if item.id >= log.next_id})
+            progress.update(log.next_id - worker.first_id, len(codes), log.num_refused)
+            if termination.is_asked:
+                break
     progress.close()
     if log.next_id < worker.stop_id:
         return False
@@ -233,70 +240,46 @@ def retry(worker: Worker, termination: Termination) -> bool:
                 window = [item for item in window if item.id in refused]
             # An item that has tokens keeps them, even if its image is gone now.
             usable = (item for item in window if item.id in refused or isinstance(item, PreparedItem))
-            write_window(worker, retried, window, {item.id for item in usable if item.id < log.next_id})
+            codes = worker.encoder(images_of(window))
+            write_window(worker, retried, window, codes, {item.id for item in usable if item.id < log.next_id})
     log.merge_retried()
     print(f"{worker.name}: of {len(refused):,} refused items {len(refused) - log.num_refused:,} could be used now")
     return not termination.is_asked
 
 
-def write_window(worker: Worker, log: WorkerLog | RetriedLog, window: list, ids: set[int]) -> int:
-    """Encode the images of a window together and write those of its items that have these ids. Returns the images."""
-    images = [image for item in window if isinstance(item, PreparedItem) for image in item.images]
-    codes = iter(worker.encoder(images))
+def encode_windows(
+    encoder: "ImageEncoder", windows: Iterable[list[PreparedItem | Refused]]
+) -> Iterator[tuple[list[PreparedItem | Refused], list[np.ndarray]]]:
+    """Each window with the codes of its images. On CUDA the next is encoded while the caller writes the current."""
+    num_ahead = 1 if encoder.device.type == "cuda" else 0
+    pending: deque[tuple[list, Callable[[], list[np.ndarray]]]] = deque()
+    for window in windows:
+        pending.append((window, encoder.begin(images_of(window))))
+        if len(pending) > num_ahead:
+            window, collect = pending.popleft()
+            yield window, collect()
+    for window, collect in pending:
+        yield window, collect()
+
+
+def images_of(window: list[PreparedItem | Refused]) -> list[Image.Image]:
+    return [image for item in window if isinstance(item, PreparedItem) for image in item.images]
+
+
+def write_window(
+    worker: Worker,
+    log: WorkerLog | RetriedLog,
+    window: list[PreparedItem | Refused],
+    codes: list[np.ndarray],
+    ids: set[int],
+) -> None:
+    """Write those items of a window that have these ids. `codes` are those of all its images, in order."""
+    remaining = iter(codes)
     for item in window:
-        item_codes = list(islice(codes, len(item.images))) if isinstance(item, PreparedItem) else []
+        item_codes = list(islice(remaining, len(item.images))) if isinstance(item, PreparedItem) else []
         if item.id in ids:
             write_item(log, worker.processor, item, item_codes)
     log.flush()
-    return len(images)
-
-
-def prepare_windows(
-    items: Iterable[tuple[int, dict]],
-    processor: ItemProcessor,
-    window_items: int,
-    num_threads: int,
-    max_seq_len: int | None = None,
-) -> Iterator[list[PreparedItem | Refused]]:
-    """Items with text encoded and images loaded, in windows; the next is prepared while the caller has the current."""
-    items = iter(items)
-    if not num_threads:
-        while window := list(islice(items, window_items)):
-            yield [prepare_item(processor, *item, max_seq_len) for item in window]
-        return
-    pending: deque[list[Future]] = deque()
-    with ThreadPoolExecutor(num_threads) as executor:
-        try:
-            while window := list(islice(items, window_items)):
-                pending.append([executor.submit(prepare_item, processor, *item, max_seq_len) for item in window])
-                if len(pending) > 1:
-                    yield [future.result() for future in pending.popleft()]
-            while pending:
-                yield [future.result() for future in pending.popleft()]
-        finally:
-            executor.shutdown(cancel_futures=True)
-
-
-def prepare_item(
-    processor: ItemProcessor, item_id: int, raw: dict, max_seq_len: int | None = None
-) -> PreparedItem | Refused:
-    """One item, or the reason why it cannot be used."""
-    try:
-        item = processor.prepare(processor.process_item(raw, item_id), item_id)
-    except ItemError as error:
-        return Refused(item_id, str(error))
-    except Exception as error:  # whatever one item does, the others go on; it is counted, and its reason is kept
-        return Refused(item_id, f"{type(error).__name__}: {error}")
-    num_tokens = count_tokens(item, processor.vocab)
-    if max_seq_len is not None and num_tokens > max_seq_len:
-        return Refused(item_id, f"it needs {num_tokens} tokens, --max_seq_len is {max_seq_len}")
-    return item
-
-
-def count_tokens(item: PreparedItem, vocab: ChameleonVocab) -> int:
-    """Length of the sequence that an item will have."""
-    texts = sum(1 + sum(len(ids) for ids in turn.segments if ids is not IMAGE_SLOT) for turn in item.turns)
-    return 1 + texts + sum(vocab.num_image_tokens(*image.size) for image in item.images)
 
 
 def write_item(
@@ -310,9 +293,13 @@ def write_item(
         log.add_item(done["token"], done["label"], item.id, image_len)
 
 
-def _share_cores(options: Options) -> None:
-    """Workers of one machine that each take all of its cores slow each other down many times over."""
-    if options.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+def _prepare_cpu(options: Options) -> None:
+    import torch
+
+    from model.cpu_memory import keep_freed_memory
+
+    keep_freed_memory()
+    if "OMP_NUM_THREADS" not in os.environ:  # workers that each take all cores slow each other down many times over
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.splits))
 
 
@@ -325,7 +312,7 @@ def _check_target_size(vocab: ChameleonVocab, options: Options) -> None:
         )
 
 
-def _check_vqgan(vqgan: VQGAN, vocab: ChameleonVocab, options: Options) -> None:
+def _check_vqgan(vqgan: "VQGAN", vocab: ChameleonVocab, options: Options) -> None:
     if vqgan.downsample != CODE_PIXELS:
         raise ValueError(
             f"--vqgan_dir {options.vqgan_dir}: its codes cover {vqgan.downsample} pixels, not {CODE_PIXELS}"

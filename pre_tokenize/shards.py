@@ -9,13 +9,13 @@ command goes on:
 5. the token files of the list are removed, and then the list.
 """
 
-import fcntl
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from data.file_lock import open_locked
 from data.record import RecordEntry, read_raw_record, read_record, write_sub_record
 from data.token_file import parse_token_bytes, read_token_bytes, write_shard
 
@@ -28,9 +28,8 @@ def locked(sub_records: Sequence[Path]) -> Iterator[None]:
     """Keeps workers from these sub-records. Raises ValueError if one is at work."""
     with ExitStack() as stack:
         for path in sub_records:
-            file = stack.enter_context(open(path, "a"))
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.enter_context(open_locked(path))
             except BlockingIOError:
                 raise ValueError(f"a worker is still writing {path}; let it finish first") from None
         yield

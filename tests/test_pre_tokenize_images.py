@@ -12,7 +12,7 @@ from data.record import read_record
 from data.token_file import load_token_file
 from data.vocab import ChameleonVocab
 from data.worker_log import read_failed
-from pre_tokenize.pre_tokenize import count_tokens, prepare_item
+from pre_tokenize.loading import count_tokens, prepare_item
 from pre_tokenize.pre_tokenize import main as pre_tokenize
 from tests.test_item_processor import tiny_processor  # noqa: F401  (a fixture)
 from tests.test_pre_tokenize import arguments, task  # noqa: F401  (fixtures)
@@ -161,7 +161,7 @@ def test_a_worker_refuses_what_is_bad_by_name_and_reason_and_goes_on(task, tmp_p
     ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(raw) + "\n" for raw, _ in cases))
     out = tmp_path / "out"
-    assert pre_tokenize(arguments(task, out, in_filename=tmp_path / "in.jsonl")) == 3
+    assert pre_tokenize(arguments(task, out, in_filename=tmp_path / "in.jsonl", num_workers=0)) == 3
     reasons = dict(read_failed(out / "0-of-1-failed.jsonl"))
     assert list(reasons) == [i for i, (_, reason) in enumerate(cases) if reason]
     for item_id, reason in reasons.items():

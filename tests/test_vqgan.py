@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from model.vqgan import (
     HF_PREFIX,
     VQGAN,
+    CenteredGroupNorm,
     hash_vqgan,
     image_to_pixels,
     load_vqgan,
@@ -157,3 +159,23 @@ def test_pixels_round_trip():
     assert (again - pixels).abs().max() <= 2 / 255 + 1e-6
     with pytest.raises(ValueError, match="RGB"):
         image_to_pixels(image.convert("L"))
+
+
+@pytest.mark.parametrize("size", [(256, 224), (64, 64)])
+def test_group_norm_is_exact_in_channels_last_layout(size):
+    torch.manual_seed(0)
+    norm = CenteredGroupNorm(32, 64, eps=1e-6)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = torch.randn(2, 64, *size) * 0.3 + torch.randn(2, 64, 1, 1) * 3
+    expected = F.group_norm(x.double(), 32, norm.weight.double(), norm.bias.double(), eps=1e-6)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        out = norm(x.to(memory_format=layout))
+        assert out.is_contiguous(memory_format=layout)
+        torch.testing.assert_close(out.double(), expected, rtol=0, atol=3e-6)
+
+
+def test_all_norms_of_the_vqgan_are_exact_ones(meta_vqgan_dir):
+    vqgan = load_vqgan(meta_vqgan_dir)
+    norms = [module for module in vqgan.modules() if isinstance(module, torch.nn.GroupNorm)]
+    assert norms and all(type(norm) is CenteredGroupNorm for norm in norms)

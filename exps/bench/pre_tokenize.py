@@ -18,7 +18,9 @@ import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,6 +60,7 @@ class Task:
     device: str
     batch_size: int | None
     num_workers: int
+    compile: bool
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Result:
     images_per_s_without_rebuild: float  # the same without the time of the vocabulary lookups
     host_gib: float  # peak resident memory
     device_gib: float  # peak allocated memory, 0 on a CPU
+    encoder_share: float  # of the time, in which the VQGAN's encoder computed
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -80,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default auto: cuda if there is one")
     add("--batch_size", type=int, help="of ours (default: what pre_tokenize.py takes)")
     add("--num_workers", type=int, default=2, help="of ours, loaders beside the encoder (default 2)")
+    add("--compile", action="store_true", help="also measure ours with --compile")
     add("--task", help=argparse.SUPPRESS)  # one measurement as JSON: how this script calls itself
     return parser
 
@@ -108,21 +113,21 @@ def compare_ways(args: argparse.Namespace, work_dir: Path, device: str, precisio
     rows = []
     for size in args.target_size:
 
-        def task(way: str, precision: str, size: int = size) -> Task:
+        def task(way: str, precision: str, compile: bool = False, size: int = size) -> Task:
             vqgan_dir = args.vqgan_dir or work_dir / "vqgan"
-            out_dir = work_dir / f"{way}-{size}-{precision}"
+            out_dir = work_dir / f"{way}-{size}-{precision}-{compile}"
             names = map(str, (work_dir, vqgan_dir, out_dir))
-            return Task(way, *names, size, precision, device, args.batch_size, args.num_workers)
+            return Task(way, *names, size, precision, device, args.batch_size, args.num_workers, compile)
 
         recipe = task(RECIPE, "tf32")
         baseline = run_alone(recipe)
-        for precision in precisions:
-            ours = task(OURS, precision)
+        for precision, compile in product(precisions, (False, True) if args.compile else (False,)):
+            ours = task(OURS, precision, compile)
             result = run_alone(ours)
             rows.append(
                 {
                     "target_size": size,
-                    "precision": precision,
+                    "precision": precision + " compiled" * compile,
                     "ours": asdict(result),
                     "baseline": asdict(baseline),
                     "ratio": result.images_per_s / baseline.images_per_s,
@@ -134,8 +139,9 @@ def compare_ways(args: argparse.Namespace, work_dir: Path, device: str, precisio
 
 
 def run_alone(task: Task) -> Result:
-    """Measure in a process of its own."""
-    command = [sys.executable, __file__, "--task", json.dumps(asdict(task))]
+    """Measure in a process of its own, whose loaders need not import this script with all that it imports."""
+    code = "import sys; from exps.bench.pre_tokenize import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "--task", json.dumps(asdict(task))]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(f"the measurement {task} ended with exit code {done.returncode}")
@@ -147,9 +153,12 @@ def measure_recipe(task: Task) -> Result:
     tokenizer = load_text_tokenizer(Path(task.work_dir) / "tokenizer")
     vqgan = load_vqgan(task.vqgan_dir, device=task.device)
 
+    clock = Clock(task.device)
+    encode = clock.timed(vqgan.encode)
+
     def encode_one_by_one(images: list[Image.Image]) -> list[np.ndarray]:
         pixels = (image_to_pixels(image)[None].to(task.device) for image in images)
-        return [vqgan.encode(one)[0].cpu().numpy() for one in pixels]
+        return [encode(one)[0].cpu().numpy() for one in pixels]
 
     processor = ItemProcessor(
         build_text_encode(tokenizer), ChameleonVocab.from_tokenizer(tokenizer), encode_one_by_one,
@@ -158,6 +167,7 @@ def measure_recipe(task: Task) -> Result:
     encode_one_by_one([blank(task.target_size)])
     files_dir = Path(task.out_dir) / "files"
     files_dir.mkdir(parents=True)
+    clock.reset()
     count, lookup_s, start = 0, 0.0, time.perf_counter()
     for item_id, raw in enumerate(iter_json_values(Path(task.work_dir) / "in.json")):
         item = processor.tokenize_item(raw, item_id)
@@ -167,7 +177,8 @@ def measure_recipe(task: Task) -> Result:
         lookup_s += time.perf_counter() - lookup_start
         save_token_file(files_dir / f"{item_id}.pkl", item["token"], item["label"], item_id)
         count += 1
-    return result_of(count, time.perf_counter() - start, lookup_s, task.device)
+    elapsed_s = time.perf_counter() - start
+    return result_of(count, elapsed_s, lookup_s, clock)
 
 
 def measure_ours(task: Task) -> Result:
@@ -178,12 +189,15 @@ def measure_ours(task: Task) -> Result:
         f"--precision={task.precision}", f"--num_workers={task.num_workers}",
     ]  # fmt: skip
     argv += [f"--batch_size={task.batch_size}"] if task.batch_size else []
-    elapsed_s = 0.0
+    argv += ["--compile"] if task.compile else []
+    clock, elapsed_s = Clock(task.device), 0.0
     run = pre_tokenize.run
 
     def timed_run(worker: pre_tokenize.Worker, *args: object) -> object:
         nonlocal elapsed_s
+        worker.encoder._encode = clock.timed(worker.encoder._encode)
         worker.encoder([blank(task.target_size)] * worker.options.batch_size)
+        clock.reset()
         start = time.perf_counter()
         returned = run(worker, *args)
         elapsed_s = time.perf_counter() - start
@@ -194,13 +208,52 @@ def measure_ours(task: Task) -> Result:
     if exit_code:
         raise RuntimeError(f"pre_tokenize.py ended with exit code {exit_code}")
     count = len(list((Path(task.out_dir) / "files").glob("*.pkl")))
-    return result_of(count, elapsed_s, 0.0, task.device)
+    return result_of(count, elapsed_s, 0.0, clock)
 
 
-def result_of(num_images: int, elapsed_s: float, lookup_s: float, device: str) -> Result:
+class Clock:
+    """Time that a function takes on the device, without waiting for it."""
+
+    def __init__(self, device: str):
+        self.device = device
+        self.reset()
+
+    def reset(self) -> None:
+        self._spans: list[tuple] = []
+
+    def timed(self, function: Callable) -> Callable:
+        def call(*args: object) -> object:
+            start = self._now()
+            returned = function(*args)
+            self._spans.append((start, self._now()))
+            return returned
+
+        return call
+
+    def total_s(self) -> float:
+        if self.device != "cuda":
+            return sum(stop - start for start, stop in self._spans)
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(stop) for start, stop in self._spans) / 1000
+
+    def _now(self) -> object:
+        if self.device != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def result_of(num_images: int, elapsed_s: float, lookup_s: float, clock: Clock) -> Result:
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak_device = torch.cuda.max_memory_allocated() if device == "cuda" else 0
-    return Result(num_images / elapsed_s, num_images / (elapsed_s - lookup_s), peak_kib / 2**20, peak_device / 2**30)
+    peak_device = torch.cuda.max_memory_allocated() if clock.device == "cuda" else 0
+    return Result(
+        images_per_s=num_images / elapsed_s,
+        images_per_s_without_rebuild=num_images / (elapsed_s - lookup_s),
+        host_gib=peak_kib / 2**20,
+        device_gib=peak_device / 2**30,
+        encoder_share=clock.total_s() / elapsed_s,
+    )
 
 
 def share_of_equal_codes(recipe_dir: Path, our_dir: Path, work_dir: Path) -> float:
@@ -222,15 +275,16 @@ def format_table(rows: list[dict], num_images: int, device: str) -> str:
         f"{num_images} images of {PICTURE_SIDE} x {PICTURE_SIDE} pixels on {device_name(device)}",
         "",
         "| target size | precision | recipe, images/s (no vocabulary rebuilt) | ours, images/s | ratio (no vocabulary "
-        "rebuilt) | equal codes | peak GiB of recipe, ours (device) |",
-        "|---|---|---|---|---|---|---|",
+        "rebuilt) | equal codes | time in the encoder | peak GiB of recipe, ours (device) |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         ours, base = row["ours"], row["baseline"]
         lines.append(
             f"| {row['target_size']} | {row['precision']} | {base['images_per_s']:.3g} "
             f"({base['images_per_s_without_rebuild']:.3g}) | {ours['images_per_s']:.3g} | {row['ratio']:.2f} "
-            f"({row['ratio_without_rebuild']:.2f}) | {row['equal_codes']:.2%} | {base['host_gib']:.1f}, "
+            f"({row['ratio_without_rebuild']:.2f}) | {row['equal_codes']:.2%} | {base['encoder_share']:.0%}, "
+            f"{ours['encoder_share']:.0%} | {base['host_gib']:.1f}, "
             f"{ours['host_gib']:.1f} ({base['device_gib']:.1f}, {ours['device_gib']:.1f}) |"
         )
     return "\n".join(lines)
