@@ -28,6 +28,33 @@ from pre_tokenize.shards import locked, move_to_shards, remove_moved  # noqa: E4
 
 MAX_SHOWN = 10  # problems and reasons listed by name
 PERCENTILES = (0, 5, 50, 95, 100)
+IDS_PER_BLOCK = 1 << 16
+
+
+class IdSet:
+    """A set of ids in a byte each, where a set of 10 million integers takes 800 MB. Ids may be strings, too."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, bytearray] = {}
+        self._names: set[str] = set()
+        self._num_ids = 0
+
+    def __contains__(self, item_id: int | str) -> bool:
+        if isinstance(item_id, str):
+            return item_id in self._names
+        block, place = divmod(item_id, IDS_PER_BLOCK)
+        return block in self._blocks and bool(self._blocks[block][place])
+
+    def __len__(self) -> int:
+        return self._num_ids
+
+    def add(self, item_id: int | str) -> None:
+        self._num_ids += item_id not in self
+        if isinstance(item_id, str):
+            self._names.add(item_id)
+        else:
+            block, place = divmod(item_id, IDS_PER_BLOCK)
+            self._blocks.setdefault(block, bytearray(IDS_PER_BLOCK))[place] = 1
 
 
 @dataclass
@@ -111,7 +138,7 @@ def check_sub_records(folder: Path, sub_records: dict[int, Path], splits: int) -
     if strays := [rank for rank in sub_records if rank >= splits]:
         survey.problems.append(f"--rank {_some(strays)} cannot be of --splits {splits}")
     num_items = load_manifest(folder).get("num_items") if (folder / MANIFEST_NAME).exists() else None
-    seen: set[int | str] = set()
+    seen = IdSet()
     for rank in range(splits):
         before = len(seen)
         if rank in sub_records:
@@ -132,7 +159,7 @@ def check_sub_records(folder: Path, sub_records: dict[int, Path], splits: int) -
     return survey
 
 
-def _check_refused(path: Path, seen: set, survey: Survey) -> None:
+def _check_refused(path: Path, seen: IdSet, survey: Survey) -> None:
     """Datasets of the old recipe have no such list."""
     if not path.exists():
         return
@@ -148,7 +175,7 @@ def _check_refused(path: Path, seen: set, survey: Survey) -> None:
         survey.problems.append(str(error))
 
 
-def _check_tokenized(path: Path, seen: set, survey: Survey) -> None:
+def _check_tokenized(path: Path, seen: IdSet, survey: Survey) -> None:
     survey.num_readable[path], survey.left_out[path] = 0, set()
     sizes: dict[str, int] = {}  # of shards, which are many items' file
     _check_last_line(path, survey)
@@ -165,7 +192,7 @@ def _check_tokenized(path: Path, seen: set, survey: Survey) -> None:
         survey.problems.append(str(error))
 
 
-def _entry_problem(entry: RecordEntry, seen: set, shard_sizes: dict[str, int]) -> str | None:
+def _entry_problem(entry: RecordEntry, seen: IdSet, shard_sizes: dict[str, int]) -> str | None:
     if entry.id in seen:
         return f"id {entry.id} occurs twice"
     if not entry.is_sharded:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from data.dataset import TokenDataset
 from data.record import read_record
 from data.token_file import load_token_file, save_token_file
 from data.worker_log import WorkerLog
+from pre_tokenize.concat_record import IdSet
 from pre_tokenize.concat_record import main as concat
 from tests.tokenize_helpers import snapshot
 
@@ -316,3 +318,20 @@ def test_a_shard_that_is_gone_or_cut_is_refused(tmp_path, capsys):
     assert run(out) == 2 and "ends before the tokens of id 13" in capsys.readouterr().err
     shard.unlink()
     assert run(out) == 2 and "1-of-2-00001.pkls of id 12 does not exist" in capsys.readouterr().err
+
+
+def test_a_set_of_ids_is_a_set():
+    rng = random.Random(0)
+    kinds = (
+        lambda: rng.randrange(200_000),
+        lambda: -rng.randrange(5),
+        lambda: 2**60,
+        lambda: f"name{rng.randrange(9)}",
+    )
+    ids = [rng.choice(kinds)() for _ in range(3000)]
+    ours, plain = IdSet(), set()
+    for item_id in ids:
+        assert (item_id in ours) == (item_id in plain)
+        ours.add(item_id)
+        plain.add(item_id)
+        assert len(ours) == len(plain)

@@ -8,13 +8,17 @@ import subprocess
 import time
 
 import pytest
+import torch
+from PIL import Image
 
 from data.manifest import Manifest, settle_manifest
 from data.record import read_record
 from data.token_file import load_token_file
 from data.vocab import ChameleonVocab
 from data.worker_log import WorkerLog, read_failed
+from model.vqgan import load_vqgan
 from pre_tokenize.concat_record import main as concat
+from pre_tokenize.image_encoder import ImageEncoder
 from pre_tokenize.options import build_parser, default_batch_size, parse_options
 from pre_tokenize.pre_tokenize import main as pre_tokenize
 from tests.tokenize_helpers import (
@@ -319,3 +323,16 @@ def test_nothing_tokenized_is_an_error(tmp_path, capsys):
     (tmp_path / "0-of-1-failed.jsonl").write_text('{"id": 0, "reason": "bad"}\n')
     assert concat([f"--sub_record_dir={tmp_path}", f"--save_path={tmp_path}/record.json"]) == 2
     assert "no item was tokenized, all 1 were refused" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_compiled_encoder_gives_the_same_codes_with_few_graphs(task):
+    pictures = [
+        Image.effect_noise(size, 90).convert("RGB") for size in ((64, 64), (96, 32), (32, 96), (64, 64), (128, 32))
+    ]
+    plain = ImageEncoder(load_vqgan(task / "vqgan"), "fp32", batch_size=2)(pictures)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = ImageEncoder(load_vqgan(task / "vqgan"), "fp32", batch_size=2, compile=True)(pictures)
+    assert all((a == b).mean() > 0.95 for a, b in zip(plain, compiled, strict=True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4  # not one for each size
