@@ -3,33 +3,27 @@
     python -u finetune_solver.py --data_config exps/data/sample.yaml --init_from CHECKPOINT --output_dir output/run
     torchrun --nproc_per_node 8 finetune_solver.py ...
 
-From top to bottom: the options, the checks before anything starts, the `Solver` (build, run, train step, log, save),
-and the command line. An optimizer step is `accum_iter x ranks` rows of tokens (data/packing.py); its loss is a sum over
-all their targets divided once by their number, over ranks and micro-steps.
+From top to bottom: the checks before anything starts, the `Solver` (build, run, train step, log, save), and the start;
+the options are in model/options.py. An optimizer step is `accum_iter x ranks` rows of tokens (data/packing.py); its
+loss is a sum over all their targets divided once by their number, over ranks and micro-steps.
 """
 
-import argparse
 import contextlib
-import dataclasses
-import difflib
 import itertools
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 
 from data.data_config import load_data_config
-from data.dataset import OVERLONG_CHOICES, EpochRows, TokenDataset, build_loader
+from data.dataset import EpochRows, TokenDataset, build_loader
 from data.item_processor import load_text_tokenizer
 from data.packing import EpochPlan, PlanOptions
 from data.vocab import ChameleonVocab
-from model.chameleon import MODEL_SIZES, build_config, build_model, init_weights, reset_rotary_buffers
+from model.chameleon import build_config, build_model, init_weights, reset_rotary_buffers
 from model.checkpoint import (
-    CheckpointOptions,
     Position,
     TrainerState,
     describe_changes,
@@ -53,82 +47,15 @@ from model.distributed import (
     sum_over_ranks,
 )
 from model.metrics import MetricsFile, MetricSums, Progress, summarize
-from model.optim import OptimOptions, build_optimizer, lr_at, set_lr
+from model.optim import build_optimizer, lr_at, set_lr
+from model.options import ModelOptions, Options, build_parser, find_number_problems, resolve_model
 from model.parallelize import (
-    ParallelOptions,
     begin_micro_step,
     build_mesh,
     clip_grad_norm,
     parallelize,
     set_matmul_precision,
 )
-
-# What the recipe starts from when no --init_from is given.
-DEFAULT_STARTS = {"7B": "Alpha-VLLM/Chameleon_7B_mGPT", "34B": "Alpha-VLLM/Chameleon_34B_mGPT"}
-DEFAULT_TOKENIZER = "Alpha-VLLM/Lumina-mGPT-7B-768"
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """Which decoder, from which weights; None: decided by `resolve_model`."""
-
-    model_size: str = "7B"
-    init_from: str | None = None
-    tokenizer: str | None = None
-    dropout: float = 0.0
-    z_loss_weight: float = 0.0
-    mask_image_logits: bool = False
-    model_parallel_size: int = 1
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """Which items, and how they become rows and steps."""
-
-    data_config: Path
-    batch_size: int = 4
-    accum_iter: int = 4
-    max_seq_len: int = 4096
-    packing: bool = False
-    length_clustering: bool = True
-    overlong: str = "error"
-    num_workers: int = 8
-    pin_mem: bool = True
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How the run itself goes; `max_steps` and `log_interval` count optimizer steps."""
-
-    seed: int = 0
-    max_steps: int | None = None
-    log_interval: int = 10
-    loss_norm: str = "global"
-    device: str = "auto"
-    dist_timeout_s: float = 1800.0
-
-
-@dataclass(frozen=True)
-class Options:
-    """All options of a run; `resolved` is the command line as it was understood, for the checkpoint."""
-
-    model: ModelOptions
-    data: DataOptions
-    optim: OptimOptions
-    parallel: ParallelOptions
-    checkpoint: CheckpointOptions
-    run: RunOptions
-    resolved: Mapping[str, Any]
-
-    @classmethod
-    def from_namespace(cls, args: argparse.Namespace) -> "Options":
-        values = vars(args)
-        parts = {
-            field.name: field.type(**{part.name: values[part.name] for part in dataclasses.fields(field.type)})
-            for field in dataclasses.fields(cls)
-            if dataclasses.is_dataclass(field.type)
-        }
-        return cls(**parts, resolved=values)
 
 
 def prepare(options: Options, launch: Launch) -> TokenDataset:
@@ -137,7 +64,7 @@ def prepare(options: Options, launch: Launch) -> TokenDataset:
     Raises one ValueError that lists every problem found.
     """
     problems = [
-        *_find_number_problems(options),
+        *find_number_problems(options),
         *options.optim.problems(),
         *options.parallel.problems(launch.world_size, launch.local_world_size),
         *options.checkpoint.problems(),
@@ -154,17 +81,6 @@ def prepare(options: Options, launch: Launch) -> TokenDataset:
     if problems:
         raise ValueError("\n  - ".join(["training cannot start:", *problems]))
     return dataset
-
-
-def resolve_model(options: ModelOptions) -> tuple[str | None, str | None]:
-    """(weights to start from, tokenizer), each a folder or hub id; None: a fresh model, or no tokenizer known.
-
-    The recipe's sizes have default weights and a default tokenizer; a folder to start from brings its own tokenizer.
-    """
-    start = options.init_from or DEFAULT_STARTS.get(options.model_size)
-    own_tokenizer = options.init_from and (Path(options.init_from) / "tokenizer.json").is_file()
-    fallback = DEFAULT_TOKENIZER if start else None
-    return start, options.tokenizer or (options.init_from if own_tokenizer else fallback)
 
 
 class Solver:
@@ -351,37 +267,6 @@ class Solver:
         self.progress.say(f"epoch {self.position.epoch}: {size}")
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, on rank 0 only, and names the option that was probably meant."""
-
-    def error(self, message: str) -> NoReturn:
-        known = [option for action in self._actions for option in action.option_strings]
-        for word in message.split() if message.startswith("unrecognized") else []:
-            nearest = difflib.get_close_matches(word.split("=")[0], known, n=1) if word.startswith("--") else []
-            message += f"; did you mean {nearest[0]}?" if nearest else ""
-        sys.exit(stop_at_start(detect_launch(), f"{self.prog}: {message} (--help lists the options)"))
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line; defaults are those of the options' dataclasses, which are the recipe's."""
-    parser = Parser(
-        prog="finetune_solver.py",
-        description="Train a Chameleon-family decoder on tokenized conversations.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    _add_model_flags(parser.add_argument_group("model"))
-    _add_data_flags(parser.add_argument_group("data"))
-    _add_optim_flags(parser.add_argument_group("optimizer"))
-    _add_parallel_flags(parser.add_argument_group("ranks and precision"))
-    _add_checkpoint_flags(parser.add_argument_group("checkpoints"))
-    _add_run_flags(parser.add_argument_group("run"))
-    for part in (ModelOptions, DataOptions, OptimOptions, ParallelOptions, CheckpointOptions, RunOptions):
-        fields = dataclasses.fields(part)
-        parser.set_defaults(**{f.name: f.default for f in fields if f.default is not dataclasses.MISSING})
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a training; returns the exit code."""
     options = Options.from_namespace(build_parser().parse_args(argv))
@@ -418,80 +303,6 @@ def _find_model_problems(options: ModelOptions, dataset: TokenDataset | None) ->
     if num_rows is not None and vocab_size > num_rows:
         found.append(f"the tokenizer {tokenizer} has {vocab_size} ids, but --init_from {options.init_from} {num_rows}")
     return found
-
-
-def _find_number_problems(options: Options) -> list[str]:
-    least = {"batch_size": 1, "accum_iter": 1, "max_seq_len": 1, "log_interval": 1, "max_steps": 1, "dist_timeout_s": 1}
-    least |= {"seed": 0, "num_workers": 0}
-    given = [(name, low, options.resolved[name]) for name, low in least.items() if options.resolved[name] is not None]
-    return [f"--{name} must be at least {low}, got {value}" for name, low, value in given if value < low]
-
-
-def _add_model_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--model_size", choices=list(MODEL_SIZES), help="shape of the decoder when nothing is loaded")
-    group.add_argument("--init_from", help="folder or hub id to start from; its config.json decides the shape")
-    group.add_argument("--tokenizer", help="folder or hub id; None: that of --init_from, else the recipe's")
-    group.add_argument("--dropout", type=float, help="after attention and MLP, 0 to 1")
-    group.add_argument("--z_loss_weight", type=float, help="weight of the squared log-normalizer in the loss")
-    _add_switch(group, "mask_image_logits", "unmask_image_logits", "train without image targets, their logits masked")
-    group.add_argument("--model_parallel_size", type=int, help="accepted for the recipe's commands: only 1")
-
-
-def _add_data_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--data_config", type=Path, required=True, help="YAML that lists the record files")
-    group.add_argument("--batch_size", type=int, help="items per rank and micro-step")
-    group.add_argument("--accum_iter", type=int, help="micro-steps per optimizer step")
-    group.add_argument("--max_seq_len", type=int, help="tokens of the longest item allowed")
-    group.add_argument("--overlong", choices=OVERLONG_CHOICES, help="what to do with longer items")
-    _add_switch(group, "packing", "no_packing", "rows of batch_size x max_seq_len tokens, filled best-fit")
-    _add_switch(group, "length_clustering", "disable_length_clustering", "items of similar length share a row")
-    group.add_argument("--cache_ann_on_disk", action="store_true", help="accepted for the recipe's commands")
-    group.add_argument("--num_workers", type=int, help="loader processes per rank; 0 loads in the rank itself")
-    _add_switch(group, "pin_mem", "no_pin_mem", "page-locked rows, for faster copies to the GPU")
-
-
-def _add_optim_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--epochs", type=int, help="passes over the data; also the end of the cosine")
-    group.add_argument("--warmup_epochs", type=float, help="epochs of linear warm-up from 0; 0 switches it off")
-    group.add_argument("--lr", type=float, help="highest learning rate")
-    group.add_argument("--min_lr", type=float, help="learning rate at the end")
-    group.add_argument("--wd", type=float, help="AdamW's weight decay, on matrices")
-    _add_switch(group, "decay_all", None, "weight decay on norms and biases too, as the recipe does")
-    group.add_argument("--clip_grad", type=float, help="bound of the gradient's norm; 0 switches it off")
-    group.add_argument("--loss_norm", choices=("global", "micro_batch"), help="mean over targets, or mean of means")
-
-
-def _add_parallel_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--data_parallel", choices=("fsdp", "sdp", "hsdp"), help="see model/parallelize.py")
-    group.add_argument("--hsdp_shard_size", type=int, help="ranks that share one copy under hsdp; 0: those of a node")
-    group.add_argument("--precision", choices=("bf16", "fp16", "tf32", "fp32"), help="masters are fp32")
-    group.add_argument("--grad_precision", choices=("fp32", "bf16", "fp16"), help="of sums of gradients over ranks")
-    _add_switch(group, "checkpointing", None, "recompute activations in the backward: less memory, a third more work")
-    group.add_argument("--device", choices=("auto", "cuda", "cpu"), help="auto: cuda if there is one")
-    group.add_argument("--dist_timeout_s", type=float, help="seconds that a rank waits for the others")
-
-
-def _add_checkpoint_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--output_dir", type=Path, default=Path("output_dir"), help="checkpoints and metrics.jsonl")
-    group.add_argument("--save_interval", type=int, help="epochs between checkpoints; 0 switches off")
-    group.add_argument("--save_iteration_interval", type=int, help="micro-steps between checkpoints; 0 switches off")
-    group.add_argument("--only_save_trainable", action="store_true", help="accepted: every weight is trained")
-    group.add_argument("--ckpt_max_keep", type=int, help="newest checkpoints kept; 0 keeps all")
-    _add_switch(group, "auto_resume", "no_auto_resume", "go on from the newest checkpoint in --output_dir")
-    group.add_argument("--resume_path", type=Path, help="go on from this checkpoint")
-
-
-def _add_run_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--seed", type=int, help="of fresh weights, order of items and dropout")
-    group.add_argument("--max_steps", type=int, help="end with a checkpoint after so many optimizer steps")
-    group.add_argument("--log_interval", type=int, help="optimizer steps between lines of metrics.jsonl")
-
-
-def _add_switch(group: argparse._ArgumentGroup, name: str, off: str | None, help_text: str) -> None:
-    """An on/off flag `--name` / `--no-name`, and `--off`, the recipe's spelling of the latter."""
-    group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=help_text)
-    if off:
-        group.add_argument(f"--{off}", dest=name, action="store_false", help=f"the same as --no-{name}")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ from small_run import call_main, kill_when, losses, read_lines, run_solver, solv
 
 from data.record import RecordEntry, write_merged
 from data.token_file import save_token_file
-from finetune_solver import Options, build_parser, resolve_model
 from model.checkpoint import read_state
 from model.convert import load_pretrained
+from model.options import DEFAULT_STARTS, Options, build_parser, resolve_model
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +259,7 @@ def test_default_start_zeroes_the_image_head(task, tmp_path, monkeypatch):
     """The recipe's default sizes, with a small folder in place of the hub's 7B."""
     import finetune_solver
 
-    monkeypatch.setitem(finetune_solver.DEFAULT_STARTS, "7B", str(task / "init"))
+    monkeypatch.setitem(DEFAULT_STARTS, "7B", str(task / "init"))
     monkeypatch.setattr(finetune_solver, "DEFAULT_TOKENIZER", str(task / "tokenizer"))
     train_here(task, tmp_path / "out", init_from=None, max_steps=1)
     model = load_pretrained(tmp_path / "out" / "starting_point")
