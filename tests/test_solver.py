@@ -257,10 +257,8 @@ def test_no_auto_resume_refuses_a_used_folder(task, tmp_path):
 
 def test_default_start_zeroes_the_image_head(task, tmp_path, monkeypatch):
     """The recipe's default sizes, with a small folder in place of the hub's 7B."""
-    import finetune_solver
-
     monkeypatch.setitem(DEFAULT_STARTS, "7B", str(task / "init"))
-    monkeypatch.setattr(finetune_solver, "DEFAULT_TOKENIZER", str(task / "tokenizer"))
+    monkeypatch.setattr("model.options.DEFAULT_TOKENIZER", str(task / "tokenizer"))
     train_here(task, tmp_path / "out", init_from=None, max_steps=1)
     model = load_pretrained(tmp_path / "out" / "starting_point")
     rows = model.image_token_ids(torch.device("cpu"))
