@@ -36,6 +36,7 @@ from model.checkpoint import (
     save_checkpoint,
 )
 from model.convert import check_weights, export_hf, load_checkpoint_weights, load_config, prepare_starting_point
+from model.cpu_memory import keep_freed_memory
 from model.distributed import (
     Launch,
     detect_launch,
@@ -277,6 +278,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return stop_at_start(launch, f"finetune_solver.py: {error}")
     has_cuda = options.run.device == "cuda" or (options.run.device == "auto" and torch.cuda.is_available())
+    if not has_cuda:
+        keep_freed_memory()
     with lock, process_group(launch, "cuda" if has_cuda else "cpu", options.run.dist_timeout_s) as device:
         Solver(options, launch, dataset, device).run()
     return 0

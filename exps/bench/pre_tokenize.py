@@ -10,10 +10,6 @@ both crop from the centre, so that their codes can be compared. The last line pr
 
 import argparse
 import json
-import os
-import platform
-import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +25,6 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import PIL  # noqa: E402
 import torch  # noqa: E402
-import transformers  # noqa: E402
 from PIL import Image, ImageFilter  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig  # noqa: E402
@@ -38,6 +33,7 @@ from data.item_processor import ItemProcessor, build_text_encode, load_text_toke
 from data.json_stream import iter_json_values  # noqa: E402
 from data.token_file import load_token_file, save_token_file  # noqa: E402
 from data.vocab import ChameleonVocab  # noqa: E402
+from exps.bench.common import choose_device, device_name, peak_device_gib, peak_host_gib, run_alone, versions  # noqa: E402
 from model.vqgan import VQGAN, image_to_pixels, load_vqgan, save_vqgan  # noqa: E402
 from pre_tokenize import pre_tokenize  # noqa: E402
 
@@ -98,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.num_images < 1:
         print(f"--num_images must be at least 1, got {args.num_images}", file=sys.stderr)
         return 2
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(args.device)
     precisions = args.precision or (["tf32", "fp32", "bf16"] if device == "cuda" else ["fp32", "bf16"])
     with tempfile.TemporaryDirectory() as work_dir:
         write_inputs(Path(work_dir), args.num_images, with_vqgan=args.vqgan_dir is None)
@@ -120,10 +116,10 @@ def compare_ways(args: argparse.Namespace, work_dir: Path, device: str, precisio
             return Task(way, *names, size, precision, device, args.batch_size, args.num_workers, compile)
 
         recipe = task(RECIPE, "tf32")
-        baseline = run_alone(recipe)
+        baseline = run_task(recipe)
         for precision, compile in product(precisions, (False, True) if args.compile else (False,)):
             ours = task(OURS, precision, compile)
-            result = run_alone(ours)
+            result = run_task(ours)
             rows.append(
                 {
                     "target_size": size,
@@ -138,14 +134,8 @@ def compare_ways(args: argparse.Namespace, work_dir: Path, device: str, precisio
     return rows
 
 
-def run_alone(task: Task) -> Result:
-    """Measure in a process of its own, whose loaders need not import this script with all that it imports."""
-    code = "import sys; from exps.bench.pre_tokenize import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "--task", json.dumps(asdict(task))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    if done.returncode:
-        raise RuntimeError(f"the measurement {task} ended with exit code {done.returncode}")
-    return Result(**json.loads(done.stdout.splitlines()[-1]))
+def run_task(task: Task) -> Result:
+    return Result(**run_alone("exps.bench.pre_tokenize", asdict(task)))
 
 
 def measure_recipe(task: Task) -> Result:
@@ -245,13 +235,11 @@ class Clock:
 
 
 def result_of(num_images: int, elapsed_s: float, lookup_s: float, clock: Clock) -> Result:
-    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak_device = torch.cuda.max_memory_allocated() if clock.device == "cuda" else 0
     return Result(
         images_per_s=num_images / elapsed_s,
         images_per_s_without_rebuild=num_images / (elapsed_s - lookup_s),
-        host_gib=peak_kib / 2**20,
-        device_gib=peak_device / 2**30,
+        host_gib=peak_host_gib(),
+        device_gib=peak_device_gib(clock.device),
         encoder_share=clock.total_s() / elapsed_s,
     )
 
@@ -295,16 +283,12 @@ def summarize(rows: list[dict], device: str) -> dict:
     largest = [row for row in rows if row["target_size"] == max(row["target_size"] for row in rows)]
     in_tf32 = [row for row in largest if row["precision"] == "tf32"]
     row = in_tf32[0] if in_tf32 else max(largest, key=lambda row: row["ratio"])
-    versions = {
-        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-        "pillow": PIL.__version__,
-    }  # fmt: skip
-    head = {"bench": "pre_tokenize", "device": device_name(device), "versions": versions}
+    head = {
+        "bench": "pre_tokenize",
+        "device": device_name(device),
+        "versions": {**versions(), "pillow": PIL.__version__},
+    }
     return {**head, **row, "rows": rows}
-
-
-def device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
 
 
 def blank(side: int) -> Image.Image:
