@@ -103,9 +103,8 @@ def measure(
     head, hidden, labels = build_case(num_tokens, hidden_size, DTYPES[precision], device)
     compute = plain_loss if way == PLAIN else fused_loss
     base = peak_device_gib(device) if device == "cuda" else peak_host_gib()
-    seconds = [
-        timed(lambda: compute(head, hidden, labels), head, hidden, device) for _ in range(repeats + (repeats > 1))
-    ]
+    num_warmup = int(repeats > 1)
+    seconds = [timed(lambda: compute(head, hidden, labels), head, hidden, device) for _ in range(num_warmup + repeats)]
     peak = peak_device_gib(device) if device == "cuda" else peak_host_gib()
     torch.save({"hidden": hidden.grad.float().cpu(), "weight": head.weight.grad.float().cpu()}, out)
     return {"seconds": statistics.median(seconds[num_warmup:]), "extra_gib": peak - base}
