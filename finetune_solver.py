@@ -248,12 +248,21 @@ class Solver:
         """(folder or hub id that gives configuration and weights, or None for a fresh model; tokenizer)."""
         if self.start is not None:
             return str(self.start), str(self.start)
-        weights, tokenizer = resolve_model(self.options.model)
-        if weights is not None and self.options.model.init_from is None:
-            folder = self.options.checkpoint.output_dir / "starting_point"
+        options = self.options.model
+        weights, tokenizer = resolve_model(options)
+        image_head_init = options.image_head_init or ("keep" if options.init_from else "zero")
+        # The recipe's weights are always taken from a copy of the run's own, which one rank makes.
+        if weights is not None and (options.init_from is None or image_head_init != "keep"):
+            folder, problem = self.options.checkpoint.output_dir / "starting_point", None
             if self.launch.is_main:
-                prepare_starting_point(weights, folder)
-            weights = from_main(str(folder))
+                try:
+                    prepare_starting_point(weights, folder, image_head_init, self.options.run.seed)
+                except (ValueError, OSError) as error:
+                    problem = f"finetune_solver.py: the weights to start from: {error}"
+            problem = from_main(problem)
+            if problem is not None:
+                raise SystemExit(stop_at_start(self.launch, problem))
+            weights = str(folder)
         return weights, tokenizer
 
     def _seed_step(self) -> None:

@@ -1,17 +1,20 @@
 """
 Weights in and out of the decoder, in both shapes of checkpoint.
 
-`xllmx` is the recipe's shape and ours (q/k-norms tied per model-parallel group, no VQGAN); `hf` is stock Chameleon's (a
-row per head, the VQGAN inside), which `transformers.ChameleonForConditionalGeneration` loads. Where it stands: between
-the folders on disk and `model/chameleon.py`, for training (plain or sharded models), generation, and by hand:
+`xllmx` is the recipe's shape and ours (q/k-norms tied per model-parallel group); `hf` is stock Chameleon's (a row per
+head, the VQGAN inside), which `transformers.ChameleonForConditionalGeneration` loads. The VQGAN's tensors are carried
+along in both shapes where the source has them, and never loaded with the decoder. Where it stands: between the folders
+on disk and `model/chameleon.py`, for training (plain or sharded models), generation, and by hand:
 
-    python model/convert.py output/7B/epoch1 chameleon-hf --shape hf --vqgan_dir ckpts/chameleon/tokenizer
+    python model/convert.py facebook/chameleon-7b start               # image rows of lm_head zeroed, the recipe's way
+    python model/convert.py output/7B/epoch1 chameleon-hf --shape hf  # --vqgan_dir, if there was none at the start
 """
 
 import argparse
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,76 +26,30 @@ from transformers.models.chameleon.configuration_chameleon import ChameleonConfi
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.whole_file import sync_path  # noqa: E402
 from model.chameleon import (  # noqa: E402
     ChameleonXLLMXConfig,
     ChameleonXLLMXForConditionalGeneration,
     build_model,
 )
+from model.hf_folder import copy_tokenizer_files, load_config, resolve_checkpoint  # noqa: E402
+from model.image_head import (  # noqa: E402
+    EXPORT_MARK,
+    HEAD,
+    IMAGE_HEAD_INITS,
+    STOCK_ARCHITECTURE,
+    StartingPoint,
+    default_image_head_init,
+    init_image_rows,
+    is_stock,
+)
 from model.local_shards import copy_into_parameter, local_rows  # noqa: E402
-from model.weight_files import WeightReader, write_weights  # noqa: E402
+from model.weight_files import MAX_FILE_BYTES, WeightReader, write_weights  # noqa: E402
 
 SHAPES = ("xllmx", "hf")
-IMAGE_HEAD_INITS = ("zero", "keep", "normal")
-HEAD = "lm_head.weight"
 VQGAN_PREFIX = "model.vqmodel."
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 _IGNORED = (VQGAN_PREFIX, "model.rotary_emb.")
 _WRAPPER_PARTS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # of activation checkpointing and torch.compile
-
-
-def resolve_checkpoint(dir_or_hub_id: str | os.PathLike, with_weights: bool = True) -> Path:
-    """
-    The folder of a checkpoint; a hub id is downloaded (or found in the local cache).
-
-    Args:
-        dir_or_hub_id: a folder, or the name/name of a model of the hub.
-        with_weights: whether its weights are needed too (of a folder nothing is fetched in any case).
-
-    Raises:
-        FileNotFoundError: neither a folder nor a hub id that can be fetched.
-    """
-    folder = Path(dir_or_hub_id)
-    if folder.is_dir():
-        return folder
-    looks_local = folder.is_absolute() or len(folder.parts) != 2 or str(dir_or_hub_id).startswith(".")
-    if not looks_local:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        patterns = ["*.json", "*.jinja"] + ["*.safetensors"] * with_weights
-        try:
-            return Path(snapshot_download(str(dir_or_hub_id), allow_patterns=patterns))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise FileNotFoundError(
-                f"{dir_or_hub_id} is not a folder here, and could not be fetched from the hub: {error}"
-            ) from error
-    raise FileNotFoundError(f"there is no checkpoint folder {dir_or_hub_id}; give a folder or a hub id (name/name).")
-
-
-def load_config(dir_or_hub_id: str | os.PathLike, **overrides: Any) -> ChameleonXLLMXConfig:
-    """
-    The configuration of a checkpoint of either shape; `overrides` replace its values.
-
-    Raises:
-        FileNotFoundError: no such checkpoint, or no `config.json` in it.
-        ValueError: it is not Chameleon's.
-    """
-    folder = resolve_checkpoint(dir_or_hub_id, with_weights=False)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json: it is not a checkpoint.")
-    values, _ = ChameleonXLLMXConfig.get_config_dict(folder)
-    if values.get("model_type") != ChameleonXLLMXConfig.model_type:
-        raise ValueError(
-            f"{folder / 'config.json'} is of model_type {values.get('model_type')!r}; "
-            f"it must be {ChameleonXLLMXConfig.model_type!r}."
-        )
-    return ChameleonXLLMXConfig.from_dict(values | overrides)
 
 
 def load_checkpoint_weights(model: nn.Module, dir_or_hub_id: str | os.PathLike) -> None:
@@ -168,35 +125,45 @@ def export_hf(
     vqgan_dir: str | os.PathLike | None = None,
     dtype: torch.dtype | None = None,
     is_writer: bool | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """
     Write config.json, safetensors and the tokenizer's files of a plain or sharded model.
 
     A sharded model is gathered tensor by tensor, so all ranks must call this; one of them writes, and holds at most one
-    file's tensors. The folder is filled in place: write beside and rename after a barrier to make it appear whole.
+    file's tensors. The folder is filled in place: write beside and rename after a barrier to make it appear whole. The
+    writer reads the VQGAN's tensors at the first export and keeps them (0.1 GiB for Chameleon's).
 
     Args:
         model: plain, or sharded by `fully_shard`.
-        config: its configuration.
+        config: its configuration. The VQGAN's tensors, if any, come from the folder that it was read from.
         out_dir: made if it is not there.
         tokenizer_dir: folder or hub id whose tokenizer files are copied; None for none.
         shape: one of `SHAPES`; "hf" needs the VQGAN.
-        vqgan_dir: the VQGAN to put in for "hf".
-        dtype: type of the written weights; None keeps the model's.
+        vqgan_dir: the VQGAN to put in instead.
+        dtype: type of the written weights (the VQGAN's keep theirs); None keeps the model's.
         is_writer: whether this process writes; None: the first rank of the mesh of a sharded model, every process
             that has a plain one.
+        max_file_bytes: see `write_weights`.
     """
     parameters = {clean_name(name): parameter for name, parameter in model.named_parameters()}
     if is_writer is None:
         mesh = getattr(next(iter(parameters.values())), "device_mesh", None)
         is_writer = mesh is None or not any(mesh.get_coordinate())
     shapes = {name: (tuple(p.shape), dtype or p.dtype) for name, p in parameters.items()}
+    if vqgan_dir:
+        vqgan, values = _load_vqgan_tensors(vqgan_dir)
+    else:
+        vqgan, values = _carried_vqgan(model, config, is_writer), {}
 
     def get(name: str) -> torch.Tensor:
         parameter = parameters[name]
         return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
-    _write_checkpoint(config, out_dir, shapes, get, shape, vqgan_dir, tokenizer_dir, is_writer)
+    values = _config_values(config, shape, is_trained=True) | values
+    _write_checkpoint(values, out_dir, shapes, get, vqgan, shape, is_writer, max_file_bytes)
+    if is_writer and tokenizer_dir is not None:
+        copy_tokenizer_files(tokenizer_dir, out_dir)
 
 
 def convert_checkpoint(
@@ -204,11 +171,12 @@ def convert_checkpoint(
     out_dir: str | os.PathLike,
     *,
     shape: str = "xllmx",
-    image_head_init: str = "keep",
+    image_head_init: str | None = None,
     vqgan_dir: str | os.PathLike | None = None,
     tokenizer_dir: str | os.PathLike | None = None,
     dtype: torch.dtype | None = None,
     seed: int = 0,
+    max_file_bytes: int = MAX_FILE_BYTES,
     **overrides: Any,
 ) -> Path:
     """
@@ -217,12 +185,15 @@ def convert_checkpoint(
     Args:
         source: folder or hub id of either shape.
         out_dir: must not exist.
-        shape: one of `SHAPES`. For "hf" the VQGAN comes from `vqgan_dir`, or from the source if that holds one.
+        shape: one of `SHAPES`.
         image_head_init: what becomes of the rows of `lm_head` of image tokens: "zero" (the recipe's start from a
-            text model), "keep", or "normal" (drawn with `initializer_range`).
+            text model), "keep", or "normal" (drawn with `initializer_range`); None: "zero" from stock Chameleon to
+            "xllmx", else "keep".
+        vqgan_dir: the VQGAN to put in; None: the source's own, if it has one ("hf" needs one).
         tokenizer_dir: its tokenizer files are copied; by default those of the source.
-        dtype: type of the written weights; None keeps the source's.
+        dtype: type of the written weights (the VQGAN's keep theirs); None keeps the source's.
         seed: of "normal".
+        max_file_bytes: see `write_weights`.
         overrides: configuration values, e.g. `tie_head_norm=False`.
 
     Raises:
@@ -230,38 +201,38 @@ def convert_checkpoint(
         ValueError: an unknown option, or no image tokens in the vocabulary of the configuration.
     """
     out_dir, source = Path(out_dir), resolve_checkpoint(source)
-    if image_head_init not in IMAGE_HEAD_INITS:
-        raise ValueError(f"image_head_init is {image_head_init!r}; it must be one of {', '.join(IMAGE_HEAD_INITS)}.")
     if out_dir.exists():
         raise FileExistsError(f"{out_dir} exists already; remove it or choose another folder.")
     config, reader = load_config(source, **overrides), WeightReader(source)
+    image_head_init = image_head_init or default_image_head_init(config, shape)
+    if image_head_init not in IMAGE_HEAD_INITS:
+        raise ValueError(f"image_head_init is {image_head_init!r}; it must be one of {', '.join(IMAGE_HEAD_INITS)}.")
     model = build_model(config)  # on meta: only names and shapes
     image_ids = model.image_token_ids(torch.device("cpu"))
     if image_head_init != "keep" and not len(image_ids):
-        raise ValueError(f"the vocabulary_map in {source / 'config.json'} names no image tokens (IMGIMG...).")
+        raise ValueError(
+            f"the vocabulary_map in {source / 'config.json'} names no image tokens (IMGIMG...), whose rows of lm_head "
+            f"are to be made anew ({image_head_init}); keep them as they are: --image_head_init keep."
+        )
     parameters = dict(model.named_parameters())
     _check_names_and_shapes(parameters, reader)
 
     def get(name: str) -> torch.Tensor:
         tensor = reader.read(name)
-        if name in parameters and tensor.shape != parameters[name].shape:
+        if tensor.shape != parameters[name].shape:
             tensor = regroup_head_norm(name, tensor, parameters[name].shape[0])
-        if name == HEAD and image_head_init == "zero":
-            tensor = tensor.index_fill(0, image_ids, 0)
-        elif name == HEAD and image_head_init == "normal":
-            rows = torch.empty(len(image_ids), tensor.shape[1])
-            rows.normal_(0.0, config.initializer_range, generator=torch.Generator().manual_seed(seed))
-            tensor = tensor.index_copy(0, image_ids, rows.to(tensor.dtype))
+        if name == HEAD:
+            tensor = init_image_rows(tensor, image_head_init, image_ids, config.initializer_range, seed)
         return tensor
 
     shapes = {name: (tuple(p.shape), dtype or reader.dtype(name)) for name, p in parameters.items()}
-    if shape == "hf" and vqgan_dir is None:
-        vqgan_names = [name for name in reader.names if name.startswith(VQGAN_PREFIX)]
-        shapes |= {name: (reader.shape(name), reader.dtype(name)) for name in vqgan_names}
+    vqgan, values = _load_vqgan_tensors(vqgan_dir) if vqgan_dir else (_stored_vqgan(reader), {})
+    values = _config_values(config, shape, is_trained=not is_stock(config)) | values
     partial = out_dir.with_name(out_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    _write_checkpoint(config, partial, shapes, get, shape, vqgan_dir, tokenizer_dir or source, True)
-    os.replace(partial, out_dir)
+    _write_checkpoint(values, partial, shapes, get, vqgan, shape, True, max_file_bytes)
+    copy_tokenizer_files(tokenizer_dir or source, partial)
+    _publish(partial, out_dir)
     return out_dir
 
 
@@ -271,12 +242,22 @@ def prepare_starting_point(
     """
     The recipe's starting point: `source` with new image rows in `lm_head`, kept in `out_dir`.
 
-    An `out_dir` that is there is taken as it is (it is whole). To be called by one process.
+    An `out_dir` that is there (it is whole) is taken, if it was made like this. To be called by one process.
+
+    Raises:
+        ValueError: it was made otherwise; and what `convert_checkpoint` raises.
     """
-    if Path(out_dir).is_dir():
-        return Path(out_dir)
-    Path(out_dir).parent.mkdir(parents=True, exist_ok=True)
-    return convert_checkpoint(source, out_dir, image_head_init=image_head_init, seed=seed)
+    out_dir, wanted = Path(out_dir), StartingPoint.of(source, image_head_init, seed)
+    if out_dir.is_dir():
+        wanted.check_made(out_dir)
+        return out_dir
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    unnamed = out_dir.with_name(out_dir.name + ".new")
+    shutil.rmtree(unnamed, ignore_errors=True)
+    convert_checkpoint(source, unnamed, image_head_init=image_head_init, seed=seed)
+    wanted.write(unnamed)
+    _publish(unnamed, out_dir)
+    return out_dir
 
 
 def clean_name(name: str) -> str:
@@ -307,14 +288,6 @@ def regroup_head_norm(name: str, tensor: torch.Tensor, num_rows: int) -> torch.T
     return groups[:, 0].contiguous()
 
 
-def copy_tokenizer_files(tokenizer_dir: str | os.PathLike, out_dir: str | os.PathLike) -> None:
-    """Copy what a tokenizer is made of from a folder or hub id (nothing, if the folder has none)."""
-    source = resolve_checkpoint(tokenizer_dir, with_weights=False)
-    for file_name in TOKENIZER_FILES:
-        if (source / file_name).is_file():
-            shutil.copyfile(source / file_name, Path(out_dir) / file_name)
-
-
 def _is_head_norm(name: str) -> bool:
     return ".q_norm." in name or ".k_norm." in name
 
@@ -339,56 +312,94 @@ def _check_names_and_shapes(parameters: dict[str, torch.Tensor], reader: WeightR
         )
 
 
+def _config_values(config: ChameleonXLLMXConfig, shape: str, is_trained: bool) -> dict[str, Any]:
+    """The config.json of a checkpoint in the given shape; `is_trained`: its image rows are not stock Chameleon's."""
+    if shape not in SHAPES:
+        raise ValueError(f"the shape of a checkpoint is {shape!r}; it must be one of {', '.join(SHAPES)}.")
+    values = config.to_dict()
+    for name in ("_name_or_path", EXPORT_MARK):
+        values.pop(name, None)
+    if shape == "xllmx":
+        return values | {"architectures": [ChameleonXLLMXForConditionalGeneration.__name__]}
+    for ours in ("dropout", "z_loss_weight", "mask_image_logits", "tie_head_norm"):
+        values.pop(ours, None)
+    return values | {"architectures": [STOCK_ARCHITECTURE]} | ({EXPORT_MARK: True} if is_trained else {})
+
+
 def _write_checkpoint(
-    config: ChameleonXLLMXConfig,
+    values: dict[str, Any],
     out_dir: str | os.PathLike,
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]],
     get: Callable[[str], torch.Tensor],
+    vqgan: dict[str, torch.Tensor],
     shape: str,
-    vqgan_dir: str | os.PathLike | None,
-    tokenizer_dir: str | os.PathLike | None,
     is_writer: bool,
+    max_file_bytes: int,
 ) -> None:
-    """Write one checkpoint in the given shape from named tensors in ours (and VQGAN tensors, for "hf")."""
-    if shape not in SHAPES:
-        raise ValueError(f"the shape of a checkpoint is {shape!r}; it must be one of {', '.join(SHAPES)}.")
-    values, get_out = config.to_dict(), get
-    values["architectures"] = ["ChameleonXLLMXForConditionalGeneration"]
+    """Write config.json and weights, from named tensors in our shape and those of the VQGAN, in the given shape."""
+    heads: dict[str, int] = {}
     if shape == "hf":
-        vqgan_state, vqgan_config = _vqgan_tensors(vqgan_dir) if vqgan_dir else ({}, None)
-        shapes = shapes | {name: (tuple(t.shape), t.dtype) for name, t in vqgan_state.items()}
-        if not any(name.startswith(VQGAN_PREFIX) for name in shapes):
-            raise ValueError("the hf shape holds the VQGAN, and there is none: give its folder (vqgan_dir).")
-        rows = {".q_norm.": config.num_attention_heads, ".k_norm.": config.num_key_value_heads}
+        if not vqgan:
+            raise ValueError(
+                "the hf shape holds the VQGAN, and there is none in the source: give its folder (--vqgan_dir). Only "
+                "what was started from a checkpoint with a VQGAN carries it along."
+            )
+        rows = {".q_norm.": values["num_attention_heads"], ".k_norm.": values["num_key_value_heads"]}
         heads = {name: n for name in shapes for part, n in rows.items() if part in name}
-        shapes |= {name: ((n, *shapes[name][0][1:]), shapes[name][1]) for name, n in heads.items()}
-        values["architectures"] = ["ChameleonForConditionalGeneration"]
-        values["vq_config"] = vqgan_config or values["vq_config"]
-        for ours in ("dropout", "z_loss_weight", "mask_image_logits", "tie_head_norm"):
-            values.pop(ours, None)
+    entries = [(name, (heads.get(name, of[0]), *of[1:]), dtype) for name, (of, dtype) in shapes.items()]
+    entries += [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in vqgan.items()]
 
-        def get_out(name: str) -> torch.Tensor:
-            tensor = vqgan_state[name] if name in vqgan_state else get(name)
-            return regroup_head_norm(name, tensor, heads[name]) if name in heads else tensor
+    def get_out(name: str) -> torch.Tensor:
+        if name in vqgan:
+            return vqgan[name]
+        return regroup_head_norm(name, get(name), heads[name]) if name in heads else get(name)
 
-    values["dtype"] = str(shapes[HEAD][1]).removeprefix("torch.")
     if is_writer:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
-    write_weights(out_dir, [(n, s, t) for n, (s, t) in shapes.items()], get_out, is_writer)
+    write_weights(out_dir, entries, get_out, is_writer, max_file_bytes)
     if is_writer:
         config_class = ChameleonConfig if shape == "hf" else ChameleonXLLMXConfig
+        values = values | {"dtype": str(shapes[HEAD][1]).removeprefix("torch.")}
         config_class.from_dict(values).save_pretrained(out_dir)
-        if tokenizer_dir is not None:
-            copy_tokenizer_files(tokenizer_dir, out_dir)
 
 
-def _vqgan_tensors(vqgan_dir: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The VQGAN as stock Chameleon names it (without the decoder half, which it lacks), and its configuration."""
+def _load_vqgan_tensors(vqgan_dir: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The VQGAN as stock Chameleon names it (without the decoder half, which it lacks), and its part of config.json."""
     from model.vqgan import load_vqgan
 
     vqgan = load_vqgan(vqgan_dir)
     state = {name: tensor for name, tensor in vqgan.state_dict().items() if not name.startswith("decoder.")}
-    return {VQGAN_PREFIX + name: tensor.contiguous() for name, tensor in state.items()}, vqgan.config.to_dict()
+    tensors = {VQGAN_PREFIX + name: tensor.contiguous() for name, tensor in state.items()}
+    return tensors, {"vq_config": vqgan.config.to_dict()}
+
+
+def _stored_vqgan(reader: WeightReader) -> dict[str, torch.Tensor]:
+    """The VQGAN's tensors of a checkpoint, by name; mapped files, of which nothing is read before it is used."""
+    return {name: reader.read(name) for name in reader.names if name.startswith(VQGAN_PREFIX)}
+
+
+def _carried_vqgan(model: nn.Module, config: ChameleonXLLMXConfig, is_writer: bool) -> dict[str, torch.Tensor]:
+    """The VQGAN's tensors of the folder that the model started from, by name; values on the writer alone.
+
+    They are read once and stay with the model: that folder may be a checkpoint that makes room for newer ones.
+    """
+    if not hasattr(model, "carried_vqgan"):
+        model.carried_vqgan = {}
+        try:
+            if config.name_or_path and Path(config.name_or_path).is_dir():
+                stored = _stored_vqgan(WeightReader(config.name_or_path))
+                model.carried_vqgan = {n: t.clone() if is_writer else t.to("meta") for n, t in stored.items()}
+        except (ValueError, OSError) as error:  # a training must be able to save without
+            warnings.warn(f"the VQGAN's tensors, if any, are not carried along: {error}", stacklevel=3)
+    return model.carried_vqgan
+
+
+def _publish(unnamed: Path, final: Path) -> None:
+    """Put a folder's files on disk and give it its name."""
+    for path in (*unnamed.iterdir(), unnamed):
+        sync_path(path)
+    os.replace(unnamed, final)
+    sync_path(final.parent)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -396,14 +407,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("source", help="checkpoint folder or hub id, of either shape")
     parser.add_argument("out_dir", help="folder to write; must not exist")
     parser.add_argument("--shape", choices=SHAPES, default="xllmx", help="shape to write (default: %(default)s)")
-    parser.add_argument("--vqgan_dir", help="VQGAN to put into the hf shape (default: the source's own)")
+    parser.add_argument(
+        "--vqgan_dir",
+        help="VQGAN to put in (default: the source's own, which training carries along from where it started). The hf "
+        "shape needs one: give it for checkpoints of trainings that started without",
+    )
     parser.add_argument("--tokenizer", help="folder or hub id of the tokenizer to copy (default: the source)")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="type to write (default: the source's)")
     parser.add_argument(
         "--image_head_init",
         choices=IMAGE_HEAD_INITS,
-        default="keep",
-        help="rows of lm_head of image tokens: zero (start from a text model), keep, normal (default: %(default)s)",
+        help="rows of lm_head of image tokens: zero (the recipe's start from a text model), keep, normal (drawn anew) "
+        "(default: zero from stock Chameleon to xllmx, a start of training; else keep: exports of trained models, "
+        "in either shape, are known by their config.json)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of --image_head_init normal (default: %(default)s)")
     parser.add_argument(
@@ -420,11 +436,12 @@ def main(argv: list[str] | None = None) -> int:
     dtype = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
     overrides = {"tie_head_norm": False} if args.untie_head_norm else {}
     try:
+        image_head_init = args.image_head_init or default_image_head_init(load_config(args.source), args.shape)
         convert_checkpoint(
             args.source,
             args.out_dir,
             shape=args.shape,
-            image_head_init=args.image_head_init,
+            image_head_init=image_head_init,
             vqgan_dir=args.vqgan_dir,
             tokenizer_dir=args.tokenizer,
             dtype=dtype,
@@ -434,7 +451,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"convert.py: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {args.out_dir} ({args.shape})")
+    print(f"wrote {args.out_dir} ({args.shape}; image rows of lm_head: {image_head_init})")
     return 0
 
 

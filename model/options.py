@@ -13,6 +13,7 @@ from data.dataset import OVERLONG_CHOICES
 from model.chameleon import MODEL_SIZES
 from model.checkpoint import CheckpointOptions
 from model.distributed import detect_launch, stop_at_start
+from model.image_head import IMAGE_HEAD_INITS
 from model.optim import OptimOptions
 from model.parallelize import ParallelOptions
 
@@ -28,6 +29,7 @@ class ModelOptions:
     model_size: str = "7B"
     init_from: str | None = None
     tokenizer: str | None = None
+    image_head_init: str | None = None
     dropout: float = 0.0
     z_loss_weight: float = 0.0
     mask_image_logits: bool = False
@@ -138,6 +140,12 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model_size", choices=list(MODEL_SIZES), help="shape of the decoder when nothing is loaded")
     group.add_argument("--init_from", help="folder or hub id to start from; its config.json decides the shape")
     group.add_argument("--tokenizer", help="folder or hub id; None: that of --init_from, else the recipe's")
+    group.add_argument(
+        "--image_head_init",
+        choices=IMAGE_HEAD_INITS,
+        help="rows of lm_head of image tokens at the start, kept in OUTPUT_DIR/starting_point; "
+        "None: zero for the recipe's weights, keep for --init_from; a fresh model has nothing to keep or zero",
+    )
     group.add_argument("--dropout", type=float, help="after attention and MLP, 0 to 1")
     group.add_argument("--z_loss_weight", type=float, help="weight of the squared log-normalizer in the loss")
     _add_switch(group, "mask_image_logits", "unmask_image_logits", "train without image targets, their logits masked")

@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from data.whole_file import open_whole
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_FILE_BYTES = 5 * 10**9  # what the hub's own tools use
@@ -105,6 +107,7 @@ def write_weights(
             tensor = get(name)
             if is_writer:
                 loaded[name] = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+            del tensor  # before the next one is gathered
         if is_writer:
             partial = out_dir / (file_name + ".partial")
             save_file(loaded, partial, metadata={"format": "pt"})
@@ -117,9 +120,8 @@ def write_weights(
 
 def write_text_file(path: str | os.PathLike, text: str) -> None:
     """Write a small file so that it is whole or absent."""
-    partial = Path(f"{path}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with open_whole(path) as file:
+        file.write(text.encode())
 
 
 def _find_files(folder: Path) -> dict[str, str]:

@@ -6,12 +6,16 @@ import pytest
 import small_run
 import torch
 from small_run import call_main, kill_when, losses, read_lines, run_solver, solver_args, train
+from transformers import ChameleonForConditionalGeneration
+from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig
 
 from data.record import RecordEntry, write_merged
 from data.token_file import save_token_file
 from model.checkpoint import read_state
-from model.convert import load_pretrained
+from model.convert import convert_checkpoint, load_pretrained, prepare_starting_point
+from model.convert import main as convert_main
 from model.options import DEFAULT_STARTS, Options, build_parser, resolve_model
+from model.vqgan import VQGAN, load_vqgan, save_vqgan
 
 
 @pytest.fixture(scope="module")
@@ -263,6 +267,62 @@ def test_default_start_zeroes_the_image_head(task, tmp_path, monkeypatch):
     model = load_pretrained(tmp_path / "out" / "starting_point")
     rows = model.image_token_ids(torch.device("cpu"))
     assert not model.lm_head.weight[rows].any() and model.lm_head.weight.any()
+
+
+def first_weights(out):
+    """(image rows, other rows) of the head after the first step, which warm-up takes with a learning rate of 0."""
+    model = load_pretrained(out / "epoch0-iter1")
+    ids = model.image_token_ids(torch.device("cpu"))
+    others = torch.ones(len(model.lm_head.weight), dtype=torch.bool).index_fill(0, ids, False)
+    return model.lm_head.weight[ids], model.lm_head.weight[others]
+
+
+@pytest.mark.parametrize("given", ["default weights", "init_from"])
+def test_image_head_init_reaches_the_start(task, tmp_path, monkeypatch, given):
+    monkeypatch.setitem(DEFAULT_STARTS, "7B", str(task / "init"))
+    monkeypatch.setattr("model.options.DEFAULT_TOKENIZER", str(task / "tokenizer"))
+    from_default = {"init_from": None} if given == "default weights" else {}
+    heads = {}
+    for how in (None, "zero", "keep", "normal"):
+        train_here(task, tmp_path / str(how), image_head_init=how, max_steps=1, **from_default)
+        heads[how] = first_weights(tmp_path / str(how))
+        assert torch.equal(heads[how][1], heads[None][1])
+    default = "zero" if from_default else "keep"
+    assert torch.equal(heads[None][0], heads[default][0])
+    assert (tmp_path / "None" / "starting_point").is_dir() == bool(from_default)
+    assert not heads["zero"][0].any() and heads["keep"][0].any()
+    assert heads["normal"][0].any() and not torch.equal(heads["normal"][0], heads["keep"][0])
+
+
+def test_starting_point_made_otherwise_is_refused(task, tmp_path):
+    folder = tmp_path / "out" / "starting_point"
+    prepare_starting_point(task / "init", folder, "normal", seed=0)
+    try:
+        code, message = call_main(solver_args(task, tmp_path / "out", image_head_init="zero"))
+    finally:
+        torch.distributed.destroy_process_group()  # it was joined when the folder was looked at
+    assert code == 2 and "Traceback" not in message
+    assert f"{folder} was made by --image_head_init normal, not zero. Remove that folder" in message
+    train_here(task, tmp_path / "out", image_head_init="normal", max_steps=1)
+
+
+def test_the_vqgan_goes_through_the_training(task, tmp_path):
+    """From a start in stock's shape to every checkpoint, also after the one that a run went on from is gone."""
+    torch.manual_seed(0)
+    widths = dict(embed_dim=8, latent_channels=8, resolution=32, base_channels=32, num_res_blocks=1)
+    config = ChameleonVQVAEConfig(num_embeddings=64, channel_multiplier=[1, 1, 1, 1, 1], **widths)
+    save_vqgan(VQGAN(config), tmp_path / "vqgan", torch.float32)
+    convert_checkpoint(task / "init", tmp_path / "stock", shape="hf", vqgan_dir=tmp_path / "vqgan")
+    out, kept = tmp_path / "out", {"init_from": tmp_path / "stock", "ckpt_max_keep": 1}
+    train_here(task, out, max_steps=1, **kept)
+    train_here(task, out, max_steps=3, save_iteration_interval=1, **kept)
+    assert [path.name for path in out.glob("epoch*")] == ["epoch0-iter3"]
+    assert convert_main([str(out / "epoch0-iter3"), str(tmp_path / "hf"), "--shape", "hf"]) == 0
+    before, after = load_vqgan(tmp_path / "stock").state_dict(), load_vqgan(tmp_path / "hf").state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    stock, info = ChameleonForConditionalGeneration.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert stock.config.vq_config.num_embeddings == 64
 
 
 # Several ranks
