@@ -182,6 +182,7 @@ def _add_parallel_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--precision", choices=("bf16", "fp16", "tf32", "fp32"), help="masters are fp32")
     group.add_argument("--grad_precision", choices=("fp32", "bf16", "fp16"), help="of sums of gradients over ranks")
     _add_switch(group, "checkpointing", None, "recompute activations in the backward: less memory, a third more work")
+    _add_switch(group, "compile", "no_compile", "torch.compile of the decoder's layers; None: on CUDA only")
     group.add_argument("--device", choices=("auto", "cuda", "cpu"), help="auto: cuda if there is one")
     group.add_argument("--dist_timeout_s", type=float, help="seconds that a rank waits for the others")
 

@@ -1,10 +1,11 @@
 """Sharding: how one decoder is spread over the ranks, in a fixed order, without the model knowing.
 
-`parallelize` takes a decoder built on the meta device and gives it activation checkpointing, then FSDP2 with fp32
-master weights, layer by layer; the caller then allocates (`to_empty`) and fills the shards. The gradient's norm and the
-switches between micro-steps live here too, since they depend on the sharding.
+`parallelize` takes a decoder built on the meta device and gives it activation checkpointing, `torch.compile`, then
+FSDP2 with fp32 master weights, layer by layer; the caller then allocates (`to_empty`) and fills the shards. The
+gradient's norm and the switches between micro-steps live here too, since they depend on the sharding.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,20 +16,28 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "tf32": torch.float32,
+    "fp32": torch.float32,
+    "fp64": torch.float64,  # not on the command line: for tests of exactness
+}
 
 
 @dataclass(frozen=True)
 class ParallelOptions:
     """`data_parallel`: fsdp (parameters, gradients and optimizer sharded, parameters gathered again for the backward),
     sdp (parameters stay gathered from forward to backward: faster, more memory), hsdp (fsdp within groups of
-    `hsdp_shard_size` ranks, replicated between them). Master weights are fp32 under every `precision`."""
+    `hsdp_shard_size` ranks, replicated between them). Master weights are fp32 under every `precision`.
+    `compile`: `torch.compile` of the decoder's layers; None: on CUDA only."""
 
     data_parallel: str = "fsdp"
     hsdp_shard_size: int = 0  # 0: the ranks of one node
     precision: str = "bf16"
     grad_precision: str = "fp32"
     checkpointing: bool = False
+    compile: bool | None = None
 
     def problems(self, world_size: int, local_world_size: int) -> list[str]:
         """What is wrong with these options for so many ranks, one sentence each."""
@@ -66,15 +75,23 @@ def set_matmul_precision(precision: str) -> None:
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
 
 
-def parallelize(model: nn.Module, mesh: DeviceMesh, options: ParallelOptions) -> nn.Module:
+def parallelize(
+    model: nn.Module, mesh: DeviceMesh, options: ParallelOptions, compile_backend: str | Callable = "inductor"
+) -> nn.Module:
     """Shards a decoder (`model.model.layers`, `.embed_tokens`, `.norm`, `lm_head`) in place, and returns it.
 
     Gradients are summed over the ranks, not averaged: the loss is already divided by the targets of the whole step.
+    Layers are compiled one by one (by `compile_backend`, as `torch.compile` takes it): equal as they are, they share
+    one graph, compiled once for rows of a fixed length and once more when other lengths come.
     """
     decoder = model.model
     if options.checkpointing:
         for index, layer in enumerate(decoder.layers):
             decoder.layers[index] = checkpoint_wrapper(layer)
+    is_compiled = mesh.device_type == "cuda" if options.compile is None else options.compile
+    if is_compiled:
+        for layer in decoder.layers:
+            layer.compile(backend=compile_backend)  # in place: the names of the parameters stay
 
     policy = MixedPrecisionPolicy(
         param_dtype=DTYPES[options.precision], reduce_dtype=DTYPES[options.grad_precision], cast_forward_inputs=True
@@ -107,12 +124,14 @@ def begin_micro_step(model: nn.Module, options: ParallelOptions, is_last: bool) 
 
 
 def clip_grad_norm(model: nn.Module, mesh: DeviceMesh, max_norm: float) -> torch.Tensor:
-    """The L2 norm of the whole gradient (fp32 scalar on the device), after which the gradient is scaled to `max_norm`.
+    """The L2 norm of the whole gradient (a scalar on the device), after which the gradient is scaled to `max_norm`.
 
+    The norm is in fp32, or in the type of the gradients if that is wider.
     `max_norm` of 0 or less only measures. One collective over the local shards; nothing waits for the host.
     """
     gradients = [_local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
-    squares = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)).square().sum()
+    dtype = torch.promote_types(gradients[0].dtype, torch.float32)
+    squares = torch.stack(torch._foreach_norm(gradients, dtype=dtype)).square().sum()
     group = mesh.get_group("shard")
     if dist.get_world_size(group) > 1:
         dist.all_reduce(squares, group=group)
