@@ -295,7 +295,9 @@ class ChameleonXLLMXModel(ChameleonPreTrainedModel):
         packed_row = None
         if cu_seqlens is not None:
             _check_packed(input_ids, attention_mask, past_key_values)
-            packed_row = build_packed_row(cu_seqlens, input_ids.shape[1], hidden_states.device, max_seqlen)
+            packed_row = build_packed_row(
+                cu_seqlens, input_ids.shape[1], hidden_states.device, max_seqlen, hidden_states.dtype
+            )
             if position_ids is None:
                 position_ids = positions_from_cu_seqlens(packed_row.cu_seqlens, input_ids.shape[1], input_ids.device)
         past_len = past_key_values.get_seq_length() if past_key_values is not None else 0
