@@ -3,10 +3,12 @@
 import json
 import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
 CHUNK_CHARS = 1 << 20
+BATCH_CHARS = 2_000_000  # smaller ones are slower; the values of one take some 15 MB
 _WHITESPACE = " \t\n\r"
 
 
@@ -34,8 +36,66 @@ def iter_json_values(path: str | os.PathLike, what: str = "file") -> Iterator[ob
         raise ValueError(f"{what} {path} holds JSON that cannot be read: {error}") from None
 
 
+def iter_json_batches(path: str | os.PathLike, what: str = "file") -> Iterator[list]:
+    """The values of `iter_json_values`, many at a time and, where they are objects, several times faster.
+
+    A part of the text that ends where an object seems to end is decoded at once. If it then proves not to be a list
+    of whole values, the rest is read one by one, which also finds the place of what is wrong. Raises the same errors.
+    """
+    num_done = 0
+    try:
+        for batch in _batches(path):
+            num_done += len(batch)
+            yield batch
+        return
+    except (OSError, ValueError, RecursionError):
+        pass
+    for value in islice(iter_json_values(path, what), num_done, None):
+        yield [value]
+
+
 class _JsonError(ValueError):
     """Where and how the JSON is wrong."""
+
+
+def _batches(path: str | os.PathLike) -> Iterator[list]:
+    """Lists of values; ValueError where the text is not what it seems, with nothing of that part yielded."""
+    with open(path, encoding="utf-8-sig") as file:
+        text = ""
+        while not text and (more := file.read(BATCH_CHARS)):
+            text = more.lstrip(_WHITESPACE)
+        is_list = text.startswith("[")
+        separator, decode = ("},", _decode_part) if is_list else ("\n", _decode_lines)
+        text = text[is_list:]
+        num_done = 0
+        while True:
+            if stop := text.rfind(separator) + 1:
+                batch = decode(text[:stop])
+                num_done += len(batch)
+                yield batch
+                text = text[stop + is_list :]  # behind the comma
+            more = file.read(max(BATCH_CHARS, len(text)))
+            if not more:
+                break
+            text += more
+        if is_list:
+            text = text.rstrip(_WHITESPACE)
+            if not text.endswith("]") or (num_done and text == "]"):
+                raise ValueError("it does not end as a list does")
+            text = text[:-1]
+        yield decode(text)
+
+
+def _decode_part(text: str) -> list:
+    return json.loads(f"[{text}]")
+
+
+def _decode_lines(text: str) -> list:
+    lines = [line for line in text.split("\n") if line.strip(_WHITESPACE)]
+    values = json.loads(f"[{','.join(lines)}]")
+    if len(values) != len(lines):
+        raise ValueError("a line is not one value")
+    return values
 
 
 def _line_values(file: TextIO) -> Iterator[object]:

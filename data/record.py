@@ -9,13 +9,18 @@ Where the tokens of many items share a file, `"offset"` and `"nbytes"` say which
 import json
 import os
 import re
+import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TextIO
 
-from data.json_stream import iter_json_values
+from data.json_stream import iter_json_batches
 from data.whole_file import open_whole
+
+MAX_LEN = 2**31 - 1  # of an item, in tokens: lengths are kept in 32 bits
+MAX_PLACE = 2**63 - 1  # a byte of a file, or an id
 
 _SUB_RECORD = re.compile(r"(\d+)-of-(\d+)-record\.jsonl")
 
@@ -54,21 +59,56 @@ def read_record(path: str | os.PathLike) -> Iterator[RecordEntry]:
     Relative files are looked for beside the record, then from the working directory; the first entry decides for all.
     Raises FileNotFoundError, or ValueError naming the line that is no record entry.
     """
-    path = Path(path)
     base: str | None = None
     for entry in read_raw_record(path):
         if not os.path.isabs(entry.file):
             if base is None:
-                beside = not os.path.exists(entry.file) or (path.parent / entry.file).exists()
-                base = os.fspath(path.parent) if beside else ""
+                base = resolve_base(path, entry.file)
             entry = replace(entry, file=os.path.join(base, entry.file))
         yield entry
 
 
+def resolve_base(path: str | os.PathLike, first_file: str) -> str:
+    """The folder of the relative files of a record, of which `first_file` is the first: its own, or "", from here."""
+    folder = os.path.dirname(path)
+    beside = not os.path.exists(first_file) or os.path.exists(os.path.join(folder, first_file))
+    return folder if beside else ""
+
+
 def read_raw_record(path: str | os.PathLike) -> Iterator[RecordEntry]:
     """The same with `file` as it is written in the record."""
-    for number, value in enumerate(iter_json_values(path, what="record"), start=1):
-        yield _entry(value, path, number)
+    for number, value in enumerate(chain.from_iterable(iter_json_batches(path, what="record")), start=1):
+        yield check_entry(value, path, number)
+
+
+def check_entry(value: object, path: str | os.PathLike, number: int) -> RecordEntry:
+    """The entry of a record's JSON value, its `number`-th from 1. Raises ValueError with what is wrong with it."""
+    if not isinstance(value, dict) or not isinstance(value.get("file"), str) or not _is_within(value.get("len"), 1):
+        raise ValueError(
+            f'record {path}: entry {number} must be {{"file": path, "len": number of tokens, "id": ...}}, '
+            f"got {_shown(value)}"
+        )
+    file, num_tokens, item_id = value["file"], value["len"], value.get("id", number - 1)
+    image_len, offset, nbytes = (value.get(name) for name in ("image_len", "offset", "nbytes"))
+    problem = None
+    if not _is_path(file):
+        problem = f"has file {_shown(file)}, which cannot be the path of a file"
+    elif num_tokens > MAX_LEN:
+        problem = f"has len {_shown(num_tokens)}, but no item has more than {MAX_LEN} tokens"
+    elif not isinstance(item_id, str) and not _is_within(item_id, -MAX_PLACE, MAX_PLACE):
+        problem = f"has id {_shown(item_id)}, which must be an integer of 64 bits or a string"
+    elif image_len is not None and not _is_within(image_len, 1, num_tokens - 1):
+        problem = (
+            f"has image_len {_shown(image_len)}, which must be an integer from 1, below len ({num_tokens}), or absent"
+        )
+    elif (offset, nbytes) != (None, None) and not (_is_within(nbytes, 1) and _is_within(offset, 0, MAX_PLACE - nbytes)):
+        problem = (
+            f"has offset {_shown(offset)} and nbytes {_shown(nbytes)}, which must be two integers, from 0 and from 1, "
+            "that together stay below 2^63, or both be absent"
+        )
+    if problem:
+        raise ValueError(f"record {path}: entry {number} {problem}")
+    return RecordEntry(file, num_tokens, item_id, image_len, offset, nbytes)
 
 
 def write_merged(entries: Iterable[RecordEntry], path: str | os.PathLike) -> int:
@@ -106,23 +146,19 @@ def find_sub_records(folder: str | os.PathLike) -> dict[tuple[int, int], Path]:
     return dict(sorted(found.items(), key=lambda pair: (pair[0][1], pair[0][0])))
 
 
-def _entry(value: object, path: str | os.PathLike, number: int) -> RecordEntry:
-    if not isinstance(value, dict) or not isinstance(value.get("file"), str) or not _is_length(value.get("len")):
-        raise ValueError(
-            f'record {path}: entry {number} must be {{"file": path, "len": number of tokens, "id": ...}}, '
-            f"got {str(value)[:80]}"
-        )
-    image_len = value.get("image_len")
-    if image_len is not None and not _is_length(image_len):
-        raise ValueError(f"record {path}: entry {number} has image_len {image_len!r}, which must be a positive integer")
-    offset, nbytes = value.get("offset"), value.get("nbytes")
-    if (offset, nbytes) != (None, None) and not (_is_length(nbytes) and (offset == 0 or _is_length(offset))):
-        raise ValueError(
-            f"record {path}: entry {number} has offset {offset!r} and nbytes {nbytes!r}, which must be two integers, "
-            "from 0 and from 1, or both be absent"
-        )
-    return RecordEntry(value["file"], value["len"], value.get("id", number - 1), image_len, offset, nbytes)
+def _is_path(file: str) -> bool:
+    try:
+        return bool(file) and b"\0" not in os.fsencode(file)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
 
 
-def _is_length(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _is_within(value: object, low: int, high: int | None = None) -> bool:
+    return type(value) is int and value >= low and (high is None or value <= high)
+
+
+def _shown(value: object) -> str:
+    """The value in a message: short, however long or nested it is."""
+    shown = reprlib.Repr()
+    shown.maxstring = shown.maxother = 60
+    return shown.repr(value)[:100]

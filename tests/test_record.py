@@ -1,48 +1,19 @@
-"""Records in all the forms they come in, and the streaming JSON beneath."""
+"""Records in all the forms they come in."""
 
 import json
 import os
 
 import pytest
 
-from data import json_stream
-from data.json_stream import iter_json_values
-from data.record import RecordEntry, find_sub_records, read_record, write_merged, write_sub_record
-
-VALUES = [{"a": [1, {"b": 'é\n"]}'}]}, 12345678901, "s", None, {}, [[]], -1.5e10]
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
-@pytest.mark.parametrize("form", ["list", "indented", "jsonl", "with_bom"])
-def test_values_are_streamed_whatever_the_chunks(tmp_path, monkeypatch, chunk, form):
-    monkeypatch.setattr(json_stream, "CHUNK_CHARS", chunk)
-    text = {
-        "list": json.dumps(VALUES),
-        "indented": "\n\n  " + json.dumps(VALUES, indent=1, ensure_ascii=False) + "\n",
-        "jsonl": "\n".join(map(json.dumps, VALUES)) + "\n\n",
-        "with_bom": "\ufeff" + json.dumps(VALUES),
-    }[form]
-    (tmp_path / "in").write_text(text, encoding="utf-8")
-    assert list(iter_json_values(tmp_path / "in")) == VALUES
-
-
-@pytest.mark.parametrize(
-    "text, where",
-    [('[{"a":1},\n{"b":]', "line 2, column 6"), ("[1,2", "end of the file"), ("[]x", "follows the end"),
-     ('{"a":1}\n{"b"', "line 2, column 5"), ("[1 2]", "line 1, column 4"), ('[{"a": 1}', "end of the file")],
-)  # fmt: skip
-def test_wrong_json_is_located(tmp_path, text, where):
-    (tmp_path / "in.json").write_text(text)
-    with pytest.raises(ValueError, match=rf"input .*in\.json is not valid JSON at .*{where}"):
-        list(iter_json_values(tmp_path / "in.json", what="input"))
-
-
-def test_other_bytes_and_missing_files_are_named(tmp_path):
-    (tmp_path / "in.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="not UTF-8"):
-        list(iter_json_values(tmp_path / "in.json"))
-    with pytest.raises(FileNotFoundError, match=r"input .*gone\.json does not exist"):
-        list(iter_json_values(tmp_path / "gone.json", what="input"))
+from data.record import (
+    RecordEntry,
+    check_entry,
+    find_sub_records,
+    read_record,
+    resolve_base,
+    write_merged,
+    write_sub_record,
+)
 
 
 def test_merged_record_round_trip(tmp_path):
@@ -112,8 +83,38 @@ def test_sub_records_are_found_in_order(tmp_path):
     assert list(find_sub_records(tmp_path)) == [(2, 11), (10, 11)]
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, f"[1{'0' * 6000}]", "1" * 6000])
-def test_json_that_python_cannot_read_is_named(tmp_path, text):
-    (tmp_path / "in.json").write_text(text)
-    with pytest.raises(ValueError, match=r"input .*in\.json holds JSON that cannot be read"):
-        list(iter_json_values(tmp_path / "in.json", what="input"))
+@pytest.mark.parametrize(
+    "fields, reason",
+    [({"len": 2**31}, "has len 2147483648, but no item"), ({"len": 10**400}, "has len 1000"),
+     ({"len": 3.0}, "must be {"), ({"file": ["a"] * 9999}, "must be {"), ({"file": ""}, "has file '', which cannot be"),
+     ({"file": "a\0b"}, "cannot be the path"), ({"file": "\ud800"}, "cannot be the path"),
+     ({"id": 2**63}, "has id 9223372036854775808"), ({"id": None}, "has id None"), ({"id": True}, "has id True"),
+     ({"image_len": 9}, "has image_len 9, which must be an integer from 1, below len .9."),
+     ({"image_len": 0}, "has image_len 0"), ({"nbytes": 5}, "has offset None"),
+     ({"offset": 2**63 - 5, "nbytes": 5}, "has offset 9223372036854775803"),
+     ({"offset": 1, "nbytes": 10**30}, "nbytes 1000"), ({"offset": 1.0, "nbytes": 5}, "has offset 1.0")],
+)  # fmt: skip
+def test_values_that_no_array_could_hold_are_refused(tmp_path, fields, reason):
+    good = {"file": "a", "len": 9, "id": 0}
+    assert check_entry(good, "r.json", 1) == RecordEntry("a", 9, 0)
+    with pytest.raises(ValueError, match=f"record r.json: entry 7 .*{reason}") as raised:
+        check_entry({**good, **fields}, "r.json", 7)
+    assert len(str(raised.value)) < 300
+    (tmp_path / "r.json").write_text(json.dumps([good, {**good, **fields}]))
+    with pytest.raises(ValueError, match="entry 2"):
+        list(read_record(tmp_path / "r.json"))
+
+
+def test_the_largest_values_are_taken():
+    entry = check_entry({"file": "é", "len": 2**31 - 1, "id": 1 - 2**63, "offset": 2**63 - 6, "nbytes": 5}, "r.json", 1)
+    assert (entry.len, entry.id, entry.offset, entry.image_len) == (2**31 - 1, 1 - 2**63, 2**63 - 6, None)
+
+
+def test_the_first_relative_file_decides_for_all(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "here.pkl").touch()
+    assert resolve_base("out/record.json", "here.pkl") == ""
+    assert resolve_base("out/record.json", "gone.pkl") == "out"
+    (tmp_path / "out" / "here.pkl").touch()
+    assert resolve_base("out/record.json", "here.pkl") == "out"

@@ -2,10 +2,13 @@
 
 import os
 import pickle
+import time
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 
-from data.token_file import load_token_file, save_token_file, write_shard
+from data.token_file import MAX_ID, ItemReadError, check_tokens, load_token_file, save_token_file, write_shard
 
 
 class Evil:
@@ -49,11 +52,13 @@ def test_code_is_never_run(tmp_path, monkeypatch):
     "content",
     [b"", b"not a pickle", pickle.dumps([1]), pickle.dumps({"token": [1], "label": [1, 2]}),
      pickle.dumps({"token": [], "label": []}), pickle.dumps({"token": [1.5], "label": [1]}),
-     pickle.dumps({"token": ["a"], "label": [1]}), pickle.dumps({"token": [[1], [2, 3]], "label": [1]})],
+     pickle.dumps({"token": ["a"], "label": [1]}), pickle.dumps({"token": [[1], [2, 3]], "label": [1]}),
+     pickle.dumps({"token": [True], "label": [1]}), pickle.dumps({"token": [2**31], "label": [1]}),
+     pickle.dumps({"token": (1,), "label": (1,)})],
 )  # fmt: skip
 def test_damaged_files_are_named(tmp_path, content):
     (tmp_path / "bad.pkl").write_bytes(content)
-    with pytest.raises(ValueError, match=r"bad\.pkl"):
+    with pytest.raises(ItemReadError, match=r"bad\.pkl"):
         load_token_file(tmp_path / "bad.pkl")
 
 
@@ -91,3 +96,60 @@ def test_nothing_is_left_of_a_shard_that_fails(tmp_path):
     with pytest.raises(ValueError, match="stop"):
         write_shard(tmp_path / "0.pkls", payloads())
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_the_largest_item_of_its_length_is_read(tmp_path, protocol):
+    for num_tokens in (1, 2000):
+        item = {"token": [MAX_ID] * num_tokens, "label": [-MAX_ID] * num_tokens, "id": "x" * 999}
+        (tmp_path / "a.pkl").write_bytes(pickle.dumps(item, protocol))
+        assert load_token_file(tmp_path / "a.pkl", expected_len=num_tokens).label[-1] == -MAX_ID
+
+
+def test_a_file_that_is_too_large_is_refused_unread(tmp_path):
+    """10 GB, of which the disk holds nothing, so that reading them would show in time and memory only."""
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"token": [1], "label": [1]}))
+    os.truncate(tmp_path / "a.pkl", 10 << 30)
+    before = time.process_time()
+    for expected_len in (1, None):
+        with pytest.raises(ItemReadError, match=r"a\.pkl cannot be read: 10737418240 bytes are more than an item"):
+            load_token_file(tmp_path / "a.pkl", expected_len=expected_len)
+    with pytest.raises(ItemReadError, match=r"8192 bytes are more than an item of 100 tokens can take \(8096\)"):
+        load_token_file(tmp_path / "a.pkl", offset=0, nbytes=8192, expected_len=100)
+    assert time.process_time() - before < 0.5
+
+
+def test_what_is_no_file_is_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pkl")
+    (tmp_path / "folder.pkl").mkdir()
+    (tmp_path / "file").touch()
+    for name, reason in (
+        ("pipe.pkl", "no regular file"),
+        ("folder.pkl", "directory"),
+        ("file/0.pkl", "Not a directory"),
+    ):
+        with pytest.raises(ItemReadError, match=rf"{name}.*{reason}"):
+            load_token_file(tmp_path / name)
+    with pytest.raises(ItemReadError, match=r"gone\.pkl does not exist"):
+        load_token_file(tmp_path / "gone.pkl")
+
+
+def test_an_item_of_another_length_than_its_record_says_is_refused(tmp_path):
+    save_token_file(tmp_path / "7.pkl", [1, 2, 3], [1, 2, 3], 7)
+    assert len(load_token_file(tmp_path / "7.pkl", expected_len=3).token) == 3
+    with pytest.raises(ItemReadError, match=r"7\.pkl has 3 tokens, but its record says 4"):
+        load_token_file(tmp_path / "7.pkl", expected_len=4)
+
+
+@pytest.mark.parametrize(
+    "token, label, reason",
+    [([0, 9], [-100, 9], None), ([0, 10], [0, 0], "holds ids from 0 to 10, but the model has 10"),
+     ([-1, 9], [0, 0], "holds ids from -1 to 9"), ([0, 1], [0, 10], "has label 10 at position 1"),
+     ([0, 1], [-1, 0], "has label -1 at position 0"), ([0, 1], [-101, 0], "has label -101")],
+)  # fmt: skip
+def test_ids_outside_of_the_vocabulary_are_refused(tmp_path, token, label, reason):
+    save_token_file(tmp_path / "7.pkl", token, label, 7)
+    with pytest.raises(ItemReadError, match=rf"token file .*7\.pkl {reason}") if reason else nullcontext():
+        load_token_file(tmp_path / "7.pkl", num_ids=10)
+    with pytest.raises(ItemReadError, match=f"item 7 {reason}") if reason else nullcontext():
+        check_tokens(np.array(token, np.int32), np.array(label, np.int32), 10, "item 7")
