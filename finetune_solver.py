@@ -10,6 +10,8 @@ loss is a sum over all their targets divided once by their number, over ranks an
 
 import contextlib
 import itertools
+import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,11 @@ import numpy as np
 import torch
 
 from data.data_config import load_data_config
-from data.dataset import EpochRows, TokenDataset, build_loader
+from data.dataset import TokenDataset
 from data.item_processor import load_text_tokenizer
 from data.packing import EpochPlan, PlanOptions
+from data.plan_cache import PlanCache
+from data.rows import BadItem, EpochRows, build_loader
 from data.vocab import ChameleonVocab
 from model.chameleon import build_config, build_model, init_weights, reset_rotary_buffers
 from model.checkpoint import (
@@ -28,6 +32,7 @@ from model.checkpoint import (
     TrainerState,
     describe_changes,
     due_checkpoint,
+    find_data_problems,
     find_start,
     load_checkpoint,
     lock_output_dir,
@@ -39,17 +44,19 @@ from model.convert import check_weights, export_hf, load_checkpoint_weights, loa
 from model.cpu_memory import keep_freed_memory
 from model.distributed import (
     Launch,
+    barrier,
     detect_launch,
     end_process,
     from_main,
+    gather_lists,
     process_group,
     stop_at_start,
-    sum_count,
+    sum_counts,
     sum_over_ranks,
 )
 from model.metrics import MetricsFile, MetricSums, Progress, summarize
 from model.optim import build_optimizer, lr_at, set_lr
-from model.options import ModelOptions, Options, build_parser, find_number_problems, resolve_model
+from model.options import Options, build_parser, find_number_problems, resolve_model
 from model.parallelize import (
     begin_micro_step,
     build_mesh,
@@ -57,6 +64,13 @@ from model.parallelize import (
     parallelize,
     set_matmul_precision,
 )
+
+INDEX_DIR = "data_index"  # of --cache_ann_on_disk, in --output_dir
+BAD_ITEMS_NAME = "bad_items.jsonl"
+
+
+class BadItemsError(Exception):
+    """More items than --max_bad_items cannot be read."""
 
 
 def prepare(options: Options, launch: Launch) -> TokenDataset:
@@ -75,10 +89,16 @@ def prepare(options: Options, launch: Launch) -> TokenDataset:
     dataset = None
     try:
         sources = load_data_config(options.data.data_config)
-        dataset = TokenDataset(sources, options.data.max_seq_len, options.data.overlong)
+        cache_dir = options.checkpoint.output_dir / INDEX_DIR if options.data.cache_ann_on_disk else None
+        say = print if launch.is_main else lambda message: None
+        dataset = TokenDataset(sources, options.data.max_seq_len, options.data.overlong, cache_dir, say)
     except (ValueError, OSError) as error:
         problems.append(f"--data_config: {error}")
-    problems += _find_model_problems(options.model, dataset)
+    problems += _find_model_problems(options, dataset)
+    if dataset is not None and options.data.context_dropout and not dataset.has_images:
+        problems.append("--context_dropout: no record says that an item ends in a generated image (image_len)")
+    if not problems:
+        problems += find_data_problems(options.checkpoint, dataset.fingerprint)
     if problems:
         raise ValueError("\n  - ".join(["training cannot start:", *problems]))
     return dataset
@@ -102,6 +122,12 @@ class Solver:
                 notes.append(f"a step keeps its {state.units_per_step} rows, not accum_iter x ranks = {units_per_step}")
                 units_per_step = state.units_per_step
             notes += describe_changes(state.options, options.resolved)
+            if state.data_fingerprint not in ("", dataset.fingerprint):
+                notes.append("careful: the items are not those of the epochs before")
+        if dataset.num_overlong:
+            done = {"drop": "left out", "truncate": "cut"}[options.data.overlong]
+            notes.append(f"{dataset.num_overlong} items above --max_seq_len {options.data.max_seq_len} are {done}")
+        self.bad_items: dict[str, str] = dict(state.bad_items) if state else {}
         self.plan_options = PlanOptions(
             batch_size=options.data.batch_size,
             max_seq_len=options.data.max_seq_len,
@@ -109,7 +135,12 @@ class Solver:
             packing=options.data.packing,
             length_clustering=options.data.length_clustering,
             seed=options.run.seed,
+            context_dropout=options.data.context_dropout,
         )
+        self.plans = PlanCache(
+            dataset.table, dataset.fingerprint, self.plan_options, dataset.cache_dir, options.optim.epochs,
+            plans_ahead=launch.local_rank == 0,
+        )  # fmt: skip
         if launch.is_main:
             print("\n".join(notes), end="\n" if notes else "", flush=True)
 
@@ -128,6 +159,7 @@ class Solver:
         self.build()
         while not self.is_finished:
             self.run_epoch()
+        self.plans.close()
         if self.metrics_file is not None:
             self.metrics_file.close()
         self.progress.close()
@@ -166,7 +198,8 @@ class Solver:
     def run_epoch(self) -> None:
         """Trains the rest of the epoch in which the run stands."""
         epoch, launch = self.position.epoch, self.launch
-        plan = self.dataset.plan_epoch(self.plan_options, epoch)
+        plan = self.plans.get(epoch)
+        self.plans.prefetch(epoch + 1)
         rows = EpochRows(self.dataset, plan, launch.rank, launch.world_size, self.pad_id)
         self._show_plan(plan)
         data = self.options.data
@@ -182,7 +215,7 @@ class Solver:
                 self.options.checkpoint, epoch, done, plan.num_steps, rows.micro_steps, self.is_finished
             )
             if checkpoint or self.position.global_step % self.options.run.log_interval == 0:
-                self.log(epoch + done / plan.num_steps, lr)
+                self.log(epoch + done / plan.num_steps, lr, plan.fill)
             if checkpoint:
                 self.save(checkpoint)
             if self.is_finished:
@@ -195,7 +228,10 @@ class Solver:
         micro-steps; with `--loss_norm micro_batch` the mean over micro-steps and ranks of each one's mean.
         """
         self._seed_step()
-        num_valid = sum_count(sum(row["num_valid_tokens"] for row in rows))
+        bad_items = [bad for row in rows for bad in row["bad_items"]]
+        num_valid, num_bad = sum_counts(sum(row["num_valid_tokens"] for row in rows), len(bad_items))
+        if num_bad:
+            self.leave_out(bad_items)
         for micro_step, row in enumerate(rows):
             begin_micro_step(self.model, self.options.parallel, is_last=micro_step == len(rows) - 1)
             divisor = num_valid
@@ -217,11 +253,30 @@ class Solver:
         self.optimizer.zero_grad()
         self.progress.advance()
 
-    def log(self, epoch: float, lr: float) -> None:
+    def leave_out(self, bad_items: Sequence[BadItem]) -> None:
+        """Notes the items of all ranks' rows that could not be read. Raises BadItemsError if there are too many."""
+        for bad in gather_lists(list(bad_items)):
+            if bad.place in self.bad_items:
+                continue
+            self.bad_items[bad.place] = bad.reason
+            if self.launch.is_main:
+                line = {"step": self.position.global_step + 1, "place": bad.place, "reason": bad.reason}
+                with (self.options.checkpoint.output_dir / BAD_ITEMS_NAME).open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                self.progress.say(f"left out: {bad.reason}")
+        if len(self.bad_items) > self.options.data.max_bad_items:
+            raise BadItemsError(
+                f"{len(self.bad_items)} items cannot be read (--max_bad_items {self.options.data.max_bad_items}), the "
+                f"last: {list(self.bad_items.values())[-1]}. Mend them, or give --max_bad_items a larger number to "
+                "train without them"
+            )
+
+    def log(self, epoch: float, lr: float, fill: float) -> None:
         """One line of figures over the steps since the last one; the only place where the host waits for the device."""
         sums, seconds = self.sums.take()
         figures = summarize(sum_over_ranks(sums), self.grad_norm, seconds, self.options.model.z_loss_weight)
         line = {"step": self.position.global_step, "epoch": round(epoch, 6), "lr": lr, **figures}
+        line |= {"fill": round(fill, 4), "bad_items": len(self.bad_items)}
         if self.metrics_file is not None:
             self.metrics_file.append(line)
         self.progress.show(line)
@@ -232,7 +287,9 @@ class Solver:
         if self.metrics_file is not None:
             self.metrics_file.sync()
         units_per_step, resolved = self.plan_options.units_per_step, dict(self.options.resolved)
-        state = TrainerState(self.position, units_per_step, self.launch.world_size, resolved)
+        state = TrainerState(
+            self.position, units_per_step, self.launch.world_size, resolved, self.dataset.fingerprint, self.bad_items
+        )
         folder = save_checkpoint(options.output_dir, name, self.model, self.optimizer, state, self._write_hf_files)
         if self.launch.is_main:
             remove_old(options.output_dir, options.ckpt_max_keep)
@@ -290,12 +347,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not has_cuda:
         keep_freed_memory()
     with lock, process_group(launch, "cuda" if has_cuda else "cpu", options.run.dist_timeout_s) as device:
-        Solver(options, launch, dataset, device).run()
+        try:
+            Solver(options, launch, dataset, device).run()
+        except BadItemsError as error:
+            if launch.is_main:
+                print(f"finetune_solver.py: {error}", file=sys.stderr, flush=True)
+            barrier()  # a launcher ends all ranks as soon as one has failed
+            return 3
     return 0
 
 
-def _find_model_problems(options: ModelOptions, dataset: TokenDataset | None) -> list[str]:
-    found = []
+def _find_model_problems(all_options: Options, dataset: TokenDataset | None) -> list[str]:
+    found, options = [], all_options.model
     if options.model_parallel_size != 1:
         found.append(f"--model_parallel_size must be 1 (FSDP shards the model), got {options.model_parallel_size}")
     if not 0 <= options.dropout < 1:
@@ -307,9 +370,11 @@ def _find_model_problems(options: ModelOptions, dataset: TokenDataset | None) ->
         return [*found, f"--model_size {options.model_size} starts afresh: its vocabulary needs --tokenizer DIR"]
     try:
         num_rows = check_weights(options.init_from).vocab_size if options.init_from else None
-        vocab_size = ChameleonVocab.from_tokenizer(load_text_tokenizer(tokenizer)).vocab_size
+        vocab = ChameleonVocab.from_tokenizer(load_text_tokenizer(tokenizer))
+        vocab_size = vocab.vocab_size
         if dataset is not None:
-            dataset.check_first_items(num_rows or vocab_size)
+            dataset.use_vocabulary(num_rows or vocab_size, vocab.begin_image_id)
+            dataset.check_first_items(all_options.data.max_bad_items)
     except (ValueError, OSError) as error:
         return [*found, str(error)]
     if num_rows is not None and vocab_size > num_rows:

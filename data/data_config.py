@@ -1,7 +1,7 @@
 """The data config: a YAML that lists the record files to train on.
 
     META:
-      - path: record.json   # .json or .jsonl; relative to the folder of the YAML, then to the working directory
+      - path: record.json   # or .jsonl, .pkl, .pth; relative to the folder of the YAML, then to the working one
         ratio: 0.5          # default 1; below 1 a fresh sample each epoch, above 1 repeats
         type: captions      # default "default"; items of different types never share an optimizer step
 
@@ -15,8 +15,10 @@ from pathlib import Path
 
 import yaml
 
+from data.record_list import LIST_SUFFIXES
+
 DEFAULT_TYPE = "default"
-RECORD_SUFFIXES = (".json", ".jsonl")
+RECORD_SUFFIXES = (".json", ".jsonl", *LIST_SUFFIXES)
 _KEYS = ("path", "ratio", "type")
 
 

@@ -15,9 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data.context_dropout import keeps_image_only, kept_lengths
+
 PACKING_WINDOW = 100_000  # items packed together; larger ones fill 0.1% more, but give the same rows in every epoch
 ROW_LENS_PER_OCTAVE = 16  # allowed row lengths between a power of two and the next: about 2% filler on average
 MIN_ROW_MULTIPLE = 16  # row lengths are multiples of this, as tensor cores want
+ITEMS_AT_ONCE = 1 << 20  # drawn for context dropout at once, to bound the memory of it
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class PlanOptions:
     packing: bool = False
     length_clustering: bool = True
     seed: int = 0
+    context_dropout: float = 0.0  # probability that an item is shown as its generated image alone
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_seq_len", "units_per_step"):
@@ -37,11 +41,44 @@ class PlanOptions:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
+        if not 0 <= self.context_dropout <= 1:
+            raise ValueError(f"context_dropout must lie between 0 and 1, got {self.context_dropout}")
 
     @property
     def max_row_len(self) -> int:
         """Tokens of a packed row; no row is longer."""
         return self.batch_size * self.max_seq_len
+
+
+@dataclass(frozen=True)
+class ItemTable:
+    """What a plan must know of all items. Source s has the items `source_starts[s]` to `source_starts[s + 1] - 1`.
+
+    `lengths` int32 [N] tokens; `source_starts` int64 [S + 1]; `type_of_source` int [S], types share no step; `ratios`
+    float [S]; and, for context dropout, `image_lens` int32 [N] tokens of the generated image that ends an item (0:
+    none) and `ids` int64 [N].
+    """
+
+    lengths: np.ndarray
+    source_starts: np.ndarray
+    type_of_source: np.ndarray
+    ratios: np.ndarray
+    image_lens: np.ndarray | None = None
+    ids: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def source_ids(self, items: np.ndarray) -> np.ndarray:
+        """The source of each of these items."""
+        return np.searchsorted(self.source_starts, items, side="right") - 1
+
+    def image_only(self, items: np.ndarray, options: PlanOptions, epoch: int) -> np.ndarray:
+        """Bool [n]: those of these items that are shown as their image alone in `epoch`."""
+        if not options.context_dropout:
+            return np.zeros(len(items), bool)
+        where = self.ids[items], self.source_ids(items), self.image_lens[items]
+        return keeps_image_only(*where, options.seed, epoch, options.context_dropout)
 
 
 @dataclass(frozen=True)
@@ -64,8 +101,14 @@ class EpochPlan:
     unit_offsets: np.ndarray
     row_lens: np.ndarray
     step_offsets: np.ndarray
-    units_per_step: int
+    options: PlanOptions
+    epoch: int
     num_tokens: int
+
+    @property
+    def units_per_step(self) -> int:
+        """G, the most units of a step."""
+        return self.options.units_per_step
 
     @property
     def num_steps(self) -> int:
@@ -91,29 +134,22 @@ class EpochPlan:
         return [self.unit(u) for u in range(int(self.step_offsets[step]), int(self.step_offsets[step + 1]))]
 
 
-def plan_epoch(
-    lengths: np.ndarray,
-    type_ids: np.ndarray,
-    source_ids: np.ndarray,
-    ratios: np.ndarray,
-    options: PlanOptions,
-    epoch: int,
-) -> EpochPlan:
+def plan_epoch(table: ItemTable, options: PlanOptions, epoch: int) -> EpochPlan:
     """The plan of one epoch.
 
-    Takes `lengths`, `type_ids`, `source_ids` [N] per item (tokens; group that shares no step with another; source) and
-    `ratios` [num_sources]: a whole ratio r gives each item of the source r times, a fraction adds a sample without
-    replacement, drawn afresh each epoch. Full steps come in random order, the short last step of each type at the end.
+    A whole ratio r gives each item of the source r times, a fraction adds a sample without replacement, drawn afresh
+    each epoch. Full steps come in random order, the short last step of each type at the end.
 
     Raises ValueError for no items, an item longer than `max_seq_len` or arrays that do not fit together.
     """
-    lengths, type_ids, source_ids = np.asarray(lengths), np.asarray(type_ids), np.asarray(source_ids)
-    _check_arrays(lengths, type_ids, source_ids, ratios, options)
+    _check_table(table, options)
+    lengths = planned_lengths(table, options, epoch)
+    drawn = _draw_items(table, np.random.default_rng([options.seed, epoch, 0]))
     parts, full_steps, short_steps, num_units = [], [], [], 0
-    drawn = _draw_items(source_ids, ratios, np.random.default_rng([options.seed, epoch, 0]))
-    for type_id in np.unique(type_ids).tolist():
+    for type_id in np.unique(table.type_of_source).tolist():
         rng = np.random.default_rng([options.seed, epoch, 1, int(type_id)])
-        items = rng.permutation(drawn[type_ids[drawn] == type_id])
+        of_type = [part for part, other in zip(drawn, table.type_of_source, strict=True) if other == type_id]
+        items = rng.permutation(np.concatenate(of_type))
         if not len(items):
             continue
         build_rows = _pack_rows if options.packing else _batch_rows
@@ -133,9 +169,22 @@ def plan_epoch(
         unit_offsets=unit_offsets,
         row_lens=_row_lens(lengths[items], unit_offsets, options),
         step_offsets=_offsets(step_sizes),
-        units_per_step=options.units_per_step,
+        options=options,
+        epoch=epoch,
         num_tokens=int(lengths[items].sum(dtype=np.int64)),
     )
+
+
+def planned_lengths(table: ItemTable, options: PlanOptions, epoch: int) -> np.ndarray:
+    """Tokens int32 [N] that each item has in `epoch`, after context dropout."""
+    if not options.context_dropout:
+        return np.asarray(table.lengths)
+    lengths = np.array(table.lengths)
+    for start in range(0, len(lengths), ITEMS_AT_ONCE):
+        items = np.arange(start, min(start + ITEMS_AT_ONCE, len(lengths)))
+        image_only = table.image_only(items, options, epoch)
+        lengths[items] = kept_lengths(lengths[items], table.image_lens[items], image_only)
+    return lengths
 
 
 def num_micro_steps(plan: EpochPlan, world_size: int) -> int:
@@ -211,33 +260,36 @@ def best_fit_rows(lengths: np.ndarray, row_len: int) -> tuple[np.ndarray, int]:
     return rows, num_rows
 
 
-def _check_arrays(
-    lengths: np.ndarray, type_ids: np.ndarray, source_ids: np.ndarray, ratios: np.ndarray, options: PlanOptions
-) -> None:
+def _check_table(table: ItemTable, options: PlanOptions) -> None:
+    lengths, num_sources = table.lengths, len(table.ratios)
     if not len(lengths):
         raise ValueError("there is no item to plan an epoch of")
-    if not len(lengths) == len(type_ids) == len(source_ids):
+    if not num_sources == len(table.type_of_source) == len(table.source_starts) - 1:
         raise ValueError(
-            f"lengths, type_ids and source_ids must have one value per item, got {len(lengths)}, {len(type_ids)} and "
-            f"{len(source_ids)}"
+            f"there must be a ratio, a type and a start for each source, got {num_sources}, "
+            f"{len(table.type_of_source)} and {len(table.source_starts) - 1}"
         )
-    if int(source_ids.max()) >= len(ratios) or min(ratios) <= 0:
-        raise ValueError(f"each source needs a ratio above 0, got {list(ratios)} for sources 0 to {source_ids.max()}")
+    if table.source_starts[0] != 0 or table.source_starts[-1] != len(lengths):
+        raise ValueError(f"the sources must cover the {len(lengths)} items, got {list(table.source_starts)}")
+    if min(table.ratios) <= 0:
+        raise ValueError(f"each source needs a ratio above 0, got {list(table.ratios)}")
     if lengths.min() < 1 or lengths.max() > options.max_seq_len:
         raise ValueError(
             f"items must have 1 to max_seq_len = {options.max_seq_len} tokens, got {lengths.min()} to {lengths.max()}"
         )
+    if options.context_dropout and (table.image_lens is None or table.ids is None):
+        raise ValueError("context dropout needs the image_lens and ids of the items")
 
 
-def _draw_items(source_ids: np.ndarray, ratios: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Indices int32 [M] of the epoch's items, each source repeated or sampled according to its ratio."""
+def _draw_items(table: ItemTable, rng: np.random.Generator) -> list[np.ndarray]:
+    """Per source, the indices int32 of the epoch's items, repeated or sampled according to its ratio."""
     drawn = []
-    for source_id, ratio in enumerate(ratios):
-        items = np.flatnonzero(source_ids == source_id).astype(np.int32)
+    for source_id, ratio in enumerate(table.ratios):
+        items = np.arange(table.source_starts[source_id], table.source_starts[source_id + 1], dtype=np.int32)
         num_drawn = max(round(float(ratio) * len(items)), 1) if len(items) else 0
         whole, sampled = divmod(num_drawn, max(len(items), 1))
-        drawn += [items] * whole + [rng.permutation(items)[:sampled]]
-    return np.concatenate(drawn)
+        drawn.append(np.concatenate([*[items] * whole, rng.permutation(items)[:sampled]]))
+    return drawn
 
 
 def _batch_rows(

@@ -39,7 +39,7 @@ SAVING_PREFIX = ".saving-"
 REPLACED_PREFIX = ".replaced-"
 OPTIONS_TO_KEEP = (
     *("model_size", "data_config", "seed", "batch_size", "max_seq_len"),
-    *("packing", "length_clustering", "overlong"),
+    *("packing", "length_clustering", "overlong", "context_dropout"),
 )
 LOCK_PATIENCE_S = 5.0  # a killed run may need a moment to die
 
@@ -95,13 +95,16 @@ class Position:
 class TrainerState:
     """What `trainer_state.json` holds; `options` are the resolved command-line options, by name.
 
-    `versions` and `files` (sizes in bytes) are filled in when it is written.
+    `data_fingerprint` is that of the dataset, `bad_items` are those that were left out so far; `versions` and `files`
+    (sizes in bytes) are filled in when it is written.
     """
 
     position: Position
     units_per_step: int
     world_size: int
     options: dict[str, Any]
+    data_fingerprint: str = ""
+    bad_items: dict[str, str] = field(default_factory=dict)  # place on disk: reason
     versions: dict[str, str | None] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
 
@@ -202,6 +205,19 @@ def find_start(options: CheckpointOptions) -> tuple[Path | None, list[str]]:
     if newest is None or options.resume_path.resolve().parent == options.output_dir.resolve():
         return options.resume_path, notes
     return newest, [*notes, f"{newest} goes before --resume_path {options.resume_path}: this run is already on its way"]
+
+
+def find_data_problems(options: CheckpointOptions, data_fingerprint: str) -> list[str]:
+    """What keeps these items from going on inside the epoch of the checkpoint that a run would go on from."""
+    start, _ = find_start(options)
+    state = read_state(start) if start else None
+    if state is None or not state.position.step or state.data_fingerprint in ("", data_fingerprint):
+        return []
+    return [
+        f"--data_config: its items are not those of {start}, which stands after step {state.position.step} of epoch "
+        f"{state.position.epoch}, so that nobody knows which of them it has seen: go on with the same records, ratios "
+        f"and --max_seq_len, or begin another run with --init_from {start}"
+    ]
 
 
 def describe_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -150,9 +150,9 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def sum_count(count: int) -> int:
-    """The sum over ranks of a number that lives on the host; does not wait for the GPU."""
-    return int(sum_over_ranks(torch.tensor(count, dtype=torch.int64)).item())
+def sum_counts(*counts: int) -> list[int]:
+    """The sums over ranks of numbers that live on the host; does not wait for the GPU."""
+    return sum_over_ranks(torch.tensor(counts, dtype=torch.int64)).tolist()
 
 
 def from_main(value: Any) -> Any:
@@ -162,9 +162,16 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
+def gather_lists(values: list[Any]) -> list[Any]:
+    """The lists (of picklable values) of all ranks one after the other, on every rank."""
+    lists: list[list[Any] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, values)
+    return [value for part in lists for value in part]
+
+
 def barrier() -> None:
     """Waits for all ranks, over CPU (gloo), so that it never depends on the GPU's queue."""
-    sum_count(0)
+    sum_counts(0)
 
 
 def _tcp_address(launch: Launch) -> str:

@@ -47,6 +47,9 @@ class DataOptions:
     packing: bool = False
     length_clustering: bool = True
     overlong: str = "error"
+    context_dropout: float = 0.0
+    max_bad_items: int = 0
+    cache_ann_on_disk: bool = False
     num_workers: int = 8
     pin_mem: bool = True
 
@@ -100,9 +103,12 @@ def resolve_model(options: ModelOptions) -> tuple[str | None, str | None]:
 def find_number_problems(options: Options) -> list[str]:
     """What is wrong with the plain numbers, one sentence each."""
     least = {"batch_size": 1, "accum_iter": 1, "max_seq_len": 1, "log_interval": 1, "max_steps": 1, "dist_timeout_s": 1}
-    least |= {"seed": 0, "num_workers": 0}
+    least |= {"seed": 0, "num_workers": 0, "max_bad_items": 0}
     given = [(name, low, options.resolved[name]) for name, low in least.items() if options.resolved[name] is not None]
-    return [f"--{name} must be at least {low}, got {value}" for name, low, value in given if value < low]
+    found = [f"--{name} must be at least {low}, got {value}" for name, low, value in given if value < low]
+    if not 0 <= options.data.context_dropout <= 1:
+        found.append(f"--context_dropout must lie between 0 and 1, got {options.data.context_dropout:g}")
+    return found
 
 
 class Parser(argparse.ArgumentParser):
@@ -160,7 +166,11 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--overlong", choices=OVERLONG_CHOICES, help="what to do with longer items")
     _add_switch(group, "packing", "no_packing", "rows of batch_size x max_seq_len tokens, filled best-fit")
     _add_switch(group, "length_clustering", "disable_length_clustering", "items of similar length share a row")
-    group.add_argument("--cache_ann_on_disk", action="store_true", help="accepted for the recipe's commands")
+    group.add_argument("--context_dropout", type=float, help="share of items shown as their generated image alone")
+    group.add_argument("--max_bad_items", type=int, help="items that may be left out because they cannot be read")
+    _add_switch(
+        group, "cache_ann_on_disk", None, "keep the index of the records in --output_dir, not a temporary folder"
+    )
     group.add_argument("--num_workers", type=int, help="loader processes per rank; 0 loads in the rank itself")
     _add_switch(group, "pin_mem", "no_pin_mem", "page-locked rows, for faster copies to the GPU")
 

@@ -56,13 +56,14 @@ def write_items(folder: Path, vocab: ChameleonVocab, num_items: int, seed: int) 
     entries = []
     for item_id in range(num_items):
         prompt = [vocab.bos_id, *rng.integers(80, 200, rng.integers(2, 12)).tolist(), vocab.end_of_turn_id]
-        answer = rng.integers(80, 200, rng.integers(2, 20)).tolist()
+        answer, image_len = rng.integers(80, 200, rng.integers(2, 20)).tolist(), None
         if item_id % 2:
             answer = vocab.image_to_tokens(rng.integers(0, 64, (2, 4)))
+            image_len = len(answer)
         answer.append(vocab.end_of_turn_id)
         token, label = prompt + answer, [-100] * len(prompt) + answer
         save_token_file(folder / "files" / f"{item_id}.pkl", token, label, item_id)
-        entries.append(RecordEntry(f"files/{item_id}.pkl", len(token), item_id))
+        entries.append(RecordEntry(f"files/{item_id}.pkl", len(token), item_id, image_len))
     write_merged(entries, folder / "record.json")
 
 

@@ -41,7 +41,7 @@ def test_paths_ratios_and_types(tmp_path, monkeypatch):
 def test_all_problems_in_one_error(tmp_path):
     write(tmp_path, "[]", "a.json")
     write(tmp_path, "", "empty.json")
-    write(tmp_path, "[]", "a.pkl")
+    write(tmp_path, "[]", "a.txt")
     config = write(
         tmp_path,
         """
@@ -50,7 +50,7 @@ def test_all_problems_in_one_error(tmp_path):
           - {path: missing.json, ratio: 0}
           - {path: ./a.json}
           - {path: empty.json, type: 3}
-          - {path: a.pkl}
+          - {path: a.txt}
           - {ratio: yes}
           - a.json
         meta: 1
@@ -68,7 +68,7 @@ def test_all_problems_in_one_error(tmp_path):
         "as entry 1 does",
         "entry 4: record empty.json is empty",
         "entry 4: type must be a name, got 3",
-        "entry 5: record a.pkl must end in .json or .jsonl",
+        "entry 5: record a.txt must end in .json or .jsonl or .pkl or .pth",
         "entry 6: ratio must be a number above 0, got True",
         "entry 6: path must name a record file, got None",
         "entry 7 must be a mapping with the key path, got 'a.json'",

@@ -5,17 +5,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.packing import PlanOptions, best_fit_rows, num_micro_steps, plan_epoch, rank_units, round_row_len
+from data.packing import (
+    ItemTable,
+    PlanOptions,
+    best_fit_rows,
+    num_micro_steps,
+    plan_epoch,
+    planned_lengths,
+    rank_units,
+    round_row_len,
+)
 
 
 @st.composite
 def planning_tasks(draw):
-    num_items = draw(st.integers(1, 120))
-    max_seq_len = draw(st.integers(1, 200))
+    max_seq_len = draw(st.integers(2, 200))
+    sizes = draw(st.lists(st.integers(0, 60), min_size=1, max_size=4).filter(sum))
+    num_items = sum(sizes)
     lengths = np.array(draw(st.lists(st.integers(1, max_seq_len), min_size=num_items, max_size=num_items)), np.int32)
-    num_sources = draw(st.integers(1, 4))
-    source_ids = np.array(draw(st.lists(st.integers(0, num_sources - 1), min_size=num_items, max_size=num_items)))
-    type_ids = np.array(draw(st.lists(st.integers(0, 2), min_size=num_sources, max_size=num_sources)))[source_ids]
+    shares = draw(st.lists(st.sampled_from([0, 0, 0.5, 1]), min_size=num_items, max_size=num_items))
+    table = ItemTable(
+        lengths=lengths,
+        source_starts=np.concatenate([[0], np.cumsum(sizes)]),
+        type_of_source=np.array([draw(st.integers(0, 2)) for _ in sizes]),
+        ratios=np.array([draw(st.sampled_from([1.0, 1.0, 0.3, 2.25])) for _ in sizes]),
+        image_lens=np.floor((lengths - 1) * shares).astype(np.int32),
+        ids=np.arange(num_items) * 7,
+    )
     options = PlanOptions(
         batch_size=draw(st.integers(1, 6)),
         max_seq_len=max_seq_len,
@@ -23,32 +39,49 @@ def planning_tasks(draw):
         packing=draw(st.booleans()),
         length_clustering=draw(st.booleans()),
         seed=draw(st.integers(0, 5)),
+        context_dropout=draw(st.sampled_from([0.0, 0.5, 1.0])),
     )
-    return lengths, type_ids, source_ids, np.ones(num_sources), options
+    return table, options
 
 
-def make_plan(lengths, epoch=0, ratios=(1.0,), source_ids=None, type_ids=None, **options):
-    zeros = np.zeros(len(lengths), np.int16)
+def make_table(lengths, ratios=(1.0,), source_starts=None, types=None, image_lens=None) -> ItemTable:
+    num_items = len(lengths)
+    starts = np.array([0, num_items] if source_starts is None else source_starts)
+    types = np.zeros(len(ratios), int) if types is None else np.array(types)
+    return ItemTable(np.asarray(lengths), starts, types, np.array(ratios), image_lens, np.arange(num_items))
+
+
+def make_plan(lengths, epoch=0, ratios=(1.0,), source_starts=None, image_lens=None, **options):
     options = PlanOptions(**{"batch_size": 4, "max_seq_len": 8192, "units_per_step": 4, **options})
-    source_ids = zeros if source_ids is None else source_ids
-    return plan_epoch(lengths, zeros if type_ids is None else type_ids, source_ids, np.array(ratios), options, epoch)
+    return plan_epoch(make_table(lengths, ratios, source_starts, image_lens=image_lens), options, epoch)
 
 
 def step_items(plan):
     return [np.concatenate([unit.items for unit in plan.units_of_step(k)]) for k in range(plan.num_steps)]
 
 
-@settings(deadline=None, max_examples=200)
+def types_of(table, items):
+    return table.type_of_source[table.source_ids(items)]
+
+
+@settings(deadline=None, max_examples=300)
 @given(planning_tasks(), st.integers(0, 3))
-def test_each_item_exactly_once_and_no_row_overflows(task, epoch):
-    lengths, type_ids, _, _, options = task
-    plan = plan_epoch(*task, epoch)
-    assert sorted(plan.items.tolist()) == list(range(len(lengths)))
-    assert sum(len(items) for items in step_items(plan)) == len(lengths)
+def test_each_item_as_often_as_its_ratio_says_and_no_row_overflows(task, epoch):
+    table, options = task
+    plan = plan_epoch(table, options, epoch)
+    counts = np.bincount(plan.items, minlength=len(table))
+    for start, stop, ratio in zip(table.source_starts, table.source_starts[1:], table.ratios, strict=False):
+        of_source = counts[start:stop]
+        if len(of_source):
+            assert of_source.sum() == max(round(ratio * len(of_source)), 1)
+            assert of_source.min() >= int(ratio) and of_source.max() <= int(np.ceil(ratio))
+    assert sum(len(items) for items in step_items(plan)) == len(plan.items)
+    lengths = planned_lengths(table, options, epoch)
+    assert plan.num_tokens == lengths[plan.items].sum()
     for k in range(plan.num_steps):
         units = plan.units_of_step(k)
         assert 1 <= len(units) <= options.units_per_step
-        assert len(np.unique(type_ids[np.concatenate([unit.items for unit in units])])) == 1
+        assert len(np.unique(types_of(table, np.concatenate([unit.items for unit in units])))) == 1
         for unit in units:
             assert 0 < lengths[unit.items].sum() <= unit.row_len <= options.max_row_len
             if options.packing:
@@ -61,11 +94,11 @@ def test_each_item_exactly_once_and_no_row_overflows(task, epoch):
 @settings(deadline=None, max_examples=50)
 @given(planning_tasks())
 def test_only_the_last_step_of_a_type_is_short(task):
-    _, type_ids, _, _, options = task
+    table, options = task
     plan = plan_epoch(*task, 0)
     short = [k for k in range(plan.num_steps) if len(plan.units_of_step(k)) < options.units_per_step]
     assert short == list(range(plan.num_steps - len(short), plan.num_steps))
-    types = [type_ids[plan.units_of_step(k)[0].items[0]] for k in short]
+    types = [types_of(table, plan.units_of_step(k)[0].items)[0] for k in short]
     assert len(set(types)) == len(types)
 
 
@@ -122,10 +155,10 @@ def test_plan_does_not_touch_the_global_generator():
 
 
 def test_ratio_below_one_is_a_fresh_sample_each_epoch():
-    lengths, source_ids = np.full(300, 10), np.repeat([0, 1], [100, 200])
+    lengths, starts = np.full(300, 10), [0, 100, 300]
     draws = []
     for epoch in range(2):
-        counts = np.bincount(make_plan(lengths, epoch, (0.3, 1.0), source_ids).items, minlength=300)
+        counts = np.bincount(make_plan(lengths, epoch, (0.3, 1.0), starts).items, minlength=300)
         assert counts[:100].sum() == 30 and counts.max() == 1
         np.testing.assert_array_equal(counts[100:], 1)
         draws.append(set(np.flatnonzero(counts[:100]).tolist()))
@@ -191,6 +224,10 @@ def test_a_rank_without_a_unit_gets_a_row_without_items():
         ({"seed": -1}, "seed must not be negative"),
         ({"max_seq_len": 49}, "max_seq_len = 49 tokens, got 1 to 50"),
         ({"ratios": (0.0,)}, "ratio above 0"),
+        ({"ratios": (1.0, 1.0)}, "a ratio, a type and a start for each source"),
+        ({"source_starts": (0, 49)}, "must cover the 50 items"),
+        ({"context_dropout": 1.5}, "context_dropout must lie between 0 and 1"),
+        ({"context_dropout": 0.5}, "needs the image_lens"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):
