@@ -9,8 +9,10 @@ loss is a sum over all their targets divided once by their number, over ranks an
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,9 +32,8 @@ from model.chameleon import build_config, build_model, init_weights, reset_rotar
 from model.checkpoint import (
     Position,
     TrainerState,
-    describe_changes,
     due_checkpoint,
-    find_data_problems,
+    find_changes,
     find_start,
     load_checkpoint,
     lock_output_dir,
@@ -54,7 +55,7 @@ from model.distributed import (
     sum_counts,
     sum_over_ranks,
 )
-from model.metrics import MetricsFile, MetricSums, Progress, summarize
+from model.metrics import MetricsFile, MetricSums, Progress, read_numbers, summarize
 from model.optim import build_optimizer, lr_at, set_lr
 from model.options import Options, build_parser, find_number_problems, resolve_model
 from model.parallelize import (
@@ -64,13 +65,22 @@ from model.parallelize import (
     parallelize,
     set_matmul_precision,
 )
+from model.step_guard import StepGuard
+from model.stop_signal import SIGNALS, StopSignal, requeue_on_slurm
 
 INDEX_DIR = "data_index"  # of --cache_ann_on_disk, in --output_dir
 BAD_ITEMS_NAME = "bad_items.jsonl"
 
 
-class BadItemsError(Exception):
-    """More items than --max_bad_items cannot be read."""
+BAD_STEPS_NAME = "bad_steps.jsonl"
+
+
+class RunError(Exception):
+    """What all ranks agree to end at; the message is for the person, `exit_code` for the shell."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def prepare(options: Options, launch: Launch) -> TokenDataset:
@@ -97,8 +107,13 @@ def prepare(options: Options, launch: Launch) -> TokenDataset:
     problems += _find_model_problems(options, dataset)
     if dataset is not None and options.data.context_dropout and not dataset.has_images:
         problems.append("--context_dropout: no record says that an item ends in a generated image (image_len)")
-    if not problems:
-        problems += find_data_problems(options.checkpoint, dataset.fingerprint)
+    if not problems and not options.checkpoint.resume_anyway:
+        changes = find_changes(options.checkpoint, options.resolved, dataset.fingerprint)
+        if changes:
+            problems.append(
+                f"the run to go on with began otherwise: {'; '.join(changes)}. Go on as it began, add --resume_anyway "
+                "if that is meant, or begin another run with --init_from the checkpoint and another --output_dir"
+            )
     if problems:
         raise ValueError("\n  - ".join(["training cannot start:", *problems]))
     return dataset
@@ -119,14 +134,13 @@ class Solver:
         if state:
             notes.append(f"going on from {self.start} after step {self.position.global_step}")
             if state.units_per_step != units_per_step:
-                notes.append(f"a step keeps its {state.units_per_step} rows, not accum_iter x ranks = {units_per_step}")
-                units_per_step = state.units_per_step
-            notes += describe_changes(state.options, options.resolved)
-            if state.data_fingerprint not in ("", dataset.fingerprint):
-                notes.append("careful: the items are not those of the epochs before")
+                units_per_step = self._settle_units_per_step(state.units_per_step, units_per_step, notes)
+            changes = find_changes(options.checkpoint, options.resolved, dataset.fingerprint) if launch.is_main else []
+            notes += [f"careful: {change}" for change in changes]
         if dataset.num_overlong:
             done = {"drop": "left out", "truncate": "cut"}[options.data.overlong]
             notes.append(f"{dataset.num_overlong} items above --max_seq_len {options.data.max_seq_len} are {done}")
+        self.stop_signal, self.stopped_by = StopSignal(), 0
         self.bad_items: dict[str, str] = dict(state.bad_items) if state else {}
         self.plan_options = PlanOptions(
             batch_size=options.data.batch_size,
@@ -144,6 +158,16 @@ class Solver:
         if launch.is_main:
             print("\n".join(notes), end="\n" if notes else "", flush=True)
 
+    def _settle_units_per_step(self, saved: int, wanted: int, notes: list[str]) -> int:
+        """The rows of a step: those of the checkpoint, unless --new_global_batch asks for others."""
+        if not self.options.checkpoint.new_global_batch:
+            notes.append(f"a step keeps its {saved} rows, not accum_iter x ranks = {wanted} (see --new_global_batch)")
+            return saved
+        step = self.position.step * saved // wanted
+        self.position = dataclasses.replace(self.position, step=step)
+        notes.append(f"a step has {wanted} rows from now on, not {saved}; its epoch goes on at step {step}")
+        return wanted
+
     @property
     def is_finished(self) -> bool:
         max_steps = self.options.run.max_steps
@@ -157,9 +181,11 @@ class Solver:
                 print(f"nothing left to train: step {self.position.global_step} is the end of this run", flush=True)
             return
         self.build()
-        while not self.is_finished:
-            self.run_epoch()
-        self.plans.close()
+        with self.stop_signal:
+            while not self.is_finished and not self.stopped_by:
+                self.run_epoch()
+        if not self.stopped_by:
+            self.plans.close()
         if self.metrics_file is not None:
             self.metrics_file.close()
         self.progress.close()
@@ -191,6 +217,7 @@ class Solver:
         self.model.train()
 
         self.sums = MetricSums(self.device)
+        self.guard = StepGuard(options.guard, self.device)
         self.progress = Progress(enabled=self.launch.is_main)
         output_dir = options.checkpoint.output_dir
         self.metrics_file = MetricsFile(output_dir, self.position.global_step) if self.launch.is_main else None
@@ -199,6 +226,9 @@ class Solver:
         """Trains the rest of the epoch in which the run stands."""
         epoch, launch = self.position.epoch, self.launch
         plan = self.plans.get(epoch)
+        if self.position.step >= plan.num_steps:  # planned anew, with fewer steps than were done
+            self.position = Position(epoch + 1, 0, self.position.global_step)
+            return
         self.plans.prefetch(epoch + 1)
         rows = EpochRows(self.dataset, plan, launch.rank, launch.world_size, self.pad_id)
         self._show_plan(plan)
@@ -212,13 +242,14 @@ class Solver:
             ended = done == plan.num_steps
             self.position = Position(epoch + ended, 0 if ended else done, self.position.global_step + 1)
             checkpoint = due_checkpoint(
-                self.options.checkpoint, epoch, done, plan.num_steps, rows.micro_steps, self.is_finished
-            )
+                self.options.checkpoint, epoch, done, plan.num_steps, rows.micro_steps,
+                is_last=self.is_finished or bool(self.stopped_by), is_first=self.position.global_step == 1,
+            )  # fmt: skip
             if checkpoint or self.position.global_step % self.options.run.log_interval == 0:
                 self.log(epoch + done / plan.num_steps, lr, plan.fill)
             if checkpoint:
                 self.save(checkpoint)
-            if self.is_finished:
+            if self.is_finished or self.stopped_by:
                 break
 
     def train_step(self, rows: Sequence[Mapping[str, Any]], lr: float) -> None:
@@ -229,7 +260,9 @@ class Solver:
         """
         self._seed_step()
         bad_items = [bad for row in rows for bad in row["bad_items"]]
-        num_valid, num_bad = sum_counts(sum(row["num_valid_tokens"] for row in rows), len(bad_items))
+        num_valid = sum(row["num_valid_tokens"] for row in rows)
+        num_valid, num_bad, *signals = sum_counts(num_valid, len(bad_items), *self.stop_signal.counts())
+        self.stopped_by = next((number for number, count in zip(SIGNALS, signals, strict=True) if count), 0)
         if num_bad:
             self.leave_out(bad_items)
         for micro_step, row in enumerate(rows):
@@ -248,13 +281,15 @@ class Solver:
             output.loss.backward()
             self.sums.add(output, row["num_tokens"])
         self.grad_norm = clip_grad_norm(self.model, self.mesh, self.options.optim.clip_grad)
+        items = [item for row in rows for item in row["item_indices"]]
+        self.optimizer.found_inf = self.guard.check(self.grad_norm, self.position.global_step + 1, items)
         set_lr(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.progress.advance()
 
     def leave_out(self, bad_items: Sequence[BadItem]) -> None:
-        """Notes the items of all ranks' rows that could not be read. Raises BadItemsError if there are too many."""
+        """Notes the items of all ranks' rows that could not be read. Raises RunError if there are too many."""
         for bad in gather_lists(list(bad_items)):
             if bad.place in self.bad_items:
                 continue
@@ -265,21 +300,47 @@ class Solver:
                     file.write(json.dumps(line) + "\n")
                 self.progress.say(f"left out: {bad.reason}")
         if len(self.bad_items) > self.options.data.max_bad_items:
-            raise BadItemsError(
+            raise RunError(
                 f"{len(self.bad_items)} items cannot be read (--max_bad_items {self.options.data.max_bad_items}), the "
                 f"last: {list(self.bad_items.values())[-1]}. Mend them, or give --max_bad_items a larger number to "
-                "train without them"
+                "train without them",
+                exit_code=3,
             )
 
     def log(self, epoch: float, lr: float, fill: float) -> None:
         """One line of figures over the steps since the last one; the only place where the host waits for the device."""
         sums, seconds = self.sums.take()
-        figures = summarize(sum_over_ranks(sums), self.grad_norm, seconds, self.options.model.z_loss_weight)
+        sums, (grad_norm,), guarded = read_numbers(
+            sum_over_ranks(sums), self.grad_norm.reshape(1), self.guard.numbers()
+        )
+        skipped, is_too_many = self.guard.read(guarded)
+        figures = summarize(sums, seconds, self.options.model.z_loss_weight)
         line = {"step": self.position.global_step, "epoch": round(epoch, 6), "lr": lr, **figures}
+        line |= {"grad_norm": grad_norm, "skipped_steps": len(skipped)}
         line |= {"fill": round(fill, 4), "bad_items": len(self.bad_items)}
         if self.metrics_file is not None:
             self.metrics_file.append(line)
         self.progress.show(line)
+        if skipped:
+            self.report_skipped(skipped, is_too_many)
+
+    def report_skipped(self, skipped: Sequence[tuple[int, list[int]]], is_too_many: bool) -> None:
+        """Writes down which items the skipped steps held. Raises RunError if there were too many in a row."""
+        held: dict[int, list[str]] = {}
+        for step, items in gather_lists(list(skipped)):
+            held.setdefault(step, []).extend(map(self.dataset.place, items))
+        if self.launch.is_main:
+            with (self.options.checkpoint.output_dir / BAD_STEPS_NAME).open("a") as file:
+                file.writelines(json.dumps({"step": step, "items": places}) + "\n" for step, places in held.items())
+            self.progress.say(f"skipped {len(held)} steps: gradient not finite or too large (see {BAD_STEPS_NAME})")
+        if is_too_many:
+            raise RunError(
+                f"{self.options.guard.max_bad_steps} steps in a row had a gradient that is not finite or above "
+                f"--skip_grad_norm and were skipped, the last step {max(held)}. The weights are those before them; "
+                f"{BAD_STEPS_NAME} in --output_dir lists the items. Look at them, lower --lr, or go on with "
+                "--max_bad_steps",
+                exit_code=1,
+            )
 
     def save(self, name: str) -> None:
         """Saves a checkpoint under that name; the lines of `metrics.jsonl` up to it are on disk before it is."""
@@ -347,14 +408,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not has_cuda:
         keep_freed_memory()
     with lock, process_group(launch, "cuda" if has_cuda else "cpu", options.run.dist_timeout_s) as device:
+        solver = Solver(options, launch, dataset, device)
         try:
-            Solver(options, launch, dataset, device).run()
-        except BadItemsError as error:
-            if launch.is_main:
-                print(f"finetune_solver.py: {error}", file=sys.stderr, flush=True)
-            barrier()  # a launcher ends all ranks as soon as one has failed
-            return 3
+            solver.run()
+        except RunError as error:
+            return end_together(launch, f"finetune_solver.py: {error}", error.exit_code)
+        except KeyboardInterrupt:
+            step = solver.position.global_step
+            print(f"interrupted after step {step}; the same command goes on from the last checkpoint", file=sys.stderr)
+            return 130
+        if solver.stopped_by:
+            name, step = signal.Signals(solver.stopped_by).name, solver.position.global_step
+            how = requeue_on_slurm() if launch.is_main else None
+            message = f"ended by {name} after step {step}, saved; {how or 'the same command goes on from here'}"
+            return end_together(launch, message, 128 + solver.stopped_by)
     return 0
+
+
+def end_together(launch: Launch, message: str, exit_code: int) -> int:
+    """Rank 0 says why the run ends; the others wait, for a launcher ends all ranks as soon as one has failed."""
+    if launch.is_main:
+        print(message, file=sys.stderr, flush=True)
+    barrier()
+    return exit_code
 
 
 def _find_model_problems(all_options: Options, dataset: TokenDataset | None) -> list[str]:

@@ -38,7 +38,7 @@ LOCK_NAME = ".lock"
 SAVING_PREFIX = ".saving-"
 REPLACED_PREFIX = ".replaced-"
 OPTIONS_TO_KEEP = (
-    *("model_size", "data_config", "seed", "batch_size", "max_seq_len"),
+    *("model_size", "seed", "batch_size", "max_seq_len"),
     *("packing", "length_clustering", "overlong", "context_dropout"),
 )
 LOCK_PATIENCE_S = 5.0  # a killed run may need a moment to die
@@ -53,6 +53,8 @@ class CheckpointOptions:
     save_iteration_interval: int = 5000  # micro-steps of an epoch
     ckpt_max_keep: int = 2  # 0 or less: all
     auto_resume: bool = True
+    resume_anyway: bool = False
+    new_global_batch: bool = False
     resume_path: Path | None = None
 
     def problems(self) -> list[str]:
@@ -110,18 +112,25 @@ class TrainerState:
 
 
 def due_checkpoint(
-    options: CheckpointOptions, epoch: int, step: int, num_steps: int, micro_steps: int, is_last: bool
+    options: CheckpointOptions,
+    epoch: int,
+    step: int,
+    num_steps: int,
+    micro_steps: int,
+    is_last: bool,
+    is_first: bool = False,
 ) -> str | None:
     """The name of the checkpoint to save after `step` of `num_steps` optimizer steps of `epoch` are done, if any.
 
     `epoch{E}` at the end of an epoch and `epoch{E}-iter{I}` after I micro-steps of it, as the recipe names them. The
-    intervals count epochs and micro-steps (`micro_steps` to a step, rounded up to whole steps); a run saves at its end.
+    intervals count epochs and micro-steps (`micro_steps` to a step, rounded up to whole steps). A run saves at its end
+    and, so that a full disk shows early, after its very first step.
     """
     if step == num_steps and (is_last or (options.save_interval > 0 and (epoch + 1) % options.save_interval == 0)):
         return f"epoch{epoch}"
     done, interval = step * micro_steps, options.save_iteration_interval
     is_due = interval > 0 and done // interval > (done - micro_steps) // interval
-    return f"epoch{epoch}-iter{done}" if is_due or is_last else None
+    return f"epoch{epoch}-iter{done}" if is_due or is_last or is_first else None
 
 
 def save_checkpoint(
@@ -207,26 +216,23 @@ def find_start(options: CheckpointOptions) -> tuple[Path | None, list[str]]:
     return newest, [*notes, f"{newest} goes before --resume_path {options.resume_path}: this run is already on its way"]
 
 
-def find_data_problems(options: CheckpointOptions, data_fingerprint: str) -> list[str]:
-    """What keeps these items from going on inside the epoch of the checkpoint that a run would go on from."""
+def find_changes(options: CheckpointOptions, now: Mapping[str, Any], data_fingerprint: str) -> list[str]:
+    """What is not as it was when the checkpoint was saved that a run would go on from, one phrase each.
+
+    Of the options only those count that decide which items the next steps hold, or which model it is.
+    """
     start, _ = find_start(options)
-    state = read_state(start) if start else None
-    if state is None or not state.position.step or state.data_fingerprint in ("", data_fingerprint):
+    if start is None:
         return []
-    return [
-        f"--data_config: its items are not those of {start}, which stands after step {state.position.step} of epoch "
-        f"{state.position.epoch}, so that nobody knows which of them it has seen: go on with the same records, ratios "
-        f"and --max_seq_len, or begin another run with --init_from {start}"
-    ]
-
-
-def describe_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One sentence per changed option, of those that decide which items the next steps hold or which model it is."""
-    return [
-        f"careful: --{name} was {saved.get(name)} before and is {now[name]} now"
+    saved = read_state(start)
+    changes = [
+        f"--{name} was {saved.options.get(name)} and is {now[name]}"
         for name in OPTIONS_TO_KEEP
-        if str(saved.get(name)) != str(now[name])
+        if str(saved.options.get(name, now[name])) != str(now[name])
     ]
+    if saved.data_fingerprint not in ("", data_fingerprint):
+        changes.append("the items of --data_config, their lengths or ratios are others")
+    return changes
 
 
 def remove_old(output_dir: Path, keep: int) -> None:

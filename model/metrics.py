@@ -5,12 +5,13 @@ and `summarize` turns them into the figures that people read. `MetricsFile` owns
 opened at a step, cut back to it, and appended to.
 """
 
+import itertools
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +59,19 @@ class MetricSums:
         return sums, seconds
 
 
-def summarize(
-    sums: torch.Tensor, grad_norm: torch.Tensor, seconds: float, z_loss_weight: float
-) -> dict[str, float | int | None]:
-    """Figures of one log line, with one wait for the device.
+def read_numbers(*tensors: torch.Tensor) -> list[list[float]]:
+    """The numbers of vectors on one device, with one wait for it."""
+    numbers = torch.cat([tensor.double() for tensor in tensors]).tolist()
+    starts = [0, *itertools.accumulate(len(tensor) for tensor in tensors)]
+    return [numbers[start:stop] for start, stop in itertools.pairwise(starts)]
 
-    Takes the sums over all ranks, the gradient's norm (scalar) before clipping in the last step, and the seconds that
-    the steps took. Means are over targets, None where there was none.
+
+def summarize(sums: Sequence[float], seconds: float, z_loss_weight: float) -> dict[str, float | int | None]:
+    """Figures of one log line, from the sums over all ranks (as `MetricSums.take`) and the seconds that the steps took.
+
+    Means are over targets, None where there was none.
     """
-    numbers = torch.cat([sums, grad_norm.double().reshape(1)]).tolist()
-    values = dict(zip((*SUMMED_FIELDS, "num_tokens", "grad_norm"), numbers, strict=True))
+    values = dict(zip((*SUMMED_FIELDS, "num_tokens"), sums, strict=True))
     ce = _ratio(values["ce_loss"], values["num_valid_tokens"])
     z_loss = _ratio(values["z_loss"], values["num_valid_tokens"])
     return {
@@ -76,7 +80,6 @@ def summarize(
         "z_loss": z_loss,
         "text_loss": _ratio(values["text_ce_sum"], values["num_text_tokens"]),
         "image_loss": _ratio(values["image_ce_sum"], values["num_image_tokens"]),
-        "grad_norm": values["grad_norm"],
         "num_valid_tokens": int(values["num_valid_tokens"]),
         "tokens_per_s": round(values["num_tokens"] / max(seconds, 1e-9), 1),
     }

@@ -16,6 +16,7 @@ from model.distributed import detect_launch, stop_at_start
 from model.image_head import IMAGE_HEAD_INITS
 from model.optim import OptimOptions
 from model.parallelize import ParallelOptions
+from model.step_guard import GuardOptions
 
 # What the recipe starts from when no --init_from is given.
 DEFAULT_STARTS = {"7B": "Alpha-VLLM/Chameleon_7B_mGPT", "34B": "Alpha-VLLM/Chameleon_34B_mGPT"}
@@ -75,6 +76,7 @@ class Options:
     optim: OptimOptions
     parallel: ParallelOptions
     checkpoint: CheckpointOptions
+    guard: GuardOptions
     run: RunOptions
     resolved: Mapping[str, Any]
 
@@ -104,6 +106,7 @@ def find_number_problems(options: Options) -> list[str]:
     """What is wrong with the plain numbers, one sentence each."""
     least = {"batch_size": 1, "accum_iter": 1, "max_seq_len": 1, "log_interval": 1, "max_steps": 1, "dist_timeout_s": 1}
     least |= {"seed": 0, "num_workers": 0, "max_bad_items": 0}
+    least |= {"max_bad_steps": 1}
     given = [(name, low, options.resolved[name]) for name, low in least.items() if options.resolved[name] is not None]
     found = [f"--{name} must be at least {low}, got {value}" for name, low, value in given if value < low]
     if not 0 <= options.data.context_dropout <= 1:
@@ -136,7 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_parallel_flags(parser.add_argument_group("ranks and precision"))
     _add_checkpoint_flags(parser.add_argument_group("checkpoints"))
     _add_run_flags(parser.add_argument_group("run"))
-    for part in (ModelOptions, DataOptions, OptimOptions, ParallelOptions, CheckpointOptions, RunOptions):
+    for part in (ModelOptions, DataOptions, OptimOptions, ParallelOptions, CheckpointOptions, GuardOptions, RunOptions):
         fields = dataclasses.fields(part)
         parser.set_defaults(**{f.name: f.default for f in fields if f.default is not dataclasses.MISSING})
     return parser
@@ -183,6 +186,8 @@ def _add_optim_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--wd", type=float, help="AdamW's weight decay, on matrices")
     _add_switch(group, "decay_all", None, "weight decay on norms and biases too, as the recipe does")
     group.add_argument("--clip_grad", type=float, help="bound of the gradient's norm; 0 switches it off")
+    group.add_argument("--skip_grad_norm", type=float, help="skip steps whose gradient's norm is above it; 0: none")
+    group.add_argument("--max_bad_steps", type=int, help="steps in a row that may be skipped before the run ends")
     group.add_argument("--loss_norm", choices=("global", "micro_batch"), help="mean over targets, or mean of means")
 
 
@@ -204,6 +209,8 @@ def _add_checkpoint_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--only_save_trainable", action="store_true", help="accepted: every weight is trained")
     group.add_argument("--ckpt_max_keep", type=int, help="newest checkpoints kept; 0 keeps all")
     _add_switch(group, "auto_resume", "no_auto_resume", "go on from the newest checkpoint in --output_dir")
+    _add_switch(group, "resume_anyway", None, "go on although data, seed, batch size or the like have changed")
+    _add_switch(group, "new_global_batch", None, "go on with steps of accum_iter x ranks rows, not the checkpoint's")
     group.add_argument("--resume_path", type=Path, help="go on from this checkpoint")
 
 

@@ -1,6 +1,5 @@
 """When to save, what is whole, which checkpoint a run goes on from, and the lock."""
 
-import json
 import os
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from model.checkpoint import (
     CheckpointOptions,
     Position,
     TrainerState,
-    describe_changes,
     due_checkpoint,
     find_newest,
     find_start,
@@ -166,9 +164,3 @@ sys.stdin.read()
     holder.kill()
     holder.wait()
     lock_output_dir(tmp_path).close()
-
-
-def test_describe_changes():
-    saved = json.loads(json.dumps({"seed": 0, "data_config": "a.yaml", "batch_size": 2}))
-    now = dict.fromkeys(checkpoint.OPTIONS_TO_KEEP) | {"seed": 1, "data_config": Path("a.yaml"), "batch_size": 2}
-    assert describe_changes(saved, now) == ["careful: --seed was 0 before and is 1 now"]

@@ -204,11 +204,11 @@ def test_loss_norm_micro_batch_is_another_gradient(task, tmp_path):
 def test_log_interval_averages_over_targets(task, tmp_path):
     every = train_here(task, tmp_path / "every", max_steps=6) and read_lines(tmp_path / "every")
     third = train_here(task, tmp_path / "third", max_steps=6, log_interval=3) and read_lines(tmp_path / "third")
-    assert [line["step"] for line in third] == [3, 6]
-    targets = [line["num_valid_tokens"] for line in every[:3]]
-    total = sum(line["loss"] * count for line, count in zip(every[:3], targets, strict=True))
-    assert third[0]["num_valid_tokens"] == sum(targets)
-    assert third[0]["loss"] == pytest.approx(total / sum(targets))
+    assert [line["step"] for line in third] == [1, 3, 6]  # the first step is saved, and logged before
+    targets = [line["num_valid_tokens"] for line in every[3:]]
+    total = sum(line["loss"] * count for line, count in zip(every[3:], targets, strict=True))
+    assert third[2]["num_valid_tokens"] == sum(targets)
+    assert third[2]["loss"] == pytest.approx(total / sum(targets))
 
 
 def test_max_steps_ends_well_and_more_steps_go_on(task, tmp_path):
@@ -247,10 +247,22 @@ def test_resume_path_from_elsewhere_and_changed_options(task, tmp_path, capsys):
     found = train_here(task, tmp_path / "new", max_steps=6, resume_path=start)
     assert found == {step: loss for step, loss in whole.items() if step > 4}
     capsys.readouterr()
-    train_here(task, tmp_path / "newer", max_steps=5, resume_path=start, accum_iter=3, seed=1)
+    changed = {"max_steps": 5, "resume_path": start, "accum_iter": 3, "seed": 1}
+    code, message = call_main(solver_args(task, tmp_path / "newer", **changed))
+    assert code == 2 and "--seed was 0 and is 1" in message and "--resume_anyway" in message
+    assert not (tmp_path / "newer").exists()
+    train_here(task, tmp_path / "newer", **changed, resume_anyway=True)
     said = capsys.readouterr().out
     assert "a step keeps its 1 rows, not accum_iter x ranks = 3" in said
-    assert "careful: --seed was 0 before and is 1 now" in said
+    assert "careful: --seed was 0 and is 1" in said
+
+
+def test_new_global_batch_goes_on_where_the_epoch_was(task, tmp_path, capsys):
+    train_here(task, tmp_path / "out", max_steps=6)
+    train_here(task, tmp_path / "out", accum_iter=3, new_global_batch=True, epochs=1)
+    assert "a step has 3 rows from now on, not 1; its epoch goes on at step 2" in capsys.readouterr().out
+    lines = read_lines(tmp_path / "out")
+    assert [line["step"] for line in lines] == list(range(1, 9)) and lines[-1]["epoch"] == 1.0  # 6 + (12 / 3 - 2)
 
 
 def test_no_auto_resume_refuses_a_used_folder(task, tmp_path):

@@ -83,18 +83,24 @@ def test_two_ranks_leave_out_and_stop_together(task, tmp_path):
     assert 'finetune_solver.py", line' not in done.stderr  # no traceback but the launcher's own
 
 
-def test_other_items_inside_an_epoch_are_refused_and_at_its_start_are_told(task, tmp_path, capsys):
+def test_other_items_are_refused_unless_they_are_meant(task, tmp_path, capsys):
     out = tmp_path / "out"
     assert call_main(solver_args(task, out, max_steps=3)) == (0, "")
     shorter = write_config(task, leave_out=(23,))
     code, message = call_main(solver_args(task, out, max_steps=5, data_config=shorter))
-    assert code == 2 and "its items are not those of" in message and "--init_from" in message
+    assert code == 2 and "the items of --data_config" in message and "--resume_anyway" in message
     assert call_main(solver_args(task, out, max_steps=5)) == (0, "")
-    whole_epochs = tmp_path / "epochs"
-    assert call_main(solver_args(task, whole_epochs, epochs=1)) == (0, "")
     capsys.readouterr()
-    assert call_main(solver_args(task, whole_epochs, epochs=2, data_config=shorter)) == (0, "")
-    assert "the items are not those of the epochs before" in capsys.readouterr().out
+    assert call_main(solver_args(task, out, max_steps=6, data_config=shorter, resume_anyway=True)) == (0, "")
+    assert "careful: the items of --data_config" in capsys.readouterr().out
+
+
+def test_an_epoch_that_has_fewer_steps_now_is_over(task, tmp_path):
+    out, few = tmp_path / "out", tuple(range(4, 24))
+    assert call_main(solver_args(task, out, max_steps=7)) == (0, "")
+    config = write_config(task, leave_out=few)
+    assert call_main(solver_args(task, out, data_config=config, resume_anyway=True)) == (0, "")
+    assert [line["step"] for line in read_lines(out)] == list(range(1, 10))  # 7, and 2 of the second epoch
 
 
 def test_context_dropout_trains_on_images_alone_and_resumes_the_same(task, tmp_path):

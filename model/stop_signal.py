@@ -1,0 +1,54 @@
+"""SIGTERM and SIGUSR1, as a batch system sends them before it takes the machine away: noted, so that a run can save."""
+
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Mapping
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# A launcher passes on a signal that the batch system has sent to its ranks as well: the same request, twice.
+SAME_REQUEST_S = 3.0
+
+
+class StopSignal:
+    """While it is entered, the first signal is noted as `number`; another one, 3 s later or more, ends the process."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._noted_at = 0.0
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():  # nobody else may set a handler
+            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def counts(self) -> tuple[int, ...]:
+        """For each of SIGNALS, 1 if it was noted: what ranks add up to agree on stopping."""
+        return tuple(int(self.number == number) for number in SIGNALS)
+
+    def _note(self, number: int, _frame: object) -> None:
+        if self.number is None:
+            self.number, self._noted_at = number, time.monotonic()
+        elif time.monotonic() - self._noted_at >= SAME_REQUEST_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+def requeue_on_slurm(environment: Mapping[str, str] | None = None) -> str | None:
+    """Puts the SLURM job of this process back into the queue; what became of it, or None outside of SLURM."""
+    job = (os.environ if environment is None else environment).get("SLURM_JOB_ID")
+    scontrol = shutil.which("scontrol")
+    if job is None or scontrol is None:
+        return None
+    done = subprocess.run([scontrol, "requeue", job], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return f"job {job} could not be requeued: {' '.join(done.stderr.split()) or f'exit code {done.returncode}'}"
+    return f"job {job} is requeued"

@@ -1,0 +1,127 @@
+"""Runs that are told to end: they save, say how to go on, and go on as if nothing had been."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from model.stop_signal import SIGNALS, StopSignal, requeue_on_slurm
+from tests.small_run import ROOT, call_main, command, losses, solver_args, train, write_small_task
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("task")
+    write_small_task(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(task, tmp_path_factory):
+    """Losses of four epochs by step, with dropout."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    train(0, solver_args(task, out, **CHANGES))
+    return losses(out)
+
+
+CHANGES = {"epochs": 4, "dropout": 0.1, "num_workers": 1}
+
+
+def test_the_first_signal_is_noted_and_what_comes_with_it_is_the_same_request():
+    with StopSignal() as stop:
+        assert stop.counts() == (0, 0)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.number == signal.SIGUSR1 and stop.counts() == (0, 1)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+SLOW_TO_END = """
+import time
+from model.stop_signal import StopSignal
+import model.stop_signal
+model.stop_signal.SAME_REQUEST_S = 0.5
+with StopSignal() as stop:
+    print("ready", flush=True)
+    while stop.number is None:
+        time.sleep(0.01)
+    print("noted", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_signal_ends_at_once():
+    process = subprocess.Popen([sys.executable, "-c", SLOW_TO_END], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.terminate()
+    assert process.stdout.readline() == "noted\n"
+    time.sleep(0.6)
+    process.terminate()
+    assert process.wait(timeout=10) == -signal.SIGTERM
+
+
+def stop_when(num_ranks: int, args: list[str], out, number: int, step: int, to_group: bool = False):
+    """Starts a run and sends a signal to what was started, or to all of its processes, once a step is logged."""
+    process = subprocess.Popen(
+        command(num_ranks, args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+        start_new_session=True,
+    )  # fmt: skip
+    metrics = out / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or metrics.read_text().count("\n") < step:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.005)
+    (os.killpg if to_group else os.kill)(process.pid, number)
+    printed, said = process.communicate(timeout=60)
+    return process.returncode, printed + said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_run_that_is_told_to_end_saves_and_goes_on_the_same(task, tmp_path, undisturbed, number):
+    out = tmp_path / "out"
+    code, said = stop_when(0, solver_args(task, out, **CHANGES), out, number, step=5, to_group=True)
+    assert code == 128 + number, said
+    assert f"ended by {signal.Signals(number).name} after step" in said and "the same command goes on from here" in said
+    assert "Traceback" not in said
+    assert 5 <= max(losses(out)) < max(undisturbed)
+    assert f"-iter{max(losses(out)) % 12 or 12}" in " ".join(path.name for path in out.glob("epoch*")) or (
+        max(losses(out)) % 12 == 0
+    )
+    train(0, solver_args(task, out, **CHANGES))
+    assert losses(out) == undisturbed
+
+
+@pytest.mark.slow
+def test_all_ranks_end_after_the_same_step(task, tmp_path):
+    out = tmp_path / "out"
+    args = solver_args(task, out, **CHANGES, batch_size=1)
+    code, said = stop_when(2, args, out, signal.SIGTERM, step=3)
+    assert code != 0 and said.count("ended by SIGTERM after step") == 1, said
+    assert "going on from" in train(2, args)
+
+
+def test_a_run_on_slurm_requeues_itself(tmp_path, monkeypatch):
+    assert requeue_on_slurm({}) is None
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/called\nexit $(cat {tmp_path}/code)\n')
+    scontrol.chmod(0o755)
+    (tmp_path / "code").write_text("0")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert requeue_on_slurm({"SLURM_JOB_ID": "17"}) == "job 17 is requeued"
+    assert (tmp_path / "called").read_text() == "requeue 17\n"
+    (tmp_path / "code").write_text("1")
+    assert requeue_on_slurm({"SLURM_JOB_ID": "17"}) == "job 17 could not be requeued: exit code 1"
+
+
+def test_the_first_step_is_saved(task, tmp_path):
+    assert call_main(solver_args(task, tmp_path / "out", max_steps=2, ckpt_max_keep=0)) == (0, "")
+    assert {path.name for path in (tmp_path / "out").glob("epoch*")} == {"epoch0-iter1", "epoch0-iter2"}
+    state = json.loads((tmp_path / "out" / "epoch0-iter1" / "trainer_state.json").read_text())
+    assert state["position"]["global_step"] == 1
