@@ -3,9 +3,10 @@
     python -u finetune_solver.py --data_config exps/data/sample.yaml --init_from CHECKPOINT --output_dir output/run
     torchrun --nproc_per_node 8 finetune_solver.py ...
 
-From top to bottom: the checks before anything starts, the `Solver` (build, run, train step, log, save), and the start;
-the options are in model/options.py. An optimizer step is `accum_iter x ranks` rows of tokens (data/packing.py); its
-loss is a sum over all their targets divided once by their number, over ranks and micro-steps.
+From top to bottom: the `Solver` (build, run, train step, log, save), and the start. The options are in
+model/options.py, the checks before anything starts in model/checks.py. An optimizer step is `accum_iter x ranks` rows
+of tokens (data/packing.py); its loss is a sum over all their targets divided once by their number, over ranks and
+micro-steps.
 """
 
 import contextlib
@@ -21,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.data_config import load_data_config
 from data.dataset import TokenDataset
 from data.item_processor import load_text_tokenizer
 from data.packing import EpochPlan, PlanOptions
@@ -41,7 +41,8 @@ from model.checkpoint import (
     remove_old,
     save_checkpoint,
 )
-from model.convert import check_weights, export_hf, load_checkpoint_weights, load_config, prepare_starting_point
+from model.checks import prepare
+from model.convert import export_hf, load_checkpoint_weights, load_config, prepare_starting_point
 from model.cpu_memory import keep_freed_memory
 from model.distributed import (
     Launch,
@@ -57,7 +58,7 @@ from model.distributed import (
 )
 from model.metrics import MetricsFile, MetricSums, Progress, read_numbers, summarize
 from model.optim import build_optimizer, lr_at, set_lr
-from model.options import Options, build_parser, find_number_problems, resolve_model
+from model.options import Options, build_parser, resolve_model
 from model.parallelize import (
     begin_micro_step,
     build_mesh,
@@ -68,7 +69,6 @@ from model.parallelize import (
 from model.step_guard import StepGuard
 from model.stop_signal import SIGNALS, StopSignal, requeue_on_slurm
 
-INDEX_DIR = "data_index"  # of --cache_ann_on_disk, in --output_dir
 BAD_ITEMS_NAME = "bad_items.jsonl"
 
 
@@ -81,42 +81,6 @@ class RunError(Exception):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
-
-
-def prepare(options: Options, launch: Launch) -> TokenDataset:
-    """Checks everything that can be checked before the ranks meet, and opens the dataset.
-
-    Raises one ValueError that lists every problem found.
-    """
-    problems = [
-        *find_number_problems(options),
-        *options.optim.problems(),
-        *options.parallel.problems(launch.world_size, launch.local_world_size),
-        *options.checkpoint.problems(),
-    ]
-    if options.run.device == "cuda" and not torch.cuda.is_available():
-        problems.append("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
-    dataset = None
-    try:
-        sources = load_data_config(options.data.data_config)
-        cache_dir = options.checkpoint.output_dir / INDEX_DIR if options.data.cache_ann_on_disk else None
-        say = print if launch.is_main else lambda message: None
-        dataset = TokenDataset(sources, options.data.max_seq_len, options.data.overlong, cache_dir, say)
-    except (ValueError, OSError) as error:
-        problems.append(f"--data_config: {error}")
-    problems += _find_model_problems(options, dataset)
-    if dataset is not None and options.data.context_dropout and not dataset.has_images:
-        problems.append("--context_dropout: no record says that an item ends in a generated image (image_len)")
-    if not problems and not options.checkpoint.resume_anyway:
-        changes = find_changes(options.checkpoint, options.resolved, dataset.fingerprint)
-        if changes:
-            problems.append(
-                f"the run to go on with began otherwise: {'; '.join(changes)}. Go on as it began, add --resume_anyway "
-                "if that is meant, or begin another run with --init_from the checkpoint and another --output_dir"
-            )
-    if problems:
-        raise ValueError("\n  - ".join(["training cannot start:", *problems]))
-    return dataset
 
 
 class Solver:
@@ -276,6 +240,7 @@ class Solver:
                 position_ids=row["position_ids"].to(self.device, non_blocking=True),
                 cu_seqlens=row["cu_seqlens"],
                 max_seqlen=self.dataset.max_seq_len,
+                num_valid=row["num_valid_tokens"],
                 loss_scale=1.0 / max(divisor, 1),
             )
             output.loss.backward()
@@ -431,31 +396,6 @@ def end_together(launch: Launch, message: str, exit_code: int) -> int:
         print(message, file=sys.stderr, flush=True)
     barrier()
     return exit_code
-
-
-def _find_model_problems(all_options: Options, dataset: TokenDataset | None) -> list[str]:
-    found, options = [], all_options.model
-    if options.model_parallel_size != 1:
-        found.append(f"--model_parallel_size must be 1 (FSDP shards the model), got {options.model_parallel_size}")
-    if not 0 <= options.dropout < 1:
-        found.append(f"--dropout must lie between 0 and 1, got {options.dropout:g}")
-    if not 0 <= options.z_loss_weight < float("inf"):
-        found.append(f"--z_loss_weight must not be negative, got {options.z_loss_weight:g}")
-    tokenizer = resolve_model(options)[1]
-    if tokenizer is None:
-        return [*found, f"--model_size {options.model_size} starts afresh: its vocabulary needs --tokenizer DIR"]
-    try:
-        num_rows = check_weights(options.init_from).vocab_size if options.init_from else None
-        vocab = ChameleonVocab.from_tokenizer(load_text_tokenizer(tokenizer))
-        vocab_size = vocab.vocab_size
-        if dataset is not None:
-            dataset.use_vocabulary(num_rows or vocab_size, vocab.begin_image_id)
-            dataset.check_first_items(all_options.data.max_bad_items)
-    except (ValueError, OSError) as error:
-        return [*found, str(error)]
-    if num_rows is not None and vocab_size > num_rows:
-        found.append(f"the tokenizer {tokenizer} has {vocab_size} ids, but --init_from {options.init_from} {num_rows}")
-    return found
 
 
 if __name__ == "__main__":

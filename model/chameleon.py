@@ -352,6 +352,7 @@ class ChameleonXLLMXForConditionalGeneration(ChameleonPreTrainedModel, Generatio
         loss_scale: float | torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         max_seqlen: int | None = None,
+        num_valid: int | None = None,
         **_unused: Any,
     ) -> ChameleonXLLMXOutput:
         """
@@ -367,6 +368,7 @@ class ChameleonXLLMXForConditionalGeneration(ChameleonPreTrainedModel, Generatio
             loss_scale: None: the loss is the mean over valid targets; otherwise their sum times this.
             logits_to_keep: how many positions at the end get logits (0: all), or int64 [B], one position per row.
             max_seqlen: an upper bound of the longest document, on the host.
+            num_valid: number of targets (after the shift), on the host; without it the host waits for the device.
 
         Raises:
             ValueError: `cu_seqlens` with a batch, a mask or a cache; an image target under `mask_image_logits`.
@@ -391,6 +393,7 @@ class ChameleonXLLMXForConditionalGeneration(ChameleonPreTrainedModel, Generatio
             loss_scale,
             self.config.z_loss_weight,
             image_ids if self.config.mask_image_logits else None,
+            num_valid,
         )
         return self._loss_output(head_loss, image_ids)
 

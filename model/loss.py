@@ -51,6 +51,7 @@ class LossHead(nn.Linear):
         loss_scale: float | torch.Tensor | None = None,
         z_loss_weight: float = 0.0,
         masked_ids: torch.Tensor | None = None,
+        num_valid: int | None = None,
     ) -> torch.Tensor | HeadLoss:
         """
         Args:
@@ -59,6 +60,7 @@ class LossHead(nn.Linear):
             loss_scale: factor on the sum over valid targets; None divides by their number (a mean).
             z_loss_weight: weight of the squared log-normalizer.
             masked_ids: int64 [M] token ids whose logits are masked out, or None.
+            num_valid: how many labels are targets; where the host knows it, it need not wait for the device.
 
         Returns:
             Logits [..., V] without labels, `HeadLoss` with them.
@@ -66,7 +68,7 @@ class LossHead(nn.Linear):
         if labels is None:
             return F.linear(hidden_states, self.weight, self.bias)
         flat_labels = labels.reshape(-1)
-        valid = (flat_labels != IGNORE_INDEX).nonzero(as_tuple=True)[0]
+        valid = _target_positions(flat_labels, num_valid)
         targets = flat_labels.index_select(0, valid)
         flat_hidden = hidden_states.reshape(-1, hidden_states.shape[-1]).index_select(0, valid)
         scale = 1.0 / max(valid.numel(), 1) if loss_scale is None else loss_scale
@@ -74,6 +76,14 @@ class LossHead(nn.Linear):
             flat_hidden, self.weight, targets, scale, z_loss_weight, masked_ids, torch.is_grad_enabled()
         )
         return HeadLoss(loss, ce, lse, targets)
+
+
+def _target_positions(labels: torch.Tensor, num_valid: int | None) -> torch.Tensor:
+    """Positions int64 [num_valid] of the targets among `labels` [N], in order."""
+    if num_valid is None:
+        return (labels != IGNORE_INDEX).nonzero(as_tuple=True)[0]
+    # Not nonzero(): the host would wait for the size of what it gives.
+    return torch.argsort((labels == IGNORE_INDEX).to(torch.uint8), stable=True)[:num_valid]
 
 
 class _FusedLinearLoss(torch.autograd.Function):

@@ -91,3 +91,16 @@ def test_no_gradients_are_made_when_none_are_wanted():
 def test_without_labels_it_is_a_linear_layer():
     head, hidden, _ = make_case(torch.float32)
     assert torch.equal(head(hidden), F.linear(hidden, head.weight))
+
+
+@pytest.mark.parametrize("share_ignored", [0.0, 0.3, 1.0])
+def test_a_known_number_of_targets_changes_nothing(share_ignored):
+    head, hidden, labels = make_case(torch.float32)
+    labels[torch.rand(len(labels), generator=torch.Generator().manual_seed(1)) < share_ignored] = IGNORE_INDEX
+    results = []
+    for num_valid in (None, int((labels != IGNORE_INDEX).sum())):
+        head.weight.grad = hidden.grad = None
+        result = head(hidden, labels, num_valid=num_valid)
+        result.loss.backward()
+        results.append((result.loss, result.ce, result.targets, hidden.grad, head.weight.grad))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from data.item_processor import hash_tokenizer, load_text_tokenizer
 from tests.small_run import call_main, losses, read_lines, run_solver, solver_args, train, write_small_task
 
 
@@ -132,3 +133,12 @@ def test_the_index_is_kept_on_disk_if_asked_for(task, tmp_path):
     assert list((tmp_path / "out" / "data_index").iterdir())
     assert call_main(solver_args(task, tmp_path / "other", max_steps=1)) == (0, "")
     assert not (tmp_path / "other" / "data_index").exists()
+
+
+def test_records_of_another_tokenizer_are_refused(task, tmp_path):
+    (task / "manifest.json").write_text(json.dumps({"tokenizer_sha256": "0" * 64}))
+    code, message = call_main(solver_args(task, tmp_path / "out"))
+    assert code == 2 and "record.json was tokenized with another tokenizer than" in message
+    tokenizer = load_text_tokenizer(task / "tokenizer")
+    (task / "manifest.json").write_text(json.dumps({"tokenizer_sha256": hash_tokenizer(tokenizer)}))
+    assert call_main(solver_args(task, tmp_path / "out", max_steps=1)) == (0, "")

@@ -1,0 +1,101 @@
+"""What is checked of a training run before its ranks meet: options, files, data, and whether they belong together.
+
+`prepare` is called on every rank, collects every problem, and raises one error. Nothing of the model is loaded for it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from data.data_config import DataSource, load_data_config
+from data.dataset import TokenDataset
+from data.item_processor import hash_tokenizer, load_text_tokenizer
+from data.manifest import MANIFEST_NAME, load_manifest
+from data.vocab import ChameleonVocab
+from model.checkpoint import find_changes
+from model.convert import check_weights
+from model.distributed import Launch
+from model.options import Options, find_number_problems, resolve_model
+
+INDEX_DIR = "data_index"  # of --cache_ann_on_disk, in --output_dir
+
+
+def prepare(options: Options, launch: Launch) -> TokenDataset:
+    """Checks everything that can be checked before the ranks meet, and opens the dataset.
+
+    Raises one ValueError that lists every problem found.
+    """
+    problems = [
+        *find_number_problems(options),
+        *options.optim.problems(),
+        *options.parallel.problems(launch.world_size, launch.local_world_size),
+        *options.checkpoint.problems(),
+    ]
+    if options.run.device == "cuda" and not torch.cuda.is_available():
+        problems.append("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
+    sources, dataset = [], None
+    try:
+        sources = load_data_config(options.data.data_config)
+        cache_dir = options.checkpoint.output_dir / INDEX_DIR if options.data.cache_ann_on_disk else None
+        say = print if launch.is_main else lambda message: None
+        dataset = TokenDataset(sources, options.data.max_seq_len, options.data.overlong, cache_dir, say)
+    except (ValueError, OSError) as error:
+        problems.append(f"--data_config: {error}")
+    problems += _find_model_problems(options, sources, dataset)
+    if dataset is not None and options.data.context_dropout and not dataset.has_images:
+        problems.append("--context_dropout: no record says that an item ends in a generated image (image_len)")
+    if not problems and not options.checkpoint.resume_anyway:
+        changes = find_changes(options.checkpoint, options.resolved, dataset.fingerprint)
+        if changes:
+            problems.append(
+                f"the run to go on with began otherwise: {'; '.join(changes)}. Go on as it began, add --resume_anyway "
+                "if that is meant, or begin another run with --init_from the checkpoint and another --output_dir"
+            )
+    if problems:
+        raise ValueError("\n  - ".join(["training cannot start:", *problems]))
+    return dataset
+
+
+def _find_model_problems(
+    all_options: Options, sources: Sequence[DataSource], dataset: TokenDataset | None
+) -> list[str]:
+    found, options = [], all_options.model
+    if options.model_parallel_size != 1:
+        found.append(f"--model_parallel_size must be 1 (FSDP shards the model), got {options.model_parallel_size}")
+    if not 0 <= options.dropout < 1:
+        found.append(f"--dropout must lie between 0 and 1, got {options.dropout:g}")
+    if not 0 <= options.z_loss_weight < float("inf"):
+        found.append(f"--z_loss_weight must not be negative, got {options.z_loss_weight:g}")
+    tokenizer = resolve_model(options)[1]
+    if tokenizer is None:
+        return [*found, f"--model_size {options.model_size} starts afresh: its vocabulary needs --tokenizer DIR"]
+    try:
+        num_rows = check_weights(options.init_from).vocab_size if options.init_from else None
+        loaded = load_text_tokenizer(tokenizer)
+        found += _find_foreign_records(sources, loaded, tokenizer)
+        vocab = ChameleonVocab.from_tokenizer(loaded)
+        vocab_size = vocab.vocab_size
+        if dataset is not None:
+            dataset.use_vocabulary(num_rows or vocab_size, vocab.begin_image_id)
+            dataset.check_first_items(all_options.data.max_bad_items)
+    except (ValueError, OSError) as error:
+        return [*found, str(error)]
+    if num_rows is not None and vocab_size > num_rows:
+        found.append(f"the tokenizer {tokenizer} has {vocab_size} ids, but --init_from {options.init_from} {num_rows}")
+    return found
+
+
+def _find_foreign_records(sources: Sequence[DataSource], tokenizer: Any, name: str) -> list[str]:
+    """Records whose `manifest.json` says that they were tokenized with another tokenizer, one sentence each."""
+    found = []
+    for source in sources:
+        if not (source.path.parent / MANIFEST_NAME).is_file():
+            continue
+        tokenized_with = load_manifest(source.path.parent).get("tokenizer_sha256")
+        if tokenized_with not in (None, hash_tokenizer(tokenizer)):
+            found.append(
+                f"{source.path} was tokenized with another tokenizer than {name} (its {MANIFEST_NAME} says so): train "
+                "with that one (--tokenizer, --init_from), or pre-tokenize again"
+            )
+    return found
