@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from data.dataset import TokenDataset
 from data.item_processor import load_text_tokenizer
@@ -382,6 +383,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             step = solver.position.global_step
             print(f"interrupted after step {step}; the same command goes on from the last checkpoint", file=sys.stderr)
             return 130
+        except RuntimeError as error:  # raised wherever the rank was when one of its loader workers was killed
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RuntimeError(
+                f"a loader worker of rank {launch.rank} died ({error}), perhaps for want of memory; the same command "
+                "goes on from the last checkpoint, with fewer --num_workers if it happens again"
+            ) from error
         if solver.stopped_by:
             name, step = signal.Signals(solver.stopped_by).name, solver.position.global_step
             how = requeue_on_slurm() if launch.is_main else None
@@ -399,4 +407,4 @@ def end_together(launch: Launch, message: str, exit_code: int) -> int:
 
 
 if __name__ == "__main__":
-    end_process(main())
+    end_process(record(main)())  # `record`: torchrun shows the error of the rank that failed first, as the last thing
