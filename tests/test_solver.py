@@ -364,17 +364,18 @@ def test_killed_run_goes_on_as_if_nothing_had_been(task, tmp_path, precision, ki
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 3), (3, 2)])
 def test_resume_on_another_number_of_ranks(task, tmp_path, before, after):
-    whole = train_here(task, tmp_path / "whole", batch_size=1, accum_iter=2, max_steps=14)
+    """Four steps, then twenty on other ranks, as one rank takes them all."""
+    changes = {"batch_size": 1, "epochs": 3}
+    whole = train_here(task, tmp_path / "whole", accum_iter=before, max_steps=24, **changes)
 
     def go_on(ranks, max_steps):
-        args = solver_args(task, tmp_path / "out", batch_size=1, accum_iter=2 // min(ranks, 2), max_steps=max_steps)
-        return train(ranks if ranks > 1 else 0, args)
+        return train(ranks if ranks > 1 else 0, solver_args(task, tmp_path / "out", max_steps=max_steps, **changes))
 
     go_on(before, 4)
-    assert ("a step keeps its 2 rows" in go_on(after, 14)) == (after == 3)
-    assert losses(tmp_path / "out") == pytest.approx(whole, rel=1e-4)
+    assert f"a step keeps its {before} rows" in go_on(after, 24)
+    assert len(whole) == 24 and losses(tmp_path / "out") == pytest.approx(whole, rel=1e-4)
 
 
 @pytest.mark.slow

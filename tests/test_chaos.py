@@ -1,0 +1,64 @@
+"""Runs whose whole process tree is killed at random moments, and started again by the same command."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.small_run import command, losses, solver_args, train, write_small_task
+from tests.test_launch import ENVIRONMENT, descendants
+
+NUM_KILLS = int(os.environ.get("TRAINING_KILLS", "2"))
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL to a process and all below it, while it can start no more."""
+    os.kill(pid, signal.SIGSTOP)
+    for each in [pid, *descendants(pid)]:
+        try:
+            os.kill(each, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def last_step(out: Path) -> int:
+    metrics = out / "metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.exists() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [2])
+def test_a_run_killed_at_random_moments_has_the_losses_of_an_undisturbed_one(tmp_path, num_ranks):
+    (tmp_path / "task").mkdir()
+    write_small_task(tmp_path / "task")
+    changes = {
+        "epochs": 4, "batch_size": 1, "dropout": 0.1, "num_workers": 1, "save_iteration_interval": 3,
+        "precision": "bf16",
+    }  # fmt: skip
+    train(num_ranks, solver_args(tmp_path / "task", tmp_path / "calm", **changes))
+    calm, out = losses(tmp_path / "calm"), tmp_path / "out"
+    args, rng = solver_args(tmp_path / "task", out, **changes), random.Random(time.time_ns())
+    killed = 0
+    while killed < NUM_KILLS:
+        run = subprocess.Popen(
+            command(num_ranks, args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
+        )
+        if rng.random() < 0.2:
+            time.sleep(rng.uniform(0, 15))  # while it starts, goes on, or trains
+        else:
+            wanted = last_step(out) + rng.randint(1, max(1, len(calm) // NUM_KILLS - 1))
+            while run.poll() is None and last_step(out) < wanted:
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.1))  # in a step, or while a checkpoint is written
+        killed += run.poll() is None
+        kill_tree(run.pid)
+        run.wait()
+        if run.returncode == 0:
+            break
+    train(num_ranks, args)
+    assert losses(out) == calm
+    assert not list(out.glob(".saving-*")) and not list(out.glob(".replaced-*"))
