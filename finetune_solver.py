@@ -16,7 +16,6 @@ import json
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from data.packing import EpochPlan, PlanOptions
 from data.plan_cache import PlanCache
 from data.rows import BadItem, EpochRows, build_loader
 from data.vocab import ChameleonVocab
+from model.async_checkpoint import CheckpointSaver, SaveError
 from model.chameleon import build_config, build_model, init_weights, reset_rotary_buffers
 from model.checkpoint import (
     Position,
@@ -39,11 +39,9 @@ from model.checkpoint import (
     load_checkpoint,
     lock_output_dir,
     read_state,
-    remove_old,
-    save_checkpoint,
 )
 from model.checks import prepare
-from model.convert import export_hf, load_checkpoint_weights, load_config, prepare_starting_point
+from model.convert import load_checkpoint_weights, load_config, prepare_starting_point
 from model.cpu_memory import keep_freed_memory
 from model.distributed import (
     Launch,
@@ -147,8 +145,13 @@ class Solver:
             return
         self.build()
         with self.stop_signal:
-            while not self.is_finished and not self.stopped_by:
-                self.run_epoch()
+            try:
+                while not self.is_finished and not self.stopped_by:
+                    self.run_epoch()
+            except RunError:  # on all ranks at once: a save that is on its way still ends well
+                self.saver.wait()
+                raise
+            self.saver.wait()
         if not self.stopped_by:
             self.plans.close()
         if self.metrics_file is not None:
@@ -186,6 +189,11 @@ class Solver:
         self.progress = Progress(enabled=self.launch.is_main)
         output_dir = options.checkpoint.output_dir
         self.metrics_file = MetricsFile(output_dir, self.position.global_step) if self.launch.is_main else None
+        # The tokenizer is written from memory: the folder that it came from may be gone by then.
+        self.saver = CheckpointSaver(
+            options.checkpoint, self.model, self.optimizer, self.config, self.tokenizer.save_pretrained,
+            self.progress.say,
+        )  # fmt: skip
 
     def run_epoch(self) -> None:
         """Trains the rest of the epoch in which the run stands."""
@@ -226,8 +234,12 @@ class Solver:
         self._seed_step()
         bad_items = [bad for row in rows for bad in row["bad_items"]]
         num_valid = sum(row["num_valid_tokens"] for row in rows)
-        num_valid, num_bad, *signals = sum_counts(num_valid, len(bad_items), *self.stop_signal.counts())
+        num_valid, num_bad, num_failed, *signals = sum_counts(
+            num_valid, len(bad_items), int(self.saver.has_failed), *self.stop_signal.counts()
+        )
         self.stopped_by = next((number for number, count in zip(SIGNALS, signals, strict=True) if count), 0)
+        if num_failed:
+            self.saver.wait()  # raises SaveError
         if num_bad:
             self.leave_out(bad_items)
         for micro_step, row in enumerate(rows):
@@ -309,24 +321,18 @@ class Solver:
             )
 
     def save(self, name: str) -> None:
-        """Saves a checkpoint under that name; the lines of `metrics.jsonl` up to it are on disk before it is."""
-        options = self.options.checkpoint
+        """Saves a checkpoint under that name; the lines of `metrics.jsonl` up to it are on disk before it is.
+
+        Returns before it is whole (`saver.wait`). Raises SaveError, on all ranks, if it or the one before cannot be.
+        """
         if self.metrics_file is not None:
             self.metrics_file.sync()
         units_per_step, resolved = self.plan_options.units_per_step, dict(self.options.resolved)
         state = TrainerState(
             self.position, units_per_step, self.launch.world_size, resolved, self.dataset.fingerprint, self.bad_items
         )
-        folder = save_checkpoint(options.output_dir, name, self.model, self.optimizer, state, self._write_hf_files)
-        if self.launch.is_main:
-            remove_old(options.output_dir, options.ckpt_max_keep)
-        self.progress.say(f"saved {folder}")
+        self.saver.save(name, state)
         self.sums.restart_clock()
-
-    def _write_hf_files(self, folder: Path) -> None:
-        export_hf(self.model, self.config, folder)
-        if self.launch.is_main:  # from memory: the folder that it came from may be gone by now
-            self.tokenizer.save_pretrained(folder)
 
     def _find_weights(self) -> tuple[str | None, str]:
         """(folder or hub id that gives configuration and weights, or None for a fresh model; tokenizer)."""
@@ -377,7 +383,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         solver = Solver(options, launch, dataset, device)
         try:
             solver.run()
-        except RunError as error:
+        except (RunError, SaveError) as error:
             return end_together(launch, f"finetune_solver.py: {error}", error.exit_code)
         except KeyboardInterrupt:
             step = solver.position.global_step

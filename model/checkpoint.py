@@ -6,9 +6,9 @@ A checkpoint folder holds Hugging Face files, ready for `from_pretrained`, and w
     trainer_state.json   position, units per step, ranks, options, versions, and the size of every other file;
                          written last, so that a folder without it, or whose files differ from it, is not whole
 
-It is written under another name, put on disk, and renamed. Random numbers need no file: every step draws from
-(seed, position, rank). This module also owns the rest of `output_dir` that belongs to no other: the lock that keeps a
-second run out, and the debris of a save that was killed.
+It is written under another name (model/async_checkpoint.py), put on disk, and renamed. Random numbers need no file:
+every step draws from (seed, position, rank). This module also owns the rest of `output_dir` that belongs to no other:
+the lock that keeps a second run out, and the debris of a save that was killed.
 """
 
 import fcntl
@@ -17,20 +17,18 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from data.whole_file import sync_path
-from model.distributed import barrier
 
 STATE_NAME = "trainer_state.json"
 SHARDS_NAME = "training_state"
@@ -56,6 +54,7 @@ class CheckpointOptions:
     resume_anyway: bool = False
     new_global_batch: bool = False
     resume_path: Path | None = None
+    async_save: bool = True
 
     def problems(self) -> list[str]:
         """What is wrong with these options and with what is on disk, one sentence each."""
@@ -133,33 +132,30 @@ def due_checkpoint(
     return f"epoch{epoch}-iter{done}" if is_due or is_last or is_first else None
 
 
-def save_checkpoint(
-    output_dir: Path,
-    name: str,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: TrainerState,
-    write_hf_files: Callable[[Path], None],
-) -> Path:
-    """Saves a whole checkpoint as `output_dir/name`; every rank calls it. Returns its path.
+def seal(folder: Path, state: TrainerState) -> None:
+    """Puts every file on disk, then writes `trainer_state.json`, which makes the folder a whole checkpoint."""
+    sizes = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            sizes[str(path.relative_to(folder))] = path.stat().st_size
+        sync_path(path)
+    content = asdict(state) | {"versions": collect_versions(), "files": sizes}
+    beside = folder / (STATE_NAME + ".tmp")
+    beside.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    sync_path(beside)
+    os.replace(beside, folder / STATE_NAME)
+    sync_path(folder)
 
-    `write_hf_files(folder)` is called on every rank and puts config, weights and tokenizer there.
-    """
-    is_main = dist.get_rank() == 0
-    saving = output_dir / f"{SAVING_PREFIX}{name}"
-    if is_main:
-        shutil.rmtree(saving, ignore_errors=True)
-        saving.mkdir(parents=True)
-    barrier()
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=saving / SHARDS_NAME)
-    write_hf_files(saving)
-    barrier()
-    if is_main:
-        _seal(saving, state)
-        _publish(saving, output_dir / name)
-    barrier()
-    return output_dir / name
+
+def publish(saving: Path, final: Path) -> None:
+    """Gives a sealed folder its name; an older folder of that name makes room and is removed."""
+    replaced = final.with_name(f"{REPLACED_PREFIX}{final.name}")
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(final, replaced)
+    os.rename(saving, final)
+    sync_path(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -283,32 +279,6 @@ def _whole_checkpoints(output_dir: Path) -> tuple[dict[Path, TrainerState], list
     return states, skipped
 
 
-def _seal(folder: Path, state: TrainerState) -> None:
-    """Puts every file on disk, then writes `trainer_state.json`, which makes the folder a whole checkpoint."""
-    sizes = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            sizes[str(path.relative_to(folder))] = path.stat().st_size
-        sync_path(path)
-    content = asdict(state) | {"versions": collect_versions(), "files": sizes}
-    beside = folder / (STATE_NAME + ".tmp")
-    beside.write_text(json.dumps(content, indent=1, default=str) + "\n")
-    sync_path(beside)
-    os.replace(beside, folder / STATE_NAME)
-    sync_path(folder)
-
-
-def _publish(saving: Path, final: Path) -> None:
-    """Gives a sealed folder its name; an older folder of that name makes room and is removed."""
-    replaced = final.with_name(f"{REPLACED_PREFIX}{final.name}")
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.rename(final, replaced)
-    os.rename(saving, final)
-    sync_path(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
 def _clear_debris(output_dir: Path) -> None:
     """Removes what a kill left of a save; a save that was sealed and only lacks its name gets it."""
     for saving in output_dir.glob(f"{SAVING_PREFIX}*"):
@@ -317,7 +287,7 @@ def _clear_debris(output_dir: Path) -> None:
         except ValueError:
             shutil.rmtree(saving)
         else:
-            _publish(saving, output_dir / saving.name.removeprefix(SAVING_PREFIX))
+            publish(saving, output_dir / saving.name.removeprefix(SAVING_PREFIX))
     for replaced in output_dir.glob(f"{REPLACED_PREFIX}*"):
         shutil.rmtree(replaced)
 

@@ -154,7 +154,7 @@ def export_hf(
     if vqgan_dir:
         vqgan, values = _load_vqgan_tensors(vqgan_dir)
     else:
-        vqgan, values = _carried_vqgan(model, config, is_writer), {}
+        vqgan, values = carried_vqgan(model, config, is_writer), {}
 
     def get(name: str) -> torch.Tensor:
         parameter = parameters[name]
@@ -164,6 +164,38 @@ def export_hf(
     _write_checkpoint(values, out_dir, shapes, get, vqgan, shape, is_writer, max_file_bytes)
     if is_writer and tokenizer_dir is not None:
         copy_tokenizer_files(tokenizer_dir, out_dir)
+
+
+def export_tensors(
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]],
+    get: Callable[[str], torch.Tensor],
+    config: ChameleonXLLMXConfig,
+    out_dir: str | os.PathLike,
+    vqgan: dict[str, torch.Tensor],
+) -> None:
+    """
+    Write config.json and safetensors of a trained model from full tensors, given by name, shape and type; one process.
+
+    `get` gives a tensor when it is its turn, `vqgan` comes from `carried_vqgan`; see `export_hf` for the rest.
+    """
+    values = _config_values(config, "xllmx", is_trained=True)
+    _write_checkpoint(values, out_dir, shapes, get, vqgan, "xllmx", True, MAX_FILE_BYTES)
+
+
+def carried_vqgan(model: nn.Module, config: ChameleonXLLMXConfig, is_writer: bool) -> dict[str, torch.Tensor]:
+    """The VQGAN's tensors of the folder that the model started from, by name; values on the writer alone.
+
+    They are read once and stay with the model: that folder may be a checkpoint that makes room for newer ones.
+    """
+    if not hasattr(model, "carried_vqgan"):
+        model.carried_vqgan = {}
+        try:
+            if config.name_or_path and Path(config.name_or_path).is_dir():
+                stored = _stored_vqgan(WeightReader(config.name_or_path))
+                model.carried_vqgan = {n: t.clone() if is_writer else t.to("meta") for n, t in stored.items()}
+        except (ValueError, OSError) as error:  # a training must be able to save without
+            warnings.warn(f"the VQGAN's tensors, if any, are not carried along: {error}", stacklevel=3)
+    return model.carried_vqgan
 
 
 def convert_checkpoint(
@@ -376,22 +408,6 @@ def _load_vqgan_tensors(vqgan_dir: str | os.PathLike) -> tuple[dict[str, torch.T
 def _stored_vqgan(reader: WeightReader) -> dict[str, torch.Tensor]:
     """The VQGAN's tensors of a checkpoint, by name; mapped files, of which nothing is read before it is used."""
     return {name: reader.read(name) for name in reader.names if name.startswith(VQGAN_PREFIX)}
-
-
-def _carried_vqgan(model: nn.Module, config: ChameleonXLLMXConfig, is_writer: bool) -> dict[str, torch.Tensor]:
-    """The VQGAN's tensors of the folder that the model started from, by name; values on the writer alone.
-
-    They are read once and stay with the model: that folder may be a checkpoint that makes room for newer ones.
-    """
-    if not hasattr(model, "carried_vqgan"):
-        model.carried_vqgan = {}
-        try:
-            if config.name_or_path and Path(config.name_or_path).is_dir():
-                stored = _stored_vqgan(WeightReader(config.name_or_path))
-                model.carried_vqgan = {n: t.clone() if is_writer else t.to("meta") for n, t in stored.items()}
-        except (ValueError, OSError) as error:  # a training must be able to save without
-            warnings.warn(f"the VQGAN's tensors, if any, are not carried along: {error}", stacklevel=3)
-    return model.carried_vqgan
 
 
 def _publish(unnamed: Path, final: Path) -> None:

@@ -1,9 +1,12 @@
 """
-Filling a parameter from its full tensor, sharded or not, without importing anything distributed.
+Which part of a full tensor a rank holds, and filling it, without importing anything distributed.
 
-Where it stands: under `init_weights` in `model/chameleon.py` and the loading in `model/convert.py`. A sharded parameter
-(DTensor) knows its mesh and its place in it; that is all that is asked of it here, and nothing is communicated.
+Where it stands: under `init_weights` in `model/chameleon.py`, the loading in `model/convert.py` and the gathering in
+`model/async_checkpoint.py`. A sharded parameter (DTensor) knows its mesh and its place in it; that is all that is asked
+of it here, and nothing is communicated.
 """
+
+from collections.abc import Sequence
 
 import torch
 
@@ -15,19 +18,23 @@ def local_rows(parameter: torch.Tensor) -> tuple[slice, ...]:
     Works on plain tensors (everything) and on sharded ones (DTensor, sharded in contiguous chunks or replicated over
     each dimension of their mesh), without importing anything distributed.
     """
-    ranges = [(0, size) for size in parameter.shape]
     mesh = getattr(parameter, "device_mesh", None)
-    if mesh is not None:
-        for mesh_dim, placement in enumerate(parameter.placements):
-            if placement.is_replicate():
-                continue
-            if type(placement).__name__ != "Shard":
-                raise ValueError(f"a parameter placed as {placement} cannot be filled; use Shard or Replicate.")
-            start, stop = ranges[placement.dim]
-            chunk = -(-(stop - start) // mesh.size(mesh_dim))
-            first = min(start + chunk * mesh.get_local_rank(mesh_dim), stop)
-            ranges[placement.dim] = (first, min(first + chunk, stop))
-    return tuple(slice(start, stop) for start, stop in ranges)
+    return _rows_at(parameter, () if mesh is None else mesh.get_coordinate())
+
+
+def rows_by_rank(parameter: torch.Tensor) -> dict[int, tuple[slice, ...]]:
+    """
+    The parts of a sharded tensor by global rank, as `local_rows` gives them.
+
+    Only of ranks that hold something, and of replicas only the first: together the full tensor, without overlap.
+    """
+    mesh, found = parameter.device_mesh, {}
+    for coordinate in (mesh.mesh >= 0).nonzero().tolist():
+        is_replica = any(c and p.is_replicate() for c, p in zip(coordinate, parameter.placements, strict=True))
+        rows = _rows_at(parameter, coordinate)
+        if not is_replica and all(part.stop > part.start for part in rows):
+            found[int(mesh.mesh[tuple(coordinate)])] = rows
+    return found
 
 
 @torch.no_grad()
@@ -36,3 +43,19 @@ def copy_into_parameter(parameter: torch.Tensor, full: torch.Tensor) -> None:
     local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
     if local.numel():
         local.copy_(full[local_rows(parameter)])
+
+
+def _rows_at(parameter: torch.Tensor, coordinate: Sequence[int]) -> tuple[slice, ...]:
+    """The part that the rank at that place in the mesh holds; no place: everything."""
+    ranges = [(0, size) for size in parameter.shape]
+    for mesh_dim, place in enumerate(coordinate):
+        placement = parameter.placements[mesh_dim]
+        if placement.is_replicate():
+            continue
+        if type(placement).__name__ != "Shard":
+            raise ValueError(f"a parameter placed as {placement} cannot be filled; use Shard or Replicate.")
+        start, stop = ranges[placement.dim]
+        chunk = -(-(stop - start) // parameter.device_mesh.size(mesh_dim))
+        first = min(start + chunk * place, stop)
+        ranges[placement.dim] = (first, min(first + chunk, stop))
+    return tuple(slice(start, stop) for start, stop in ranges)

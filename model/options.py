@@ -208,6 +208,7 @@ def _add_checkpoint_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--save_iteration_interval", type=int, help="micro-steps between checkpoints; 0 switches off")
     group.add_argument("--only_save_trainable", action="store_true", help="accepted: every weight is trained")
     group.add_argument("--ckpt_max_keep", type=int, help="newest checkpoints kept; 0 keeps all")
+    _add_switch(group, "async_save", "no_async_save", "train on while a checkpoint is written, from a copy")
     _add_switch(group, "auto_resume", "no_auto_resume", "go on from the newest checkpoint in --output_dir")
     _add_switch(group, "resume_anyway", None, "go on although data, seed, batch size or the like have changed")
     _add_switch(group, "new_global_batch", None, "go on with steps of accum_iter x ranks rows, not the checkpoint's")

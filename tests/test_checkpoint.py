@@ -25,11 +25,11 @@ ROOT = Path(__file__).parents[1]
 
 
 def make_checkpoint(folder: Path, global_step: int) -> Path:
-    """A folder as `save_checkpoint` leaves it, with one small file in place of the shards."""
+    """A folder as a save leaves it, with one small file in place of the shards."""
     folder.mkdir(parents=True)
     (folder / "shards").write_bytes(b"12345")
     state = TrainerState(Position(0, global_step, global_step), units_per_step=2, world_size=1, options={})
-    checkpoint._seal(folder, state)
+    checkpoint.seal(folder, state)
     return folder
 
 
@@ -140,7 +140,7 @@ def test_lock_clears_debris_and_names_a_sealed_save(tmp_path):
 
 def test_publish_replaces_a_folder_of_the_same_name(tmp_path):
     make_checkpoint(tmp_path / "epoch0", 1)
-    checkpoint._publish(make_checkpoint(tmp_path / ".saving-epoch0", 2), tmp_path / "epoch0")
+    checkpoint.publish(make_checkpoint(tmp_path / ".saving-epoch0", 2), tmp_path / "epoch0")
     assert read_state(tmp_path / "epoch0").position.global_step == 2
     assert os.listdir(tmp_path) == ["epoch0"]
 
