@@ -142,7 +142,7 @@ class CheckpointSaver:
                 "before it are as they were: put the disk in order, then start the same command again"
             )
         except Exception as error:  # of the process group: another rank is gone
-            self._error = SaveError(f"checkpoint {name} was broken off: {_reason(error)}")
+            self._error = SaveError(f"checkpoint {name} was broken off: {_one_line(error)}")
         if self._error is not None and self._is_main:
             shutil.rmtree(self._options.output_dir / f"{SAVING_PREFIX}{name}", ignore_errors=True)
 
@@ -165,7 +165,8 @@ class CheckpointSaver:
                 shutil.rmtree(saving, ignore_errors=True)
                 saving.mkdir(parents=True)
         with self._agreed():
-            dcp.save(dict(tensors), checkpoint_id=saving / SHARDS_NAME, process_group=self._group)
+            writer = _ShardWriter(saving / SHARDS_NAME)
+            dcp.save(dict(tensors), storage_writer=writer, process_group=self._group)
         with self._agreed():
             self._write_hf_files(saving, tensors["model"])
         with self._agreed():
@@ -193,16 +194,18 @@ class CheckpointSaver:
     @contextlib.contextmanager
     def _agreed(self) -> Iterator[None]:
         """Work of which all ranks know at the end whether it went well everywhere. Raises SaveError if it did not."""
-        reason = None
+        culprit = None
         try:
             yield
-        except (Exception, CheckpointException) as error:
-            reason = _reason(error)
-        reasons: list[str | None] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(reasons, reason, group=self._group)
-        for rank, found in enumerate(reasons):
-            if found is not None:
-                raise SaveError(found if len(reasons) == 1 else f"rank {rank}: {found}")
+        except CheckpointException as error:  # the same on all ranks, whoever met it
+            rank, (cause, _) = next(iter(error.failures.items()))
+            culprit = rank, _one_line(cause)
+        except Exception as error:
+            culprit = dist.get_rank(self._group), _one_line(error)
+        culprits: list[tuple[int, str] | None] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(culprits, culprit, group=self._group)
+        for found in filter(None, culprits):
+            raise SaveError(found[1] if len(culprits) == 1 else f"rank {found[0]}: {found[1]}")
 
 
 def find_space_problem(folder: Path, needed: int, free: int, keep: int) -> str | None:
@@ -259,6 +262,19 @@ class _Stager:
         return self._meshes[mesh]
 
 
+class _ShardWriter(dcp.FileSystemWriter):
+    """Says what the disk said: torch's own error of a file that could not be finished hides it."""
+
+    def write_data(self, *args: Any) -> Any:
+        try:
+            return super().write_data(*args)
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise (cause or error) from None
+
+
 class _Gather:
     """Full tensors, one at a time, on the first rank of a group: it asks by number, and the others serve."""
 
@@ -313,8 +329,5 @@ def _num_bytes(values: Any) -> int:
     return sum(map(_num_bytes, values)) if not isinstance(values, str) and hasattr(values, "__iter__") else 0
 
 
-def _reason(error: BaseException) -> str:
-    """One line that says what went wrong, without the tracebacks of all ranks."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
+def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]

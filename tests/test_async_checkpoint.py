@@ -1,0 +1,298 @@
+"""Checkpoints written while the training goes on: nothing leaks into them, nothing damages them. Real ranks.
+
+The ranks run this file as a script: `python tests/test_async_checkpoint.py SCENARIO FOLDER DATA_PARALLEL`.
+"""
+
+import io
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import small_run
+import torch
+from small_run import call_main, command, losses, solver_args, train
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from model.async_checkpoint import CheckpointSaver, SaveError, find_space_problem
+from model.chameleon import build_config, build_model, init_weights, reset_rotary_buffers
+from model.checkpoint import (
+    CheckpointOptions,
+    Position,
+    TrainerState,
+    find_newest,
+    load_checkpoint,
+    lock_output_dir,
+    read_state,
+)
+from model.convert import load_pretrained
+from model.distributed import detect_launch, end_process, process_group
+from model.optim import OptimOptions, build_optimizer
+from model.parallelize import ParallelOptions, build_mesh, parallelize
+
+ROOT = Path(__file__).parents[1]
+SMALL_FILE = 1000  # bytes; every file of weights is larger
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("task")
+    small_run.write_small_task(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """`sync/epoch0` and `async/epoch0` of one moment of a training on 2 ranks, `async/epoch1` of a later one."""
+    folder = tmp_path_factory.mktemp("saved")
+    run_ranks(2, "save", folder)
+    return folder
+
+
+def run_ranks(num_ranks: int, scenario: str, folder: Path, data_parallel: str = "fsdp") -> None:
+    subprocess.run(rank_command(num_ranks, scenario, folder, data_parallel), env=ENVIRONMENT, check=True, timeout=240)
+
+
+def rank_command(num_ranks: int, scenario: str, folder: Path, data_parallel: str = "fsdp") -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"] if num_ranks > 1 else []
+    return [sys.executable, *launcher, __file__, scenario, str(folder), data_parallel]
+
+
+def read_training_state(checkpoint: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
+    """All full tensors of the training state by their place in it."""
+    dcp_to_torch_save(checkpoint / "training_state", tmp_path / "state.pt")
+    found = {}
+
+    def collect(value, path):
+        for key, part in value.items():
+            if isinstance(part, dict):
+                collect(part, (*path, key))
+            elif isinstance(part, torch.Tensor):
+                found[(*path, key)] = part
+
+    collect(torch.load(tmp_path / "state.pt", weights_only=False), ())
+    return found
+
+
+def assert_same_state(first: Path, second: Path, tmp_path: Path) -> None:
+    """Weights, both moments and step counts of two checkpoints, and their weight files, are equal to the bit."""
+    states = [read_training_state(folder, tmp_path) for folder in (first, second)]
+    assert states[0].keys() == states[1].keys() and len(states[0]) > 40
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_steps_taken_while_it_is_written_do_not_leak_into_a_checkpoint(saved, tmp_path):
+    files = sorted(str(path.relative_to(saved / "sync")) for path in (saved / "sync").rglob("*") if path.is_file())
+    assert "epoch0/training_state/__1_0.distcp" in files and "epoch0/model.safetensors" in files
+    for name in files:
+        if not name.endswith((".metadata", "trainer_state.json")):  # the former bears an id of its own
+            assert (saved / "async" / name).read_bytes() == (saved / "sync" / name).read_bytes(), name
+    assert read_state(saved / "async" / "epoch0").position == read_state(saved / "sync" / "epoch0").position
+    later = read_training_state(saved / "async" / "epoch1", tmp_path)
+    earlier = read_training_state(saved / "async" / "epoch0", tmp_path)
+    moved = [name for name in later if not torch.equal(later[name], earlier[name])]
+    assert len(moved) == len(later), "the steps in between changed every tensor"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_ranks", "data_parallel"), [(1, "fsdp"), (3, "fsdp"), (4, "hsdp")])
+def test_what_two_ranks_saved_goes_through_another_number_of_ranks_unchanged(saved, tmp_path, num_ranks, data_parallel):
+    """Loaded and saved again; rows do not divide by 3, and some ranks hold nothing of some tensors."""
+    (tmp_path / "start").symlink_to(saved / "async" / "epoch0")
+    run_ranks(num_ranks, "again", tmp_path, data_parallel)
+    assert_same_state(tmp_path / "out" / "epoch0", saved / "sync" / "epoch0", tmp_path)
+    assert load_pretrained(tmp_path / "out" / "epoch0").config.vocab_size == 203
+
+
+@pytest.mark.slow
+def test_killed_while_the_thread_writes_leaves_the_last_whole_one(tmp_path):
+    """SIGKILL once the shards are written and the training has gone on; what is there is cleared at the next start."""
+    launcher = subprocess.Popen(rank_command(2, "kill", tmp_path), env=ENVIRONMENT)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "went_on").exists():
+        assert launcher.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    launcher.send_signal(signal.SIGKILL)
+    launcher.wait()
+    assert list((tmp_path / ".saving-epoch1" / "training_state").glob("*.distcp"))
+    assert find_newest(tmp_path) == (tmp_path / "epoch0", [])
+    lock_output_dir(tmp_path).close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "epoch0", "went_on"]
+    assert read_state(tmp_path / "epoch0").position.global_step == 1
+
+
+@pytest.mark.slow
+def test_a_disk_that_fails_on_one_rank_is_told_by_all_and_damages_nothing(tmp_path):
+    run_ranks(2, "fail", tmp_path)
+    for file, culprit in (("weights", "rank 0: SafetensorError"), ("shards", "rank 1: ")):
+        first, second = [json.loads((tmp_path / f"{file}{rank}.json").read_text()) for rank in range(2)]
+        assert first == second and culprit in first[0], first
+        assert "could not be written" in first[0] and "\n" not in first[0]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["epoch0"]
+    assert read_state(tmp_path / "epoch0").position.global_step == 1
+
+
+@pytest.mark.slow
+def test_a_run_on_a_full_disk_ends_with_one_message_and_goes_on_later(task, tmp_path):
+    args = solver_args(task, tmp_path / "out", max_steps=5, save_iteration_interval=3)
+    train(0, solver_args(task, tmp_path / "out", max_steps=2))
+    limited = ["bash", "-c", 'ulimit -f 40; exec "$@"', "bash", *command(0, args)]  # files of at most 40 KiB
+    done = subprocess.run(limited, capture_output=True, text=True, env=ENVIRONMENT, timeout=240)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("finetune_solver.py: checkpoint epoch0-iter3 could not be written to ")
+    assert done.stderr.count("\n") == 1 and "File too large" in done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == ["epoch0-iter2"]
+    train(0, args)
+    train(0, solver_args(task, tmp_path / "whole", max_steps=5))
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+
+
+def test_too_small_a_disk_is_told_before_anything_is_written(task, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("model.async_checkpoint.shutil.disk_usage", lambda path: usage(10**6, 0, 10**5))
+    code, message = call_main(solver_args(task, tmp_path / "out", max_steps=1))
+    assert code == 1 and message.count("\n") == 1, message
+    assert "checkpoint epoch0-iter1 was not begun: it needs 0.000" in message and "0.0001 GB free" in message
+    assert not [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
+
+
+def test_space_that_is_looked_for_is_what_a_checkpoint_takes(task, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("model.async_checkpoint.find_space_problem", lambda folder, needed, *rest: asked.append(needed))
+    assert call_main(solver_args(task, tmp_path / "out", max_steps=1))[0] == 0
+    files = read_state(tmp_path / "out" / "epoch0-iter1").files
+    weights = files["model.safetensors"] + files["training_state/__0_0.distcp"]
+    assert asked == [pytest.approx(weights, rel=0.5)], "headers of so small a model are a third of it"
+    assert asked[0] < weights
+
+
+def test_space_problem_names_both_numbers_and_ways_out():
+    assert find_space_problem(Path("out"), 5, 5, keep=2) is None
+    problem = find_space_problem(Path("out"), 112_000_000_000, 3_000_000_000, keep=2)
+    assert "needs 112 GB" in problem and "has 3 GB free" in problem and "2 of them stay" in problem
+    assert "--ckpt_max_keep" in problem and "all of them stay" in find_space_problem(Path("out"), 2, 1, keep=0)
+
+
+def test_no_async_save_writes_the_same(task, tmp_path):
+    for name, changes in (("async", {}), ("sync", {"no_async_save": True})):
+        args = solver_args(task, tmp_path / name, max_steps=4, save_iteration_interval=1, ckpt_max_keep=0, **changes)
+        assert call_main(args) == (0, "")
+    assert len(list((tmp_path / "sync").glob("epoch*"))) == 4
+    for folder in (tmp_path / "sync").glob("epoch*"):
+        assert_same_state(folder, tmp_path / "async" / folder.name, tmp_path)
+
+
+# What the ranks do
+
+
+class Ranks:
+    """A small decoder in training, on the ranks that run this file; vocabulary and widths do not divide evenly."""
+
+    def __init__(self, folder: Path, data_parallel: str, launch) -> None:
+        self.folder, self.launch, self.num_steps = folder, launch, 0
+        vocabulary = {f"word{n}": n for n in range(203)}
+        shape = {"hidden_size": 32, "intermediate_size": 65, "num_hidden_layers": 2, "max_position_embeddings": 64}
+        self.config = build_config("tiny", vocabulary, **shape)
+        options = ParallelOptions(data_parallel, hsdp_shard_size=2 if data_parallel == "hsdp" else 0, precision="fp32")
+        mesh = build_mesh(options, "cpu", launch.local_world_size)
+        self.model = parallelize(build_model(self.config, device="meta"), mesh, options)
+        self.model.to_empty(device="cpu")
+        reset_rotary_buffers(self.model)
+        init_weights(self.model, 0)
+        self.optimizer = build_optimizer(self.model, OptimOptions(lr=1e-2))
+
+    def step(self) -> None:
+        generator = torch.Generator().manual_seed(self.num_steps)
+        input_ids = torch.randint(0, 203, (1, 32), generator=generator)
+        places = {"position_ids": torch.arange(32)[None], "cu_seqlens": torch.tensor([0, 32]), "max_seqlen": 32}
+        self.model(input_ids=input_ids, labels=input_ids, loss_scale=1 / 32, **places).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.num_steps += 1
+
+    def saver(self, folder: Path, write_extras=lambda folder: None, **changes) -> CheckpointSaver:
+        if self.launch.is_main:
+            folder.mkdir(exist_ok=True)
+        options = CheckpointOptions(folder, **changes)
+        return CheckpointSaver(options, self.model, self.optimizer, self.config, write_extras, lambda line: None)
+
+    @property
+    def state(self) -> TrainerState:
+        return TrainerState(Position(0, self.num_steps, self.num_steps), 2, self.launch.world_size, {})
+
+    def save(self) -> None:
+        """The same moment by both ways, at once followed by steps."""
+        self.step()
+        self.saver(self.folder / "sync", async_save=False).save("epoch0", self.state)
+        saver = self.saver(self.folder / "async")
+        saver.save("epoch0", self.state)
+        for _ in range(4):
+            self.step()
+        saver.save("epoch1", self.state)
+        self.step()
+        saver.wait()
+
+    def again(self) -> None:
+        load_checkpoint(self.folder / "start", self.model, self.optimizer)
+        saver = self.saver(self.folder / "out")
+        saver.save("epoch0", self.state)
+        saver.wait()
+
+    def kill(self) -> None:
+        """The thread stops for long between shards and weights, and the training goes on until it is killed."""
+        lock = lock_output_dir(self.folder) if self.launch.is_main else io.StringIO()
+        self.step()
+        self.saver(self.folder, async_save=False).save("epoch0", self.state)
+        saver = self.saver(self.folder, write_extras=lambda folder: time.sleep(100))
+        self.step()
+        saver.save("epoch1", self.state)
+        for _ in range(1000):
+            self.step()
+            if self.num_steps > 5 and list(self.folder.glob(".saving-epoch1/training_state/.metadata")):
+                (self.folder / "went_on").touch()
+            time.sleep(0.05)
+        lock.close()
+
+    def fail(self) -> None:
+        """Files of weights cannot grow on rank 0, then files of shards not on rank 1."""
+        self.step()
+        self.saver(self.folder, async_save=False).save("epoch0", self.state)
+        self.step()
+        self.report_failure(self.saver(self.folder, write_extras=lambda folder: limit_files(SMALL_FILE)), "weights")
+        saver = self.saver(self.folder)
+        limit_files(SMALL_FILE if self.launch.rank == 1 else resource.RLIM_INFINITY)
+        self.report_failure(saver, "shards")
+
+    def report_failure(self, saver: CheckpointSaver, file: str) -> None:
+        saver.save("epoch1", self.state)
+        messages = []
+        for _ in range(2):  # told again to whoever asks again
+            try:
+                saver.wait()
+            except SaveError as error:
+                messages.append(str(error))
+        limit_files(resource.RLIM_INFINITY)
+        assert saver.has_failed and len(messages) == 2
+        (self.folder / f"{file}{self.launch.rank}.json").write_text(json.dumps(messages))
+
+
+def limit_files(num_bytes: int) -> None:
+    """No file of this process can grow beyond this, as on a disk that is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
+
+
+if __name__ == "__main__":
+    scenario, folder, data_parallel = sys.argv[1:]
+    launch = detect_launch()
+    with process_group(launch, "cpu", 60):
+        getattr(Ranks(Path(folder), data_parallel, launch), scenario)()
+    end_process(0)
