@@ -84,6 +84,11 @@ class CheckpointSaver:
         """Whether this rank knows of a save that failed: sum it over the ranks, then let all of them `wait`."""
         return self._error is not None
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a save of this rank is on its way."""
+        return self._thread is not None and self._thread.is_alive()
+
     def save(self, name: str, state: TrainerState) -> None:
         """Saves a checkpoint as `output_dir/name`; returns as soon as the training may change the weights.
 
