@@ -72,6 +72,7 @@ class CheckpointSaver:
         self._options, self._model, self._optimizer, self._config = options, model, optimizer, config
         self._write_extras, self._say = write_extras, say
         self._is_main = dist.get_rank() == 0
+        self._device = next(model.parameters()).device
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._vqgan = carried_vqgan(model, config, self._is_main)
         self._stager = _Stager()
@@ -139,6 +140,8 @@ class CheckpointSaver:
             raise SaveError(f"checkpoint {name} was not begun: {box[0]}")
 
     def _run(self, name: str, *task: Any) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # a new thread stands at the first GPU, which may be another rank's
         try:
             self._write(name, *task)
         except SaveError as error:
@@ -231,12 +234,13 @@ class _Stager:
     def __init__(self) -> None:
         self._buffers: dict[tuple[Any, ...], torch.Tensor] = {}
         self._meshes: dict[DeviceMesh, DeviceMesh] = {}
+        self._uses_gpu = False
 
     def stage(self, values: Mapping[str, Any]) -> tuple[dict[str, Any], torch.cuda.Event | None]:
         """The copy, and what to wait for before reading it; the originals may be changed at once, in stream order."""
         staged = self._copy(values, ())
         is_copied = None
-        if any(buffer.is_pinned() for buffer in self._buffers.values()):
+        if self._uses_gpu:
             is_copied = torch.cuda.Event()
             is_copied.record()
         return staged, is_copied
@@ -254,6 +258,7 @@ class _Stager:
 
     def _copy_tensor(self, tensor: torch.Tensor, path: tuple[Any, ...]) -> torch.Tensor:
         tensor = tensor.detach()
+        self._uses_gpu |= tensor.is_cuda
         if path not in self._buffers:
             self._buffers[path] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         return self._buffers[path].copy_(tensor, non_blocking=True)
@@ -270,9 +275,9 @@ class _Stager:
 class _ShardWriter(dcp.FileSystemWriter):
     """Says what the disk said: torch's own error of a file that could not be finished hides it."""
 
-    def write_data(self, *args: Any) -> Any:
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future[Any]:
         try:
-            return super().write_data(*args)
+            return super().write_data(plan, planner)
         except Exception as error:
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
