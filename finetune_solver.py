@@ -15,6 +15,7 @@ import itertools
 import json
 import signal
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -413,4 +414,11 @@ def end_together(launch: Launch, message: str, exit_code: int) -> int:
 
 
 if __name__ == "__main__":
-    end_process(record(main)())  # `record`: torchrun shows the error of the rank that failed first, as the last thing
+    try:
+        exit_code = record(
+            main
+        )()  # `record`: torchrun shows the error of the rank that failed first, as the last thing
+    except Exception:
+        traceback.print_exc()
+        exit_code = 1
+    end_process(exit_code)
