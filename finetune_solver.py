@@ -415,9 +415,7 @@ def end_together(launch: Launch, message: str, exit_code: int) -> int:
 
 if __name__ == "__main__":
     try:
-        exit_code = record(
-            main
-        )()  # `record`: torchrun shows the error of the rank that failed first, as the last thing
+        exit_code = record(main)()  # torchrun then shows the error of the rank that failed first as the last thing
     except Exception:
         traceback.print_exc()
         exit_code = 1
