@@ -4,6 +4,8 @@ import tempfile
 
 import pytest
 
+from tests.small_run import write_small_task
+
 
 @pytest.fixture(scope="session", autouse=True)
 def own_temporary_folder(tmp_path_factory):
@@ -12,3 +14,11 @@ def own_temporary_folder(tmp_path_factory):
         patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
         patch.setattr(tempfile, "tempdir", None)
         yield
+
+
+@pytest.fixture(scope="session")
+def small_task(tmp_path_factory):
+    """The folder of `write_small_task`, which no test may change."""
+    folder = tmp_path_factory.mktemp("small_task")
+    write_small_task(folder)
+    return folder

@@ -104,7 +104,7 @@ def command(num_ranks: int, args: list[str]) -> list[str]:
 def run_solver(num_ranks: int, args: list[str], timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
     """Runs to the end; 0 ranks means without a launcher."""
     return subprocess.run(
-        command(num_ranks, args), capture_output=True, text=True, timeout=timeout_s, env=_environment()
+        command(num_ranks, args), capture_output=True, text=True, timeout=timeout_s, env=environment()
     )
 
 
@@ -118,7 +118,7 @@ def train(num_ranks: int, args: list[str]) -> str:
 def kill_when(num_ranks: int, args: list[str], is_time, timeout_s: float = 240) -> None:
     """Starts a run, and kills its launcher by SIGKILL, nothing else, as soon as `is_time()`."""
     process = subprocess.Popen(
-        command(num_ranks, args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=_environment()
+        command(num_ranks, args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
     )
     deadline = time.monotonic() + timeout_s
     while not is_time():
@@ -155,5 +155,6 @@ def call_main(args: list[str]) -> tuple[int, str]:
     return code, said.getvalue()
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """For a run of one thread per rank that finds the project."""
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

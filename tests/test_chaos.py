@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_run import command, losses, solver_args, train, write_small_task
-from tests.test_launch import ENVIRONMENT, descendants
+from tests.small_run import command, environment, losses, solver_args, train, write_small_task
+from tests.test_launch import descendants
 
 NUM_KILLS = int(os.environ.get("TRAINING_KILLS", "2"))
 
@@ -45,7 +45,7 @@ def test_a_run_killed_at_random_moments_has_the_losses_of_an_undisturbed_one(tmp
     killed, is_over = 0, False
     while killed < NUM_KILLS and not is_over:
         run = subprocess.Popen(
-            command(num_ranks, args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
+            command(num_ranks, args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
         )
         if rng.random() < 0.2:
             time.sleep(rng.uniform(0, 6))  # while it starts, goes on, or trains

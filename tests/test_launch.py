@@ -11,37 +11,29 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_run import ROOT, SOLVER, command, losses, solver_args, train, write_small_task
+from tests.small_run import SOLVER, command, environment, losses, solver_args, train
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("task")
-    write_small_task(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def by_torchrun(task, tmp_path_factory):
+def by_torchrun(small_task, tmp_path_factory):
     """Losses of two ranks, three steps."""
     out = tmp_path_factory.mktemp("torchrun") / "out"
-    train(2, solver_args(task, out, max_steps=3))
+    train(2, solver_args(small_task, out, max_steps=3))
     return losses(out)
 
 
 @pytest.mark.slow
-def test_ranks_find_each_other_by_slurms_variables(task, tmp_path, by_torchrun):
+def test_ranks_find_each_other_by_slurms_variables(small_task, tmp_path, by_torchrun):
     shared = {
         "SLURM_STEP_ID": "0", "SLURM_JOB_ID": str(os.getpid()), "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost",
         "SLURM_STEP_TASKS_PER_NODE": "2",
     }  # fmt: skip
     ranks = [
         subprocess.Popen(
-            command(0, solver_args(task, tmp_path / "out", max_steps=3)), **PIPES,
-            env=ENVIRONMENT | shared | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            command(0, solver_args(small_task, tmp_path / "out", max_steps=3)), **PIPES,
+            env=environment() | shared | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
         )
         for rank in range(2)
     ]  # fmt: skip
@@ -77,8 +69,8 @@ def two_namespaces():
 
 
 @pytest.mark.slow
-def test_two_nodes(task, tmp_path, by_torchrun):
-    args = solver_args(task, tmp_path / "out", max_steps=3)
+def test_two_nodes(small_task, tmp_path, by_torchrun):
+    args = solver_args(small_task, tmp_path / "out", max_steps=3)
     with two_namespaces() as nodes:
         agents = [
             subprocess.Popen(
@@ -86,7 +78,7 @@ def test_two_nodes(task, tmp_path, by_torchrun):
                  "--nproc_per_node=1", "--rdzv-backend=c10d", "--rdzv-endpoint=10.77.0.1:29511", "--rdzv-id=two",
                  f"--rdzv-conf=is_host={str(address.endswith('1')).lower()}", f"--local-addr={address}", str(SOLVER),
                  *args],
-                env=ENVIRONMENT | {"GLOO_SOCKET_IFNAME": interface}, **PIPES,
+                env=environment() | {"GLOO_SOCKET_IFNAME": interface}, **PIPES,
             )
             for name, interface, address in nodes
         ]  # fmt: skip
@@ -103,10 +95,10 @@ def descendants(pid: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_rank_that_fails_takes_the_others_down_and_its_error_is_shown_last(task, tmp_path):
+def test_a_rank_that_fails_takes_the_others_down_and_its_error_is_shown_last(small_task, tmp_path):
     out = tmp_path / "out"
-    args = solver_args(task, out, epochs=200, num_workers=1, save_iteration_interval=0, save_interval=0)
-    run = subprocess.Popen(command(2, args), **PIPES, env=ENVIRONMENT)
+    args = solver_args(small_task, out, epochs=200, num_workers=1, save_iteration_interval=0, save_interval=0)
+    run = subprocess.Popen(command(2, args), **PIPES, env=environment())
     deadline = time.monotonic() + 120
     while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < 3:
         assert run.poll() is None and time.monotonic() < deadline

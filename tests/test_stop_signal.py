@@ -10,23 +10,14 @@ import time
 import pytest
 
 from model.stop_signal import SIGNALS, StopSignal, requeue_on_slurm
-from tests.small_run import ROOT, call_main, command, losses, solver_args, train, write_small_task
-
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+from tests.small_run import ROOT, call_main, command, environment, losses, solver_args, train
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("task")
-    write_small_task(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def undisturbed(task, tmp_path_factory):
+def undisturbed(small_task, tmp_path_factory):
     """Losses of four epochs by step, with dropout."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
-    train(0, solver_args(task, out, **CHANGES))
+    train(0, solver_args(small_task, out, **CHANGES))
     return losses(out)
 
 
@@ -69,7 +60,7 @@ def test_a_second_signal_ends_at_once():
 def stop_when(num_ranks: int, args: list[str], out, number: int, step: int, to_group: bool = False):
     """Starts a run and sends a signal to what was started, or to all of its processes, once a step is logged."""
     process = subprocess.Popen(
-        command(num_ranks, args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+        command(num_ranks, args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
         start_new_session=True,
     )  # fmt: skip
     metrics = out / "metrics.jsonl"
@@ -84,9 +75,9 @@ def stop_when(num_ranks: int, args: list[str], out, number: int, step: int, to_g
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_run_that_is_told_to_end_saves_and_goes_on_the_same(task, tmp_path, undisturbed, number):
+def test_a_run_that_is_told_to_end_saves_and_goes_on_the_same(small_task, tmp_path, undisturbed, number):
     out = tmp_path / "out"
-    code, said = stop_when(0, solver_args(task, out, **CHANGES), out, number, step=5, to_group=True)
+    code, said = stop_when(0, solver_args(small_task, out, **CHANGES), out, number, step=5, to_group=True)
     assert code == 128 + number, said
     assert f"ended by {signal.Signals(number).name} after step" in said and "the same command goes on from here" in said
     assert "Traceback" not in said
@@ -94,14 +85,14 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on_the_same(task, tmp_path, un
     assert f"-iter{max(losses(out)) % 12 or 12}" in " ".join(path.name for path in out.glob("epoch*")) or (
         max(losses(out)) % 12 == 0
     )
-    train(0, solver_args(task, out, **CHANGES))
+    train(0, solver_args(small_task, out, **CHANGES))
     assert losses(out) == undisturbed
 
 
 @pytest.mark.slow
-def test_all_ranks_end_after_the_same_step(task, tmp_path):
+def test_all_ranks_end_after_the_same_step(small_task, tmp_path):
     out = tmp_path / "out"
-    args = solver_args(task, out, **CHANGES, batch_size=1)
+    args = solver_args(small_task, out, **CHANGES, batch_size=1)
     code, said = stop_when(2, args, out, signal.SIGTERM, step=3)
     assert code != 0 and said.count("ended by SIGTERM after step") == 1, said
     assert "going on from" in train(2, args)
@@ -120,8 +111,8 @@ def test_a_run_on_slurm_requeues_itself(tmp_path, monkeypatch):
     assert requeue_on_slurm({"SLURM_JOB_ID": "17"}) == "job 17 could not be requeued: exit code 1"
 
 
-def test_the_first_step_is_saved(task, tmp_path):
-    assert call_main(solver_args(task, tmp_path / "out", max_steps=2, ckpt_max_keep=0)) == (0, "")
+def test_the_first_step_is_saved(small_task, tmp_path):
+    assert call_main(solver_args(small_task, tmp_path / "out", max_steps=2, ckpt_max_keep=0)) == (0, "")
     assert {path.name for path in (tmp_path / "out").glob("epoch*")} == {"epoch0-iter1", "epoch0-iter2"}
     state = json.loads((tmp_path / "out" / "epoch0-iter1" / "trainer_state.json").read_text())
     assert state["position"]["global_step"] == 1
