@@ -10,9 +10,10 @@ module does not know. Here is what the page says; model/report_page.py lays it o
 import argparse
 import dataclasses
 import fcntl
+import math
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,7 @@ from model.samples_format import SAMPLES_DIR_NAME, SampleStep, read_samples  # n
 from pre_tokenize.page import write_page  # noqa: E402
 
 REPORT_NAME = "report.html"
-BAD_ITEMS_NAME, BAD_STEPS_NAME = "bad_items.jsonl", "bad_steps.jsonl"  # as finetune_solver.py names them
-NOT_CURVES = ("step", "epoch")
+BAD_NAMES = BAD_ITEMS_NAME, BAD_STEPS_NAME = "bad_items.jsonl", "bad_steps.jsonl"  # as finetune_solver.py names them
 MAX_NAMED_STEPS = 8  # in a warning
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps int64 [n], values float64 [n] with nan for null
@@ -65,19 +65,22 @@ class Run:
         """Optimizer steps of the whole run, None if nothing tells; from the steps per epoch so far."""
         if self.state is None:
             return None
-        max_steps, total = self.state.options.get("max_steps"), None
-        if "epoch" in self.curves and self.curves["epoch"][1][-1] > 0:
+        max_steps, num_epochs, total = *map(self.state.options.get, ("max_steps", "epochs")), None
+        if num_epochs and "epoch" in self.curves and self.curves["epoch"][1][-1] > 0:
             steps, epochs = self.curves["epoch"]
-            total = round(self.state.options["epochs"] * steps[-1] / epochs[-1])
-        return min((number for number in (max_steps, total) if number is not None), default=None)
+            total = round(num_epochs * steps[-1] / epochs[-1])
+        known = [number for number in (max_steps, total) if number is not None]
+        # Fewer than are done: the run goes on with other options than those of its last checkpoint.
+        return min(known) if known and min(known) >= self.last_step else None
 
     @property
     def is_finished(self) -> bool:
         if self.state is None:
             return False
         position, options = self.state.position, self.state.options
-        max_steps = options.get("max_steps")
-        return position.epoch >= options["epochs"] or (max_steps is not None and position.global_step >= max_steps)
+        done = {"epochs": position.epoch, "max_steps": position.global_step}
+        is_at_end = any(options.get(name) is not None and done[name] >= options[name] for name in done)
+        return is_at_end and position.global_step >= self.last_step
 
 
 def write_report(output_dir: Path, out: Path | None = None, is_running: bool = False) -> Path:
@@ -89,6 +92,14 @@ def write_report(output_dir: Path, out: Path | None = None, is_running: bool = F
     out = output_dir / REPORT_NAME if out is None else out
     write_page(build_page(describe(run, is_running)), out)
     return out
+
+
+def report_at_end(output_dir: Path) -> str:
+    """Writes the page at the end of a run and returns what to say about it: a page that fails must not fail the run."""
+    try:
+        return f"{write_report(output_dir)} shows this run"
+    except Exception as error:  # what was trained and saved is worth more than the page
+        return f"no {REPORT_NAME}: {error!r}; python model/report.py {output_dir} writes it later"
 
 
 def read_run(output_dir: Path) -> Run:
@@ -104,7 +115,7 @@ def read_run(output_dir: Path) -> Run:
         )
     try:
         curves = collect_curves(read_metrics(metrics_path))
-        left_out, skipped = (list(read_metrics(output_dir / name)) for name in (BAD_ITEMS_NAME, BAD_STEPS_NAME))
+        left_out, skipped = (list(filter(_has_step, read_metrics(output_dir / name))) for name in BAD_NAMES)
     except UnicodeDecodeError as error:
         raise ValueError(f"a .jsonl file of {output_dir} is no text: {error}") from error
     checkpoint, notes = find_newest(output_dir)
@@ -126,11 +137,11 @@ def read_run(output_dir: Path) -> Run:
     )
 
 
-def collect_curves(lines) -> dict[str, Curve]:
+def collect_curves(lines: Iterable[Any]) -> dict[str, Curve]:
     """Every number of lines of metrics, by key, over their steps; `{"a": {"b": 1}}` becomes `a/b`, null becomes nan."""
     columns: dict[str, tuple[list[int], list[float]]] = {}
     for line in lines:
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+        if not _has_step(line):
             continue
         for key, value in line.items():
             parts = {f"{key}/{name}": part for name, part in value.items()} if isinstance(value, dict) else {key: value}
@@ -138,8 +149,12 @@ def collect_curves(lines) -> dict[str, Curve]:
                 if part is None or (isinstance(part, int | float) and not isinstance(part, bool)):
                     steps, values = columns.setdefault(name, ([], []))
                     steps.append(line["step"])
-                    values.append(np.nan if part is None else float(part))
+                    values.append(float(part) if part is not None and math.isfinite(part) else np.nan)
     return {key: (np.array(steps, np.int64), np.array(values)) for key, (steps, values) in columns.items()}
+
+
+def _has_step(line: Any) -> bool:
+    return isinstance(line, dict) and isinstance(line.get("step"), int)
 
 
 def describe(run: Run, is_running: bool = False) -> RunPage:
@@ -156,8 +171,8 @@ def describe(run: Run, is_running: bool = False) -> RunPage:
         written_at=run.written_at,
         curves={key: curve for key, curve in run.curves.items() if key != "step"},
         warnings=[*find_warnings(run), *run.notes],
-        left_out=[f"step {line.get('step')}: {line.get('reason')}" for line in run.left_out],
-        skipped=[f"step {line.get('step')}: {', '.join(map(str, line.get('items', [])))}" for line in run.skipped],
+        left_out=[f"step {line['step']}: {line.get('reason')}" for line in run.left_out],
+        skipped=[f"step {line['step']}: {', '.join(map(str, line.get('items', [])))}" for line in run.skipped],
         samples=run.samples,
         options=group_options(state.options) if state else {},
         facts=list_facts(run),
@@ -184,7 +199,7 @@ def find_warnings(run: Run) -> list[str]:
             found.append(f"The loss was not finite in {lines}{', first' if len(lost) > 1 else ''} at step {lost[0]:,}.")
     num_skipped = int(np.nansum(run.curves["skipped_steps"][1])) if "skipped_steps" in run.curves else 0
     if num_skipped:
-        steps = sorted({line["step"] for line in run.skipped if line.get("step", run.last_step + 1) <= run.last_step})
+        steps = sorted({line["step"] for line in run.skipped if line["step"] <= run.last_step})
         named = ", ".join(f"{step:,}" for step in steps[:MAX_NAMED_STEPS])
         named += ", …" if len(steps) > MAX_NAMED_STEPS else ""
         found.append(

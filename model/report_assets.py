@@ -173,6 +173,7 @@ sections.forEach((section, number) => {
     button.addEventListener("click", () => { section.dataset.scale = button.dataset.scale; });
   }
 });
+for (const one of document.querySelectorAll(".scroll")) one.scrollLeft = one.scrollWidth;  // the newest samples
 if (smoothed) smoothed.addEventListener("change", () => document.body.classList.toggle("smoothed", smoothed.checked));
 """
 

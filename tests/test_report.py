@@ -19,7 +19,7 @@ from PIL import Image
 from model.charts import MAX_POINTS, log_ticks, nice_ticks, smooth, thin, tick_label
 from model.checkpoint import find_newest, lock_output_dir, read_state
 from model.options import build_parser
-from model.report import command_to_go_on, holds_lock, main, write_report
+from model.report import command_to_go_on, holds_lock, main, report_at_end, write_report
 from model.report_page import build_charts
 from model.samples_format import read_samples, write_samples
 from tests.small_run import ROOT, environment, solver_args, train
@@ -257,6 +257,7 @@ def test_warnings_count_skipped_steps_and_items_left_out(tmp_path):
     assert text.lower().count("<script") == 2 and "<img" not in text
 
 
+@pytest.mark.slow
 def test_100000_lines_give_a_page_of_a_sane_size(tmp_path):
     rng = np.random.default_rng(0)
     noise = rng.normal(size=(100_000, 3)).tolist()
@@ -279,11 +280,21 @@ def test_young_runs_have_a_page(tmp_path, lines, said):
 def test_a_torn_line_and_a_damaged_folder_of_samples_leave_a_page(tmp_path):
     folder = write_lines(tmp_path, [line_at(1), line_at(2)])
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "lo')
+        file.write('{"loss": 3}\n[1]\n{"step": 3, "loss": NaN, "lr": Infinity}\n{"step": 4, "lo')
     write_samples(folder, 2, [("a", "b", [])])
     (folder / "samples" / "step00000002" / "samples.json").write_text("[{}]")
     text = write_report(folder).read_text()
-    assert "step <b>2</b>" in text and "samples are not shown" in text and "samples.json cannot be read" in text
+    assert "step <b>3</b>" in text and "samples are not shown" in text and "samples.json cannot be read" in text
+
+
+def test_a_page_that_fails_is_one_line_to_say_and_no_error(tmp_path):
+    folder = write_lines(tmp_path / "run", [line_at(1)])
+    assert report_at_end(folder) == f"{folder / 'report.html'} shows this run"
+    (folder / "report.html").unlink()
+    (folder / "report.html").mkdir()
+    said = report_at_end(folder)
+    assert said.startswith("no report.html: IsADirectoryError") and "\n" not in said
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "report.html"]
 
 
 @pytest.mark.parametrize("has_folder", [True, False])
@@ -295,6 +306,7 @@ def test_a_folder_that_is_no_run_is_one_clear_error(tmp_path, capsys, has_folder
     assert "give the --output_dir" in error and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_that_is_still_going_is_known_by_its_lock(tmp_path):
     folder = write_lines(tmp_path / "run", [line_at(1), line_at(2)])
     script = "from pathlib import Path; import sys; from model.report import main; sys.exit(main(sys.argv[1:]))"
@@ -353,10 +365,10 @@ def test_samples_name_only_files_of_their_folder(tmp_path, name):
 
 
 def test_many_steps_of_samples_are_thinned_to_both_ends(tmp_path):
-    folder = write_lines(tmp_path, [line_at(100)])
-    for step in range(1, 101):
+    folder = write_lines(tmp_path, [line_at(30)])
+    for step in range(1, 31):
         write_samples(folder, step, [("a", f"answer {step}", [])])
     text = write_report(folder).read_text()
     columns = [int(step) for step in re.findall(r"<th>step (\d+)</th>", text)]
-    assert len(columns) == 8 and columns[0] == 1 and columns[-1] == 100 and columns == sorted(columns)
-    assert math.isclose(np.diff(columns).mean(), 99 / 7) and "92 of 100 steps" in text
+    assert len(columns) == 8 and columns[0] == 1 and columns[-1] == 30 and columns == sorted(columns)
+    assert math.isclose(np.diff(columns).mean(), 29 / 7) and "22 of 30 steps" in text
