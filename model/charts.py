@@ -149,6 +149,7 @@ def chart_html(chart: Chart, last_step: int, epoch_steps: Sequence[int] = ()) ->
     ticks = "".join(
         f'<span style="left:{100 * tick / last_step:.2f}%">{tick_label(tick)}</span>'
         for tick in nice_ticks(0, last_step, NUM_X_TICKS)
+        if tick == round(tick)
     )
     axis = "optimizer step" + ("; dotted: the end of an epoch" if marks and chart.is_wide else "")
     classes, scale = "card chart wide" if chart.is_wide else "card chart", "log" if starts_log else "linear"
@@ -256,13 +257,15 @@ def _curve(series: Series, axis: _Axis, last_step: int) -> str:
     """The raw curve, and over it the smoothed one or, for sparse ones, marks."""
     steps, heights = thin(series.steps, axis.heights(series.values))
     x = BOX * steps / last_step
+    is_there = ~np.isnan(heights)
+    dots = "".join(f"M{a:.1f} {b:.1f}h0" for a, b in zip(x[is_there], heights[is_there], strict=True))
     if series.style == "sparse":
-        is_there = ~np.isnan(heights)
-        dots = "".join(f"M{a:.1f} {b:.1f}h0" for a, b in zip(x[is_there], heights[is_there], strict=True))
         line = _path(x[is_there], heights[is_there])
         return f'<path class="line sparse {series.color}" d="{line}"/><path class="dots {series.color}" d="{dots}"/>'
     if not _is_smoothed(series):
-        return f'<path class="line {series.color}" d="{_path(x, heights)}"/>'
+        line = f'<path class="line {series.color}" d="{_path(x, heights)}"/>'
+        # A young run's few values would hardly be seen as a line.
+        return line + (f'<path class="dots small {series.color}" d="{dots}"/>' if len(steps) < MIN_TO_SMOOTH else "")
     smooth_steps, smooth_heights = thin(series.steps, axis.heights(smooth(series.values)))
     return (
         f'<path class="line raw {series.color}" d="{_path(x, heights)}"/>'

@@ -190,13 +190,14 @@ def find_status(run: Run, is_running: bool) -> str:
 def find_warnings(run: Run) -> list[str]:
     """What a person should know who looks at nothing else, one sentence each."""
     found = []
-    if "loss" in run.curves:
-        steps, values = run.curves["loss"]
-        num_targets = dict(zip(*run.curves.get("num_valid_tokens", ((), ())), strict=True))
-        lost = [step for step in steps[np.isnan(values)].tolist() if num_targets.get(step, 1) > 0]
+    for prefix, name in (("", "loss"), ("val_", "validation loss")):
+        steps, values = run.curves.get(f"{prefix}loss", ((), np.array([])))
+        num_targets = dict(zip(*run.curves.get(f"{prefix}num_valid_tokens", ((), ())), strict=True))
+        lost = [step for step, value in zip(steps, values, strict=True) if np.isnan(value) and num_targets.get(step, 1)]
         if lost:
             lines = f"{len(lost):,} log line{'s' if len(lost) > 1 else ''}"
-            found.append(f"The loss was not finite in {lines}{', first' if len(lost) > 1 else ''} at step {lost[0]:,}.")
+            where = f"{', first' if len(lost) > 1 else ''} at step {lost[0]:,}"
+            found.append(f"The {name} was not finite in {lines}{where}.")
     num_skipped = int(np.nansum(run.curves["skipped_steps"][1])) if "skipped_steps" in run.curves else 0
     if num_skipped:
         steps = sorted({line["step"] for line in run.skipped if line["step"] <= run.last_step})

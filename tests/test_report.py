@@ -239,11 +239,13 @@ def test_a_null_breaks_the_curve_and_is_told_as_not_finite(tmp_path):
     lines = [line_at(step) for step in range(1, 11)]
     lines[4]["loss"] = None
     lines[7] |= {"loss": None, "num_valid_tokens": 0}  # a step without any target is no fault
-    text = write_report(write_lines(tmp_path, lines)).read_text()
+    validation = [{"step": 5, "epoch": 0.1, "val_loss": 3.0}, {"step": 9, "epoch": 0.1, "val_loss": None}]
+    text = write_report(write_lines(tmp_path, lines + validation)).read_text()
     curve = re.search(r'<path class="line c-train" d="([^"]*)"', text)[1]
     points = [1 + part.count("L") for part in curve.split("M")[1:]]
     assert points == [4, 2, 2]  # broken at 5 and at 8
     assert "The loss was not finite in 1 log line at step 5." in text
+    assert "The validation loss was not finite in 1 log line at step 9." in text
 
 
 def test_warnings_count_skipped_steps_and_items_left_out(tmp_path):
