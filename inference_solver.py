@@ -388,21 +388,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options = validate(args)
         if args.serve:
-            serve.import_gradio()
-            serve.free_port(args.host, args.port)
-        solver = FlexARInferenceSolver(
-            args.model_path,
-            args.precision,
-            args.target_size,
-            tokenizer=args.tokenizer,
-            vqgan_dir=args.vqgan_dir,
-            device=args.device,
-        )
-        if args.image or args.out or args.serve:
-            solver.check_vqgan(with_decoder=args.out is not None or args.serve)
-        if args.serve:
-            serve.serve(solver, options, args.max_gen_len, args.host, args.port, title=args.model_path)
+            serve.serve(
+                lambda: build_solver(args), options, args.max_gen_len, args.host, args.port, title=args.model_path
+            )
             return 0
+        solver = build_solver(args)
         return answer_once(solver, args, options)
     except (ValueError, OSError, ImportError) as error:
         print(f"inference_solver.py: {error}", file=sys.stderr)
@@ -410,6 +400,21 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("inference_solver.py: interrupted", file=sys.stderr)
         return 130
+
+
+def build_solver(args: argparse.Namespace) -> FlexARInferenceSolver:
+    """The solver of the command line; what is wrong with the VQGAN is told now if it is needed."""
+    solver = FlexARInferenceSolver(
+        args.model_path,
+        args.precision,
+        args.target_size,
+        tokenizer=args.tokenizer,
+        vqgan_dir=args.vqgan_dir,
+        device=args.device,
+    )
+    if args.image or args.out or args.serve:
+        solver.check_vqgan(with_decoder=args.out is not None or args.serve)
+    return solver
 
 
 def answer_once(solver: FlexARInferenceSolver, args: argparse.Namespace, options: SamplingOptions) -> int:
