@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
 def find_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the arguments."""
     problems = []
-    for name in ("num_tokens", "repeats", "bandwidth_tb_s", *("batch_sizes",) * bool(args.batch_sizes)):
+    for name in ("num_tokens", "repeats", "bandwidth_tb_s", "batch_sizes"):
         value = getattr(args, name)
         if min(value if isinstance(value, list) else [value]) <= 0:
             problems.append(f"--{name} must be above 0, got {value}")
