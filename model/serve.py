@@ -42,6 +42,8 @@ CONTENT_POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
 CSS = """
 .gradio-container { max-width: 1400px !important; }
 #pictures .grid-wrap { max-height: none; overflow: visible; }
+#pictures .thumbnail-item { aspect-ratio: auto; height: auto; }
+#images .grid-container { grid-template-columns: repeat(auto-fill, 100px) !important; }
 #pictures .grid-container { grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); }
 #status p { margin: 0; padding: 2px 0; }
 #status .bad { color: var(--error-text-color); font-weight: 600; }
@@ -346,6 +348,8 @@ def _launch(gradio, blocks, host: str, port: int) -> str:
     """Open the page in a thread of its own; its address."""
     from starlette.middleware import Middleware
 
+    for name in ("NO_PROXY", "no_proxy"):  # Gradio looks whether its page is there: not through the cluster's proxy
+        os.environ[name] = ",".join([*LOCAL_HOSTS, host, *filter(None, [os.environ.get(name)])])
     system_fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     _, url, _ = blocks.queue(max_size=32, api_open=False).launch(
         server_name=host,

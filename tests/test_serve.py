@@ -198,6 +198,7 @@ def served(folders, tmp_path):
     (tmp_path / "tmp").mkdir()
     command = [sys.executable, "inference_solver.py", *flags(folders), "--serve", "--port", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "tmp")}
+    environment |= dict.fromkeys(("HTTP_PROXY", "http_proxy"), "http://127.0.0.1:9")  # as on a cluster; nobody is there
     with open(tmp_path / "stderr", "w") as errors:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
     try:
@@ -317,7 +318,8 @@ def test_the_page_in_a_browser(served, browser, solver, folders, tmp_path):
     text, _ = solver.generate(paths, [["<|image|>two <|image|>", None]], MAX_GEN_LEN, 1.0, options, seed=PAGE_SEED)
     assert page.all("#answer textarea")[0].get_attribute("value") == text
 
-    # nothing from elsewhere, and nothing that the page's policy or the missing network refused
+    # nothing from elsewhere, nothing that the policy of the page or the missing network refused
+    assert "default-src 'self'" in urllib.request.urlopen(url).headers["Content-Security-Policy"]
     elsewhere = "return performance.getEntriesByType('resource').map(e => e.name).filter(n => !n.startsWith(origin))"
     assert [name for name in browser.execute_script(elsewhere) if not name.startswith(("data:", "blob:"))] == []
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
