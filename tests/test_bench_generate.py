@@ -24,6 +24,7 @@ def test_all_ways_draw_the_same_greedy_tokens():
         assert row["equal_tokens"] == 1 and row["ratio"].keys() == row["baseline"].keys() == {"batched", "one by one"}
         for way, baseline in row["baseline"].items():
             assert row["ratio"][way] == pytest.approx(row["ours"]["tokens_per_s"] / baseline["tokens_per_s"])
+            assert row["cpu_time_ratio"][way] == pytest.approx(baseline["cpu_seconds"] / row["ours"]["cpu_seconds"])
     assert (summary["batch_size"], summary["cfg"]) == (2, 1)
 
 
