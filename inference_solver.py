@@ -70,6 +70,7 @@ class FlexARInferenceSolver:
         tokenizer: str | None = None,
         vqgan_dir: str | Path | None = None,
         device: str = "auto",
+        compile_step: bool = False,
     ):
         """
         Args:
@@ -79,10 +80,11 @@ class FlexARInferenceSolver:
             tokenizer: folder or hub id; by default that of the checkpoint.
             vqgan_dir: needed once an image is put in or comes out.
             device: "auto" (CUDA where there is one), "cuda", "cpu".
+            compile_step: fuse the small operations of a token with `torch.compile`, which takes a minute at first.
         """
         if precision not in DTYPES:
             raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(DTYPES)}.")
-        self.device = choose_device(device)
+        self.device, self.compile_step = choose_device(device), compile_step
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         self.vqgan_dir = Path(vqgan_dir or DEFAULT_VQGAN_DIR)
         folder = resolve_checkpoint(model_path)
@@ -200,8 +202,9 @@ class FlexARInferenceSolver:
         with ProgressDisplay(desc) if desc else nullcontext() as display:
             meter = GenerationMeter(sizes, batch_size, max_gen_len, display.show if display else on_progress)
             generations = generate_batch(
-                self.model, prompts, self.vocab, options, max_gen_len, starts, batch_size, meter.update
-            )
+                self.model, prompts, self.vocab, options, max_gen_len, starts, batch_size, meter.update,
+                compile_step=self.compile_step,
+            )  # fmt: skip
         answers = self._decode(generations)
         if any(answer.is_cut_off for answer in answers):
             logger.warning("%s", describe_cuts(answers, max_gen_len))
@@ -320,6 +323,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--image_top_k", type=int, default=2000, help="tokens drawn from inside pictures (default: %(default)s)")
     add("--text_top_k", type=int, default=10, help="tokens drawn from in text (default: %(default)s)")
     add("--seed", type=int, default=0, help="same seed, same answer (default: %(default)s)")
+    add("--compile", action="store_true", help="fuse the small operations of a token (a minute at first; on CUDA)")
     return parser
 
 
@@ -411,6 +415,7 @@ def build_solver(args: argparse.Namespace) -> FlexARInferenceSolver:
         tokenizer=args.tokenizer,
         vqgan_dir=args.vqgan_dir,
         device=args.device,
+        compile_step=args.compile,
     )
     if args.image or args.out or args.serve:
         solver.check_vqgan(with_decoder=args.out is not None or args.serve)

@@ -105,6 +105,14 @@ def test_greedy_with_guidance_equals_two_plain_forwards(cfg):
             assert generation.tokens == plain_generate(model, prompt, start, cfg, 40)
 
 
+def test_a_compiled_step_draws_the_same_tokens(monkeypatch):
+    plain_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: plain_compile(function, backend="aot_eager"))  # no C++ here
+    model, prompts = make_model(), make_prompts()
+    plain = generate_batch(model, prompts, VOCAB, SamplingOptions(cfg=3.0), 30)
+    assert generate_batch(model, prompts, VOCAB, SamplingOptions(cfg=3.0), 30, compile_step=True) == plain
+
+
 def test_guidance_changes_images():
     results = [
         generate_batch(make_model(), make_prompts(), VOCAB, replace(GREEDY, cfg=cfg), 20, [IMAGE_START] * 5)
