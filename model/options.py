@@ -197,6 +197,12 @@ def _add_parallel_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--precision", choices=("bf16", "fp16", "tf32", "fp32"), help="masters are fp32")
     group.add_argument("--grad_precision", choices=("fp32", "bf16", "fp16"), help="of sums of gradients over ranks")
     _add_switch(group, "checkpointing", None, "recompute activations in the backward: less memory, a third more work")
+    group.add_argument("--checkpointing_every", type=int, help="recompute one of so many layers only; 0: see above")
+    _add_switch(
+        group, "checkpointing_selective", None,
+        "recompute all but matrix products and attention: between no checkpointing and the full one in memory and work",
+    )  # fmt: skip
+    _add_switch(group, "cpu_offload", None, "weights, gradients and optimizer on the host; its step is taken there")
     _add_switch(group, "compile", "no_compile", "torch.compile of the decoder's layers; None: on CUDA only")
     group.add_argument("--device", choices=("auto", "cuda", "cpu"), help="auto: cuda if there is one")
     group.add_argument("--dist_timeout_s", type=float, help="seconds that a rank waits for the others")
