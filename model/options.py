@@ -14,7 +14,7 @@ from model.chameleon import MODEL_SIZES
 from model.checkpoint import CheckpointOptions
 from model.distributed import detect_launch, stop_at_start
 from model.image_head import IMAGE_HEAD_INITS
-from model.optim import OptimOptions
+from model.optim import OPTIMIZERS, OptimOptions
 from model.parallelize import ParallelOptions
 from model.step_guard import GuardOptions
 
@@ -179,6 +179,11 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_optim_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--optim",
+        choices=OPTIMIZERS,
+        help="moments in fp32 (8 bytes per trained parameter), in bf16 (4), or in 8 bits by torchao (2)",
+    )
     group.add_argument("--epochs", type=int, help="passes over the data; also the end of the cosine")
     group.add_argument("--warmup_epochs", type=float, help="epochs of linear warm-up from 0; 0 switches it off")
     group.add_argument("--lr", type=float, help="highest learning rate")
