@@ -60,6 +60,7 @@ from model.metrics import MetricsFile, MetricSums, Progress, read_numbers, summa
 from model.optim import build_optimizer, lr_at, set_lr
 from model.options import Options, build_parser, resolve_model
 from model.parallelize import build_mesh, set_matmul_precision
+from model.plan import print_plan
 from model.step_guard import StepGuard
 from model.stop_signal import SIGNALS, StopSignal, requeue_on_slurm
 from model.training import allocate, build_sharded, micro_step, optimizer_step
@@ -359,6 +360,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a training; returns the exit code."""
     options = Options.from_namespace(build_parser().parse_args(argv))
     launch = detect_launch()
+    if options.planning.plan:
+        return print_plan(options, launch)
     try:
         dataset = prepare(options, launch)
         lock = lock_output_dir(options.checkpoint.output_dir) if launch.is_main else contextlib.nullcontext()
