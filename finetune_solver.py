@@ -29,6 +29,7 @@ from data.packing import EpochPlan, PlanOptions
 from data.plan_cache import PlanCache
 from data.rows import BadItem, EpochRows, build_loader
 from data.vocab import ChameleonVocab
+from model.adapter_folder import AdapterWriter, BaseWeights, open_weights
 from model.async_checkpoint import CheckpointSaver, SaveError
 from model.chameleon import build_config, init_weights
 from model.checkpoint import (
@@ -56,14 +57,17 @@ from model.distributed import (
     sum_counts,
     sum_over_ranks,
 )
+from model.hf_folder import resolve_checkpoint
+from model.image_head import HEAD
 from model.metrics import MetricsFile, MetricSums, Progress, read_numbers, summarize
 from model.optim import build_optimizer, lr_at, set_lr
 from model.options import Options, build_parser, resolve_model
-from model.parallelize import build_mesh, set_matmul_precision
+from model.parallelize import allocate, build_mesh, set_matmul_precision
 from model.plan import print_plan
 from model.step_guard import StepGuard
 from model.stop_signal import SIGNALS, StopSignal, requeue_on_slurm
-from model.training import allocate, build_sharded, micro_step, optimizer_step
+from model.trainable import init_adapters
+from model.training import build_sharded, micro_step, optimizer_step
 
 BAD_ITEMS_NAME = "bad_items.jsonl"
 
@@ -170,25 +174,29 @@ class Solver:
 
         self.mesh = build_mesh(options.parallel, self.device.type, self.launch.local_world_size)
         self.model = build_sharded(self.config, self.mesh, options)
-        allocate(self.model, self.device)
+        allocate(self.model, self.device, options.parallel)
         self.optimizer = build_optimizer(self.model, options.optim)
+        adapted = self._note_frozen_weights(weights) if options.trainable.is_partial else None
         if self.start is not None:
+            if adapted is not None:
+                load_checkpoint_weights(self.model, adapted.base.source)
             load_checkpoint(self.start, self.model, self.optimizer)
         elif weights is not None:
             load_checkpoint_weights(self.model, weights)
+            init_adapters(self.model, options.run.seed)
         else:
             init_weights(self.model, options.run.seed)
         self.model.train()
 
         self.sums = MetricSums(self.device)
-        self.guard = StepGuard(options.guard, self.device)
+        self.guard = StepGuard(options.guard, torch.device("cpu") if options.parallel.cpu_offload else self.device)
         self.progress = Progress(enabled=self.launch.is_main)
         output_dir = options.checkpoint.output_dir
         self.metrics_file = MetricsFile(output_dir, self.position.global_step) if self.launch.is_main else None
         # The tokenizer is written from memory: the folder that it came from may be gone by then.
         self.saver = CheckpointSaver(
             options.checkpoint, self.model, self.optimizer, self.config, self.tokenizer.save_pretrained,
-            self.progress.say,
+            self.progress.say, adapted,
         )  # fmt: skip
 
     def run_epoch(self) -> None:
@@ -343,6 +351,19 @@ class Solver:
                 raise SystemExit(stop_at_start(self.launch, problem))
             weights = str(folder)
         return weights, tokenizer
+
+    def _note_frozen_weights(self, weights: str) -> AdapterWriter:
+        """What checkpoints say of the frozen weights: what the one says from which the run goes on, or as they are."""
+        output_dir = self.options.checkpoint.output_dir
+        if self.start is None:
+            base = BaseWeights.of(weights, output_dir)
+            folder = resolve_checkpoint(weights)
+        else:
+            base = BaseWeights.read(self.start)
+            folder = base.find(self.start)
+            if base.relative is not None:  # both may have been moved
+                base = BaseWeights.of(folder, output_dir)
+        return AdapterWriter(base, self.options.trainable, open_weights(folder).dtype(HEAD))
 
     def _seed_step(self) -> None:
         """Dropout depends on where the run stands and on the rank, on nothing that came before."""

@@ -14,10 +14,11 @@ from model.chameleon import MODEL_SIZES
 from model.checkpoint import CheckpointOptions
 from model.distributed import detect_launch, stop_at_start
 from model.image_head import IMAGE_HEAD_INITS
-from model.optim import OptimOptions
+from model.optim import OPTIMIZERS, OptimOptions
 from model.parallelize import ParallelOptions
 from model.plan import PlanningOptions
 from model.step_guard import GuardOptions
+from model.trainable import IMAGE_HEAD, LORA_TARGETS, TrainableOptions
 
 # What the recipe starts from when no --init_from is given.
 DEFAULT_STARTS = {"7B": "Alpha-VLLM/Chameleon_7B_mGPT", "34B": "Alpha-VLLM/Chameleon_34B_mGPT"}
@@ -73,6 +74,7 @@ class Options:
     """All options of a run; `resolved` is the command line as it was understood, for the checkpoint."""
 
     model: ModelOptions
+    trainable: TrainableOptions
     data: DataOptions
     optim: OptimOptions
     parallel: ParallelOptions
@@ -136,13 +138,14 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     _add_model_flags(parser.add_argument_group("model"))
+    _add_trainable_flags(parser.add_argument_group("what is trained"))
     _add_data_flags(parser.add_argument_group("data"))
     _add_optim_flags(parser.add_argument_group("optimizer"))
     _add_parallel_flags(parser.add_argument_group("ranks and precision"))
     _add_checkpoint_flags(parser.add_argument_group("checkpoints"))
     _add_run_flags(parser.add_argument_group("run"))
     _add_plan_flags(parser.add_argument_group("plan"))
-    for part in (field.type for field in dataclasses.fields(Options) if dataclasses.is_dataclass(field.type)):
+    for part in (part.type for part in dataclasses.fields(Options) if dataclasses.is_dataclass(part.type)):
         fields = dataclasses.fields(part)
         parser.set_defaults(**{f.name: f.default for f in fields if f.default is not dataclasses.MISSING})
     return parser
@@ -164,6 +167,22 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model_parallel_size", type=int, help="accepted for the recipe's commands: only 1")
 
 
+def _add_trainable_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--lora_rank", type=int, help="train LoRA adapters of this rank (by peft); 0: none")
+    group.add_argument("--lora_alpha", type=float, help="adapters add lora_alpha / lora_rank times what they compute")
+    group.add_argument(
+        "--lora_targets", nargs="+", metavar="NAME", help=f"projections with an adapter; None: {' '.join(LORA_TARGETS)}"
+    )
+    group.add_argument(
+        "--train_only",
+        nargs="+",
+        metavar="NAME",
+        help=f"{IMAGE_HEAD} (the rows of image tokens in lm_head and embedding), or patterns of parameter names; None: "
+        "everything, with --lora_rank the adapters alone. What is not trained is kept in bf16, or with --precision "
+        "tf32 and fp32 in fp32",
+    )
+
+
 def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--data_config", type=Path, required=True, help="YAML that lists the record files")
     group.add_argument("--batch_size", type=int, help="items per rank and micro-step")
@@ -182,6 +201,11 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_optim_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--optim",
+        choices=OPTIMIZERS,
+        help="moments in fp32 (8 bytes per trained parameter), in bf16 (4), or in 8 bits by torchao (2)",
+    )
     group.add_argument("--epochs", type=int, help="passes over the data; also the end of the cosine")
     group.add_argument("--warmup_epochs", type=float, help="epochs of linear warm-up from 0; 0 switches it off")
     group.add_argument("--lr", type=float, help="highest learning rate")
@@ -200,6 +224,12 @@ def _add_parallel_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--precision", choices=("bf16", "fp16", "tf32", "fp32"), help="masters are fp32")
     group.add_argument("--grad_precision", choices=("fp32", "bf16", "fp16"), help="of sums of gradients over ranks")
     _add_switch(group, "checkpointing", None, "recompute activations in the backward: less memory, a third more work")
+    group.add_argument("--checkpointing_every", type=int, help="recompute one of so many layers only; 0: see above")
+    _add_switch(
+        group, "checkpointing_selective", None,
+        "recompute all but matrix products and attention: between no checkpointing and the full one in memory and work",
+    )  # fmt: skip
+    _add_switch(group, "cpu_offload", None, "weights, gradients and optimizer on the host; its step is taken there")
     _add_switch(group, "compile", "no_compile", "torch.compile of the decoder's layers; None: on CUDA only")
     group.add_argument("--device", choices=("auto", "cuda", "cpu"), help="auto: cuda if there is one")
     group.add_argument("--dist_timeout_s", type=float, help="seconds that a rank waits for the others")
@@ -209,7 +239,7 @@ def _add_checkpoint_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--output_dir", type=Path, default=Path("output_dir"), help="checkpoints and metrics.jsonl")
     group.add_argument("--save_interval", type=int, help="epochs between checkpoints; 0 switches off")
     group.add_argument("--save_iteration_interval", type=int, help="micro-steps between checkpoints; 0 switches off")
-    group.add_argument("--only_save_trainable", action="store_true", help="accepted: every weight is trained")
+    group.add_argument("--only_save_trainable", action="store_true", help="accepted: frozen weights are never saved")
     group.add_argument("--ckpt_max_keep", type=int, help="newest checkpoints kept; 0 keeps all")
     _add_switch(group, "async_save", "no_async_save", "train on while a checkpoint is written, from a copy")
     _add_switch(group, "auto_resume", "no_auto_resume", "go on from the newest checkpoint in --output_dir")

@@ -35,12 +35,12 @@ from data.dataset import TokenDataset
 from data.item_processor import load_text_tokenizer
 from data.packing import PlanOptions, plan_epoch, round_row_len
 from model.attention import as_on_cuda
-from model.chameleon import ChameleonXLLMXConfig, build_config
+from model.chameleon import IMAGE_TOKEN_PREFIX, ChameleonXLLMXConfig, build_config
 from model.convert import load_config
 from model.distributed import Launch, stop_at_start
 from model.flops import trained_flops_per_token
 from model.optim import build_optimizer
-from model.parallelize import build_mesh
+from model.parallelize import allocate, build_mesh
 from model.step_guard import StepGuard
 from model.storage_tracker import (
     ACTIVATIONS,
@@ -52,13 +52,15 @@ from model.storage_tracker import (
     StorageTracker,
     storages_of,
 )
-from model.training import allocate, build_sharded, micro_step, optimizer_step
+from model.training import build_sharded, micro_step, optimizer_step
 
 if TYPE_CHECKING:
     from model.options import Options
 
 GIB = 2**30
-VOCAB_SIZE = 65536  # Chameleon's, where no tokenizer and no config.json is at hand
+# Chameleon's vocabulary, where no tokenizer and no config.json is at hand; for memory the number of names is enough.
+VOCAB_SIZE = 65536
+IMAGE_TOKENS = {f"{IMAGE_TOKEN_PREFIX}{number}": 4 + number for number in range(8192)}
 RANKS_PER_NODE = 8  # what --data_parallel hsdp takes for a node; --hsdp_shard_size says otherwise
 # Memory that torch finds on cards by the gigabytes they are sold with: RTX 4090, L40, H100, H200 (the least seen in
 # messages of CUDA out of memory; a card may have some tenths more).
@@ -129,6 +131,7 @@ def print_plan(options: Options, launch: Launch) -> int:
         *options.planning.problems(),
         *options.optim.problems(),
         *options.parallel.problems(world_size, min(RANKS_PER_NODE, world_size)),
+        *options.trainable.problems(),
     ]
     try:
         config = find_config(options)
@@ -162,7 +165,7 @@ def find_config(options: Options) -> ChameleonXLLMXConfig:
         return load_config(model.init_from, **changes)
     if model.tokenizer and Path(model.tokenizer).is_dir():
         return build_config(model.model_size, load_text_tokenizer(model.tokenizer), **changes)
-    return build_config(model.model_size, **{"vocab_size": VOCAB_SIZE, **changes})
+    return build_config(model.model_size, IMAGE_TOKENS, vocab_size=VOCAB_SIZE, **changes)
 
 
 def size_epoch(options: Options, world_size: int) -> EpochSize:
@@ -205,7 +208,7 @@ def plan_memory(
         mesh = build_mesh(options.parallel, device.type, min(RANKS_PER_NODE, world_size))
         model = build_sharded(config, mesh, options)
         with FakeTensorMode(allow_non_fake_inputs=True), as_on_cuda(), _dropout_as_on_cuda():
-            allocate(model, device)
+            allocate(model, device, options.parallel)
             optimizer = build_optimizer(model, options.optim)
             model.train()
             _name_kinds(model, tracker)

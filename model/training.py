@@ -14,23 +14,23 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from model.chameleon import ChameleonXLLMXConfig, ChameleonXLLMXOutput, build_model, reset_rotary_buffers
-from model.parallelize import ParallelOptions, begin_micro_step, clip_grad_norm, parallelize
+from model.chameleon import ChameleonXLLMXConfig, ChameleonXLLMXOutput, build_model
+from model.parallelize import DTYPES, ParallelOptions, begin_micro_step, clip_grad_norm, parallelize
 from model.step_guard import StepGuard
+from model.trainable import choose_trainable
 
 if TYPE_CHECKING:
     from model.options import Options
 
 
 def build_sharded(config: ChameleonXLLMXConfig, mesh: DeviceMesh, options: Options) -> nn.Module:
-    """The decoder that a run trains, spread over the ranks of `mesh`, still on meta: `allocate` gives it memory."""
-    return parallelize(build_model(config, device="meta"), mesh, options.parallel)
+    """The decoder that a run trains, with what is trained chosen, spread over the ranks of `mesh`; still on meta.
 
-
-def allocate(model: nn.Module, device: torch.device) -> None:
-    """Gives this rank's shards memory on `device`. Their values are undefined, but for the rotary frequencies."""
-    model.to_empty(device=device)
-    reset_rotary_buffers(model)
+    `model.parallelize.allocate` gives it memory. Raises what `choose_trainable` raises.
+    """
+    model = build_model(config, device="meta")
+    model = choose_trainable(model, options.trainable, DTYPES[options.parallel.precision])
+    return parallelize(model, mesh, options.parallel)
 
 
 def micro_step(
