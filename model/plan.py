@@ -9,7 +9,8 @@ every token a target. It runs on any machine: tensors stand on the CPU, and wher
 as CUDA does (the flash kernel, one byte per element for dropout).
 
 Not in it: the CUDA context, buffers of NCCL and cuBLAS, and fragmentation, for all of which `needed_gib` leaves room;
-and what `--compile` saves (layers are planned uncompiled).
+what `--compile` saves (layers are planned uncompiled); and, under `--cpu_offload`, the copies on the GPU of what a rank
+holds of one layer, while it is gathered.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,11 +36,11 @@ from data.dataset import TokenDataset
 from data.item_processor import load_text_tokenizer
 from data.packing import PlanOptions, plan_epoch, round_row_len
 from model.attention import as_on_cuda
-from model.chameleon import IMAGE_TOKEN_PREFIX, ChameleonXLLMXConfig, build_config
+from model.chameleon import IMAGE_TOKEN_PREFIX, ChameleonXLLMXConfig, build_config, build_model
 from model.convert import load_config
 from model.distributed import Launch, stop_at_start
 from model.flops import trained_flops_per_token
-from model.optim import build_optimizer
+from model.optim import OptimOptions, build_optimizer
 from model.parallelize import allocate, build_mesh
 from model.step_guard import StepGuard
 from model.storage_tracker import (
@@ -52,6 +53,7 @@ from model.storage_tracker import (
     StorageTracker,
     storages_of,
 )
+from model.trainable import choose_trainable
 from model.training import build_sharded, micro_step, optimizer_step
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ CARDS_GIB = {24: 23.5, 48: 44.4, 80: 79.1, 141: 139.0}
 # between allocations and for what the plan gets wrong.
 FIXED_HEADROOM_GIB = 1.5
 HEADROOM_SHARE = 0.05
+HOST_KINDS = (PARAMETERS, GRADIENTS, OPTIMIZER)  # under --cpu_offload
 ROW_TENSORS = ("input_ids", "labels", "position_ids")
 
 
@@ -94,13 +97,15 @@ class PlanningOptions:
 class MemoryPlan:
     """What rank 0 needs, in bytes, and what the model is like.
 
-    `most` is the largest figure of each of `KINDS` at any moment, `at_peak` the figures at the moment of the largest
-    sum, `peak`, which is reached in `peak_during`. `checkpoint` is what one takes on disk, by part.
+    `most` is the largest figure of each of `KINDS` at any moment, and those `on_host` are not on the GPU; `at_peak` has
+    the figures at the moment of the largest sum, `peak`, which is reached in `peak_during`. `checkpoint` is what one
+    takes on disk, by part.
     """
 
     num_parameters: int
     num_trained: int
     most: Mapping[str, int]
+    on_host: Collection[str]
     at_peak: Mapping[str, int]
     peak: int
     peak_during: str
@@ -135,7 +140,8 @@ def print_plan(options: Options, launch: Launch) -> int:
     ]
     try:
         config = find_config(options)
-    except (ValueError, OSError) as error:
+        choose_trainable(build_model(config, device="meta"), options.trainable)
+    except (ValueError, OSError, ImportError) as error:
         problems.append(str(error))
     if problems:
         return stop_at_start(launch, "\n  - ".join(["finetune_solver.py: there is nothing to plan:", *problems]))
@@ -202,7 +208,9 @@ def plan_memory(
 
     # Compiled layers hold no tensors that a plan could see, and keep less than these.
     options = dataclasses.replace(options, parallel=dataclasses.replace(options.parallel, compile=False))
-    device, tracker = torch.device("cpu"), StorageTracker()
+    device = torch.device("cpu")
+    tracker = StorageTracker(on_host=HOST_KINDS if options.parallel.cpu_offload else ())
+    _fill_caches(options.optim)
     cu_seqlens = torch.tensor([*range(0, row_len, document_len), row_len], dtype=torch.int32)
     with _fake_process_group(world_size):
         mesh = build_mesh(options.parallel, device.type, min(RANKS_PER_NODE, world_size))
@@ -218,6 +226,7 @@ def plan_memory(
                 num_parameters=sum(p.numel() for p in parameters),
                 num_trained=sum(p.numel() for p in parameters if p.requires_grad),
                 most=dict(tracker.most),
+                on_host=tracker.on_host,
                 at_peak=dict(tracker.at_peak),
                 peak=tracker.peak,
                 peak_during=tracker.peak_during,
@@ -247,6 +256,7 @@ def summarize_plan(options: Options, memory: MemoryPlan, epoch: EpochSize | None
         "num_trained_parameters": memory.num_trained,
         "peak_gib": round(peak_gib, 2),
         "needed_gib": round(needed, 2),
+        "host_gib": round(sum(memory.most.get(kind, 0) for kind in memory.on_host) / GIB, 2),
         **{f"{kind}_gib": round(memory.most.get(kind, 0) / GIB, 2) for kind in KINDS},
         "at_peak_gib": {kind: round(memory.at_peak.get(kind, 0) / GIB, 2) for kind in KINDS},
         "peak_during": memory.peak_during,
@@ -272,7 +282,9 @@ def describe(figures: Mapping[str, Any], memory: MemoryPlan, unknown: str | None
         "",
         f"{'GiB per rank':<14}{'most':>10}{'at the peak':>14}",
     ]
-    lines += [f"{kind:<14}{figures[f'{kind}_gib']:>10.2f}{figures['at_peak_gib'][kind]:>14.2f}" for kind in KINDS]
+    for kind in KINDS:
+        place = "  (on the host)" if kind in memory.on_host else ""
+        lines.append(f"{kind:<14}{figures[f'{kind}_gib']:>10.2f}{figures['at_peak_gib'][kind]:>14.2f}{place}")
     lines += [
         f"{'peak':<14}{'':>10}{figures['peak_gib']:>14.2f}  (in the {memory.peak_during})",
         "",
@@ -323,6 +335,13 @@ def _dropout_as_on_cuda() -> Iterator[None]:
         F.dropout = dropout
 
 
+def _fill_caches(options: OptimOptions) -> None:
+    """Takes a step with real numbers: torchao makes a table at the first, which needs values, and keeps it."""
+    model = nn.Linear(64, 64)
+    model(torch.ones(1, 64)).sum().backward()
+    build_optimizer(model, options).step()
+
+
 def _take_steps(
     model: nn.Module,
     mesh: DeviceMesh,
@@ -368,9 +387,9 @@ def _name_kinds(model: nn.Module, tracker: StorageTracker) -> None:
 
 
 def _checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Bytes of a checkpoint's large parts (model/checkpoint.py): the weights once for Hugging Face, as they are in
-    memory, and once more, with the optimizer's states, to go on from."""
-    weights = sum(map(_full_bytes, model.parameters()))
+    """Bytes of a checkpoint's large parts (model/checkpoint.py): the trained weights once for Hugging Face, as they are
+    in memory, and once more, with the optimizer's states, to go on from."""
+    weights = sum(_full_bytes(parameter) for parameter in model.parameters() if parameter.requires_grad)
     states = [value for state in optimizer.state.values() for value in state.values()]
     moments = sum(_full_bytes(value) for value in states if isinstance(value, torch.Tensor))
     return {"weights": weights, "training state": weights + moments}

@@ -9,7 +9,7 @@ of it. This one touches no hook: it sees operators and, as that one, resized sto
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -37,14 +37,16 @@ class StorageTracker(TorchDispatchMode):
     """Counts bytes of live storages by kind, from when each is first seen.
 
     `kind` is given to what operators make from now on. `now` holds the bytes by kind, `most` the largest figure of each
-    kind, `at_peak` the figures at the moment of the largest sum, and `peak_during` what `during` was then.
+    kind, `at_peak` the figures at the moment of the largest sum, and `peak_during` what `during` was then. Kinds
+    `on_host` are not in the sum, wherever their tensors are.
 
     Kernels allocate workspaces inside, which operators without values do not show; the only large one is added by hand
     (`_workspace`).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_host: Collection[str] = ()) -> None:
         super().__init__()
+        self.on_host = on_host
         self.kind, self.during = ACTIVATIONS, ""
         self.now, self.most, self.at_peak = Counter(), Counter(), Counter()
         self.peak, self.peak_during = 0, ""
@@ -119,7 +121,7 @@ class StorageTracker(TorchDispatchMode):
 
     def _change(self, kind: str, num_bytes: int) -> None:
         self.now[kind] += num_bytes
-        self._total += num_bytes
+        self._total += 0 if kind in self.on_host else num_bytes
         if num_bytes > 0:
             self.most[kind] = max(self.most[kind], self.now[kind])
             if self._total > self.peak:
