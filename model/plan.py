@@ -219,8 +219,7 @@ def plan_memory(
             allocate(model, device, options.parallel)
             optimizer = build_optimizer(model, options.optim)
             model.train()
-            _name_kinds(model, tracker)
-            _take_steps(model, mesh, optimizer, tracker, options, cu_seqlens)
+            count_steps(model, mesh, optimizer, tracker, options, cu_seqlens)
             parameters = list(model.parameters())
             return MemoryPlan(
                 num_parameters=sum(p.numel() for p in parameters),
@@ -233,6 +232,42 @@ def plan_memory(
                 checkpoint=_checkpoint_bytes(model, optimizer),
                 flops_per_token=trained_flops_per_token(model, document_len),
             )
+
+
+def count_steps(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    optimizer: torch.optim.Optimizer,
+    tracker: StorageTracker,
+    options: Options,
+    cu_seqlens: torch.Tensor,
+) -> None:
+    """Takes two optimizer steps under a tracker, whose figures are then those of the second.
+
+    Each has two micro-steps at most (more add to the same gradients) of a row with the documents `cu_seqlens` (int32
+    [num_documents + 1], with values, on the host). The tensors of the model may have values or not.
+    """
+    device, row_len = torch.device(mesh.device_type), cu_seqlens.tolist()[-1]
+    num_micro = min(options.data.accum_iter, 2)
+    guard = StepGuard(options.guard, device)
+    _name_kinds(model, tracker)
+    with tracker:
+        for step in (1, 2):
+            for micro in range(num_micro):
+                tracker.during = "forward and backward"
+                row = {name: torch.zeros(1, row_len, dtype=torch.int64) for name in ROW_TENSORS}
+                row |= {"cu_seqlens": cu_seqlens, "num_valid_tokens": row_len - len(cu_seqlens) + 1}
+                micro_step(
+                    model, row, device, options.parallel, is_last=micro == num_micro - 1,
+                    max_seqlen=options.data.max_seq_len, divisor=row_len,
+                )  # fmt: skip
+            tracker.during = "optimizer step"
+            with tracker.counting(OPTIMIZER):
+                optimizer_step(model, mesh, optimizer, guard, options.optim.clip_grad, step, [])
+            if step == 1:
+                # The first time, sharded tensors find out the shapes of results by tensors as large as the model, which
+                # a run does without values; the second time they know.
+                tracker.restart()
 
 
 def needed_gib(peak_gib: float) -> float:
@@ -340,36 +375,6 @@ def _fill_caches(options: OptimOptions) -> None:
     model = nn.Linear(64, 64)
     model(torch.ones(1, 64)).sum().backward()
     build_optimizer(model, options).step()
-
-
-def _take_steps(
-    model: nn.Module,
-    mesh: DeviceMesh,
-    optimizer: torch.optim.Optimizer,
-    tracker: StorageTracker,
-    options: Options,
-    cu_seqlens: torch.Tensor,
-) -> None:
-    """Two optimizer steps, of at most two micro-steps: more add to the same gradients."""
-    device, row_len, num_micro = torch.device("cpu"), cu_seqlens.tolist()[-1], min(options.data.accum_iter, 2)
-    guard = StepGuard(options.guard, device)
-    with tracker:
-        for step in (1, 2):
-            for micro in range(num_micro):
-                tracker.during = "forward and backward"
-                row = {name: torch.zeros(1, row_len, dtype=torch.int64) for name in ROW_TENSORS}
-                row |= {"cu_seqlens": cu_seqlens, "num_valid_tokens": row_len - len(cu_seqlens) + 1}
-                micro_step(
-                    model, row, device, options.parallel, is_last=micro == num_micro - 1,
-                    max_seqlen=options.data.max_seq_len, divisor=row_len,
-                )  # fmt: skip
-            tracker.during = "optimizer step"
-            with tracker.counting(OPTIMIZER):
-                optimizer_step(model, mesh, optimizer, guard, options.optim.clip_grad, step, [])
-            if step == 1:
-                # The first time, sharded tensors find out the shapes of results by tensors as large as the model, which
-                # a run does without values; the second time they know.
-                tracker.restart()
 
 
 def _name_kinds(model: nn.Module, tracker: StorageTracker) -> None:
