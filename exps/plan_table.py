@@ -8,17 +8,21 @@ No GPU and no weights are needed; a plan takes some seconds to a minute on one c
 """
 
 import argparse
+import contextlib
+import io
 import json
-import subprocess
+import multiprocessing
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import finetune_solver  # noqa: E402
+
 METHODS = {
     "all weights": [],
     "LoRA, rank 16": ["--lora_rank", "16"],
@@ -43,28 +47,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     cells = [
         (size, method, world_size) for size in args.model_sizes for method in METHODS for world_size in args.world_sizes
     ]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        plans = pool.map(lambda cell: make_plan(*cell, args.batch_size, args.max_seq_len), cells)
+    planned = {}
+    # A process for each plan, forked from this one, which has imported all that it needs.
+    with multiprocessing.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:
+        plans = pool.imap(make_plan, [(*cell, args.batch_size, args.max_seq_len) for cell in cells])
         try:
-            planned = dict(zip(cells, tqdm(plans, total=len(cells), unit="plan"), strict=True))
+            planned.update(zip(cells, tqdm(plans, total=len(cells), unit="plan"), strict=True))
         except RuntimeError as error:
-            pool.shutdown(cancel_futures=True)
             print(f"exps/plan_table.py: {error}", file=sys.stderr)
             return 1
     print("\n".join(format_table(planned, args.world_sizes)))
     return 0
 
 
-def make_plan(size: str, method: str, world_size: int, batch_size: int, max_seq_len: int) -> dict[str, Any]:
-    """The figures of one plan, as its last line gives them. Raises RuntimeError, with what it said, if it failed."""
+def make_plan(cell: tuple[str, str, int, int, int]) -> dict[str, Any]:
+    """The figures of one plan, as its last line gives them, of (size, method, ranks, batch_size, max_seq_len).
+
+    Raises RuntimeError, with what it said, if there is none.
+    """
+    size, method, world_size, batch_size, max_seq_len = cell
     flags = {"plan_world_size": world_size, "model_size": size, "batch_size": batch_size, "max_seq_len": max_seq_len}
     flags |= {"accum_iter": 1, "dropout": 0.05, "z_loss_weight": 1e-5}
-    command = [sys.executable, str(ROOT / "finetune_solver.py"), "--plan", "--checkpointing", *METHODS[method]]
-    command += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command[1:])} ended with {done.returncode}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    args = ["--plan", "--checkpointing", *METHODS[method]]
+    args += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        code = finetune_solver.main(args)
+    if code:
+        raise RuntimeError(f"finetune_solver.py {' '.join(args)} ended with {code}")
+    return json.loads(out.getvalue().splitlines()[-1])
 
 
 def format_table(plans: dict[tuple[str, str, int], dict[str, Any]], world_sizes: Sequence[int]) -> list[str]:

@@ -2,11 +2,11 @@
 
     python finetune_solver.py --plan --plan_world_size 32 --model_size 34B --batch_size 8 --checkpointing
 
-The plan takes two optimizer steps of the run itself (model/training.py: the sharding, the loss, the optimizer; the
-second step has the optimizer's states from the first) on tensors without values, as rank 0 of a process group that
-sends nothing, and counts what is alive (model/storage_tracker.py). Its rows are the largest that the options allow,
-every token a target. It runs on any machine: tensors stand on the CPU, and where CUDA computes otherwise the plan does
-as CUDA does (the flash kernel, one byte per element for dropout).
+The plan takes an optimizer step of the run itself (model/training.py: the sharding, the loss, the optimizer) on
+tensors without values, as rank 0 of a process group that sends nothing, and counts what is alive
+(model/storage_tracker.py). Its rows are the largest that the options allow, every token a target. It runs on any
+machine: tensors stand on the CPU, and where CUDA computes otherwise the plan does as CUDA does (the flash kernel, one
+byte per element for dropout).
 
 Not in it: the CUDA context, buffers of NCCL and cuBLAS, and fragmentation, for all of which `needed_gib` leaves room;
 what `--compile` saves (layers are planned uncompiled); and, under `--cpu_offload`, the copies on the GPU of what a rank
@@ -65,7 +65,7 @@ VOCAB_SIZE = 65536
 IMAGE_TOKENS = {f"{IMAGE_TOKEN_PREFIX}{number}": 4 + number for number in range(8192)}
 RANKS_PER_NODE = 8  # what --data_parallel hsdp takes for a node; --hsdp_shard_size says otherwise
 # Memory that torch finds on cards by the gigabytes they are sold with: RTX 4090, L40, H100, H200 (the least seen in
-# messages of CUDA out of memory; a card may have some tenths more).
+# messages of CUDA out of memory, rounded down; a card may have some tenths more).
 CARDS_GIB = {24: 23.5, 48: 44.4, 80: 79.1, 141: 139.0}
 # Room beside the peak: the context of CUDA and the buffers of NCCL and cuBLAS, about a GiB and a half, and 5% for holes
 # between allocations and for what the plan gets wrong.
@@ -203,7 +203,7 @@ def size_epoch(options: Options, world_size: int) -> EpochSize:
 def plan_memory(
     config: ChameleonXLLMXConfig, options: Options, world_size: int, row_len: int, document_len: int
 ) -> MemoryPlan:
-    """Counts the memory of two optimizer steps over rows of `row_len` tokens, in documents of `document_len`."""
+    """Counts the memory of an optimizer step over rows of `row_len` tokens, in documents of `document_len`."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     # Compiled layers hold no tensors that a plan could see, and keep less than these.
@@ -219,7 +219,7 @@ def plan_memory(
             allocate(model, device, options.parallel)
             optimizer = build_optimizer(model, options.optim)
             model.train()
-            count_steps(model, mesh, optimizer, tracker, options, cu_seqlens)
+            count_step(model, mesh, optimizer, tracker, options, cu_seqlens)
             parameters = list(model.parameters())
             return MemoryPlan(
                 num_parameters=sum(p.numel() for p in parameters),
@@ -234,7 +234,7 @@ def plan_memory(
             )
 
 
-def count_steps(
+def count_step(
     model: nn.Module,
     mesh: DeviceMesh,
     optimizer: torch.optim.Optimizer,
@@ -242,32 +242,28 @@ def count_steps(
     options: Options,
     cu_seqlens: torch.Tensor,
 ) -> None:
-    """Takes two optimizer steps under a tracker, whose figures are then those of the second.
+    """Takes an optimizer step under a tracker, with the optimizer's states there already, as in any step but the first.
 
-    Each has two micro-steps at most (more add to the same gradients) of a row with the documents `cu_seqlens` (int32
+    It has two micro-steps at most (more add to the same gradients) of a row with the documents `cu_seqlens` (int32
     [num_documents + 1], with values, on the host). The tensors of the model may have values or not.
     """
     device, row_len = torch.device(mesh.device_type), cu_seqlens.tolist()[-1]
     num_micro = min(options.data.accum_iter, 2)
     guard = StepGuard(options.guard, device)
-    _name_kinds(model, tracker)
+    _init_states(model, optimizer)
+    _name_kinds(model, optimizer, tracker)
     with tracker:
-        for step in (1, 2):
-            for micro in range(num_micro):
-                tracker.during = "forward and backward"
-                row = {name: torch.zeros(1, row_len, dtype=torch.int64) for name in ROW_TENSORS}
-                row |= {"cu_seqlens": cu_seqlens, "num_valid_tokens": row_len - len(cu_seqlens) + 1}
-                micro_step(
-                    model, row, device, options.parallel, is_last=micro == num_micro - 1,
-                    max_seqlen=options.data.max_seq_len, divisor=row_len,
-                )  # fmt: skip
-            tracker.during = "optimizer step"
-            with tracker.counting(OPTIMIZER):
-                optimizer_step(model, mesh, optimizer, guard, options.optim.clip_grad, step, [])
-            if step == 1:
-                # The first time, sharded tensors find out the shapes of results by tensors as large as the model, which
-                # a run does without values; the second time they know.
-                tracker.restart()
+        tracker.during = "forward and backward"
+        for micro in range(num_micro):
+            row = {name: torch.zeros(1, row_len, dtype=torch.int64) for name in ROW_TENSORS}
+            row |= {"cu_seqlens": cu_seqlens, "num_valid_tokens": row_len - len(cu_seqlens) + 1}
+            micro_step(
+                model, row, device, options.parallel, is_last=micro == num_micro - 1,
+                max_seqlen=options.data.max_seq_len, divisor=row_len,
+            )  # fmt: skip
+        tracker.during = "optimizer step"
+        with tracker.counting(OPTIMIZER):
+            optimizer_step(model, mesh, optimizer, guard, options.optim.clip_grad, 1, [])
 
 
 def needed_gib(peak_gib: float) -> float:
@@ -377,8 +373,26 @@ def _fill_caches(options: OptimOptions) -> None:
     build_optimizer(model, options).step()
 
 
-def _name_kinds(model: nn.Module, tracker: StorageTracker) -> None:
-    """Tells the tracker what is a parameter, and lets it hear of gradients and of what the loss makes."""
+def _init_states(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Takes a step without gradients to speak of.
+
+    Not under the tracker: the first time, sharded tensors find out the shapes of results by tensors as large as the
+    model, which a run does without values.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.found_inf = torch.zeros((), device=next(model.parameters()).device)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _name_kinds(model: nn.Module, optimizer: torch.optim.Optimizer, tracker: StorageTracker) -> None:
+    """Tells the tracker what is a parameter or a state, and lets it hear of gradients and of what the loss makes."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                tracker.mark(value, OPTIMIZER)
     for parameter in model.parameters():
         tracker.mark(parameter, PARAMETERS)
         if parameter.requires_grad:  # FSDP calls it once the sharded gradient is in its place

@@ -1,6 +1,6 @@
 """Memory by what it is for: every storage that is allocated and freed while a piece of work runs, real or fake.
 
-`model/plan.py` runs a training step under it on tensors without values. torch has a tracker for FSDP too
+`model/plan.py` takes a training step under it on tensors without values. torch has a tracker for FSDP too
 (`torch.distributed._tools.fsdp2_mem_tracker`); it takes FSDP's hooks out and puts its own in, and calls them once per
 module where modules share a group, as our norm and head do, which moves the reduction of their gradients and hides some
 of it. This one touches no hook: it sees operators and, as that one, resized storages (FSDP's gathered weights).
@@ -62,11 +62,6 @@ class StorageTracker(TorchDispatchMode):
             yield
         finally:
             self.kind = before
-
-    def restart(self) -> None:
-        """Forgets the figures so far, but not what is alive."""
-        self.most, self.at_peak = Counter(self.now), Counter(self.now)
-        self.peak, self.peak_during = self._total, self.during
 
     def mark(self, tensor: torch.Tensor, kind: str) -> None:
         """Says what a tensor (also a sharded one) is for, and counts it if it is new."""

@@ -19,7 +19,7 @@ from model.distributed import Launch, process_group
 from model.optim import build_optimizer
 from model.options import Options, build_parser
 from model.parallelize import allocate, build_mesh
-from model.plan import GIB, count_steps, needed_gib, plan_memory
+from model.plan import GIB, count_step, needed_gib, plan_memory
 from model.storage_tracker import ACTIVATIONS, GRADIENTS, LOSS, OPTIMIZER, PARAMETERS, StorageTracker
 from model.training import build_sharded
 from tests.small_run import ROOT, SOLVER, call_main, environment, solver_args
@@ -63,7 +63,7 @@ def test_parameters_gradients_and_states_are_the_sums_by_hand(small_task, world_
     assert 0 <= found.checkpoint["training state"] - 12 * found.num_parameters <= 4 * len(parameters)
 
 
-def count_real_steps(options: Options, config, device: torch.device) -> StorageTracker:
+def count_real_step(options: Options, config, device: torch.device) -> StorageTracker:
     """What `plan_memory` does, with values and one real rank that has joined its group."""
     mesh = build_mesh(options.parallel, device.type, 1)
     model = build_sharded(config, mesh, options)
@@ -72,7 +72,7 @@ def count_real_steps(options: Options, config, device: torch.device) -> StorageT
     optimizer = build_optimizer(model, options.optim)
     tracker = StorageTracker()
     bounds = torch.arange(0, options.data.batch_size * options.data.max_seq_len + 1, options.data.max_seq_len)
-    count_steps(model.train(), mesh, optimizer, tracker, options, bounds.to(torch.int32))
+    count_step(model.train(), mesh, optimizer, tracker, options, bounds.to(torch.int32))
     return tracker
 
 
@@ -83,7 +83,7 @@ def test_a_run_with_values_has_the_same_peak(small_task, changes):
     config = load_config(small_task / "init")
     planned = plan_memory(config, options, 1, ROW_LEN, 64)
     with process_group(Launch(), "cpu", 60) as device:
-        real = count_real_steps(options, config, device)
+        real = count_real_step(options, config, device)
     assert planned.peak == pytest.approx(real.peak, rel=0.01)
     for kind in (PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOSS):
         assert planned.most[kind] == pytest.approx(real.most[kind], rel=0.01), kind
@@ -100,7 +100,7 @@ def test_peak_is_within_5_percent_of_what_a_gpu_measures(changes):
     from model.plan import find_config
 
     with process_group(Launch(), "cuda", 600) as device:
-        count_real_steps(options, find_config(options), device)
+        count_real_step(options, find_config(options), device)
         measured = torch.cuda.max_memory_allocated()
     assert figures["peak_gib"] == pytest.approx(measured / GIB, rel=0.05)
 
@@ -204,5 +204,5 @@ def test_table_holds_the_plans(capsys):
     assert plan_table.main(args) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| trained | 1 rank | 4 ranks |" and len(lines) == 2 + len(plan_table.METHODS)
-    planned = plan_table.make_plan("tiny", "image head", 4, 1, 256)
+    planned = plan_table.make_plan(("tiny", "image head", 4, 1, 256))
     assert lines[-1].startswith("| tiny, image head |") and lines[-1].endswith(f" {plan_table.format_cell(planned)} |")
