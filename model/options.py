@@ -16,6 +16,7 @@ from model.distributed import detect_launch, stop_at_start
 from model.image_head import IMAGE_HEAD_INITS
 from model.optim import OPTIMIZERS, OptimOptions
 from model.parallelize import ParallelOptions
+from model.plan import PlanningOptions
 from model.step_guard import GuardOptions
 from model.trainable import IMAGE_HEAD, LORA_TARGETS, TrainableOptions
 
@@ -42,7 +43,7 @@ class ModelOptions:
 class DataOptions:
     """Which items, and how they become rows and steps."""
 
-    data_config: Path
+    data_config: Path | None
     batch_size: int = 4
     accum_iter: int = 4
     max_seq_len: int = 4096
@@ -80,6 +81,7 @@ class Options:
     checkpoint: CheckpointOptions
     guard: GuardOptions
     run: RunOptions
+    planning: PlanningOptions
     resolved: Mapping[str, Any]
 
     @classmethod
@@ -142,6 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_parallel_flags(parser.add_argument_group("ranks and precision"))
     _add_checkpoint_flags(parser.add_argument_group("checkpoints"))
     _add_run_flags(parser.add_argument_group("run"))
+    _add_plan_flags(parser.add_argument_group("plan"))
     for part in (part.type for part in dataclasses.fields(Options) if dataclasses.is_dataclass(part.type)):
         fields = dataclasses.fields(part)
         parser.set_defaults(**{f.name: f.default for f in fields if f.default is not dataclasses.MISSING})
@@ -249,6 +252,20 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--seed", type=int, help="of fresh weights, order of items and dropout")
     group.add_argument("--max_steps", type=int, help="end with a checkpoint after so many optimizer steps")
     group.add_argument("--log_interval", type=int, help="optimizer steps between lines of metrics.jsonl")
+
+
+def _add_plan_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--plan", action=_Plan, nargs=0, help="print memory, steps, FLOPs and disk of the run, and end")
+    group.add_argument("--plan_world_size", type=int, help="ranks to plan for")
+    group.add_argument("--plan_gpu_gib", type=float, help="memory of a GPU in GiB: does the run fit it?")
+
+
+class _Plan(argparse.Action):
+    """Sets `plan`, and lets --data_config be absent: without it, a plan says all but steps and tokens."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
+        namespace.plan = True
+        next(action for action in parser._actions if action.dest == "data_config").required = False
 
 
 def _add_switch(group: argparse._ArgumentGroup, name: str, off: str | None, help_text: str) -> None:

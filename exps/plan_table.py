@@ -1,0 +1,98 @@
+"""The table of TRAIN.md that says which GPUs a training fits: every cell is a plan of the training itself.
+
+    python exps/plan_table.py
+
+Plans 7B and 34B with all weights, LoRA adapters or the image rows trained, on different numbers of ranks, each plan in
+a process of its own, and prints Markdown: the peak of a rank in GiB, and the smallest card that it fits, in GB as sold.
+No GPU and no weights are needed; a plan takes some seconds to a minute on one core.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import finetune_solver  # noqa: E402
+
+METHODS = {
+    "all weights": [],
+    "LoRA, rank 16": ["--lora_rank", "16"],
+    "image head": ["--train_only", "image_head"],
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; the defaults give the table of TRAIN.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_sizes", nargs="+", default=["7B", "34B"], help="rows of the table (7B 34B)")
+    parser.add_argument("--world_sizes", nargs="+", type=int, default=[1, 2, 8, 32, 128], help="its columns")
+    parser.add_argument("--batch_size", type=int, default=8, help="items per row (8)")
+    parser.add_argument("--max_seq_len", type=int, default=4096, help="tokens of an item (4096)")
+    parser.add_argument("--jobs", type=int, default=2, help="plans at a time (2)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table; the exit code is 1 if a plan could not be made."""
+    args = build_parser().parse_args(argv)
+    cells = [
+        (size, method, world_size) for size in args.model_sizes for method in METHODS for world_size in args.world_sizes
+    ]
+    planned = {}
+    # A process for each plan, forked from this one, which has imported all that it needs.
+    with multiprocessing.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:
+        plans = pool.imap(make_plan, [(*cell, args.batch_size, args.max_seq_len) for cell in cells])
+        try:
+            planned.update(zip(cells, tqdm(plans, total=len(cells), unit="plan"), strict=True))
+        except RuntimeError as error:
+            print(f"exps/plan_table.py: {error}", file=sys.stderr)
+            return 1
+    print("\n".join(format_table(planned, args.world_sizes)))
+    return 0
+
+
+def make_plan(cell: tuple[str, str, int, int, int]) -> dict[str, Any]:
+    """The figures of one plan, as its last line gives them, of (size, method, ranks, batch_size, max_seq_len).
+
+    Raises RuntimeError, with what it said, if there is none.
+    """
+    size, method, world_size, batch_size, max_seq_len = cell
+    flags = {"plan_world_size": world_size, "model_size": size, "batch_size": batch_size, "max_seq_len": max_seq_len}
+    flags |= {"accum_iter": 1, "dropout": 0.05, "z_loss_weight": 1e-5}
+    args = ["--plan", "--checkpointing", *METHODS[method]]
+    args += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        code = finetune_solver.main(args)
+    if code:
+        raise RuntimeError(f"finetune_solver.py {' '.join(args)} ended with {code}")
+    return json.loads(out.getvalue().splitlines()[-1])
+
+
+def format_table(plans: dict[tuple[str, str, int], dict[str, Any]], world_sizes: Sequence[int]) -> list[str]:
+    """Lines of Markdown, of plans by (size, method, ranks)."""
+    heads = ["trained", *(f"{number} rank{'s' if number > 1 else ''}" for number in world_sizes)]
+    lines = [f"| {' | '.join(heads)} |", "|---" + "|---:" * len(world_sizes) + "|"]
+    for size, method in dict.fromkeys((size, method) for size, method, _ in plans):
+        row = [format_cell(plans[size, method, world_size]) for world_size in world_sizes]
+        lines.append(f"| {size}, {method} | {' | '.join(row)} |")
+    return lines
+
+
+def format_cell(plan: dict[str, Any]) -> str:
+    """Peak in GiB and the smallest card, such as `28.2: 48 GB`."""
+    cards = plan["fits_cards_gb"]
+    return f"{plan['peak_gib']:.1f}: {f'{min(cards)} GB' if cards else 'none'}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
