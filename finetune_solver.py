@@ -169,17 +169,12 @@ class Solver:
             init_weights(self.model, options.run.seed)
         self.model.train()
 
-        output_dir, max_bad_items = options.checkpoint.output_dir, options.data.max_bad_items
+        peak = peak_tokens_per_s(self.model, self.dataset.table.lengths, self.device, self.launch.world_size)
         self.run_log = RunLog(
-            output_dir, self.position.global_step, self.device, self.launch.is_main, self.dataset.types,
-            options.model.z_loss_weight,
-            peak_tokens_per_s(self.model, self.dataset.table.lengths, self.device, self.launch.world_size),
-        )  # fmt: skip
+            options, self.position.global_step, self.device, self.launch.is_main, self.dataset.types, peak
+        )
         self.say = self.run_log.progress.say
-        self.bad_data = BadData(
-            output_dir, self.bad_items, self.dataset.place, self.say, self.launch.is_main, max_bad_items,
-            options.guard.max_bad_steps,
-        )  # fmt: skip
+        self.bad_data = BadData(options, self.bad_items, self.dataset.place, self.say, self.launch.is_main)
         self.guard = StepGuard(options.guard, self.device)
         # The tokenizer is written from memory: the folder that it came from may be gone by then.
         self.saver = CheckpointSaver(

@@ -5,10 +5,10 @@ Both are agreed on by all ranks, told once, and end the run (`RunError`) if ther
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from data.rows import BadItem
 from model.distributed import gather_lists
+from model.options import Options
 
 BAD_ITEMS_NAME = "bad_items.jsonl"
 BAD_STEPS_NAME = "bad_steps.jsonl"
@@ -27,18 +27,16 @@ class BadData:
 
     def __init__(
         self,
-        output_dir: Path,
+        options: Options,
         found: Mapping[str, str],
         place: Callable[[int], str],
         say: Callable[[str], None],
         is_main: bool,
-        max_bad_items: int,
-        max_bad_steps: int,
     ) -> None:
         """`found`: the items that are left out already, place on disk: reason. `place(item)` tells where one lies."""
         self.items = dict(found)
-        self._output_dir, self._place, self._say, self._is_main = output_dir, place, say, is_main
-        self._max_bad_items, self._max_bad_steps = max_bad_items, max_bad_steps
+        self._output_dir, self._place, self._say, self._is_main = options.checkpoint.output_dir, place, say, is_main
+        self._max_bad_items, self._max_bad_steps = options.data.max_bad_items, options.guard.max_bad_steps
 
     def leave_out(self, bad_items: Sequence[BadItem], step: int) -> None:
         """Notes the items of all ranks' rows that could not be read. Raises RunError if there are too many."""

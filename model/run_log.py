@@ -1,7 +1,7 @@
 """The log of a run: figures are summed in the steps, and once per log line brought together and told.
 
 `RunLog` holds what a line needs: the sums on the device, the clock, the time that the loop waited for rows; and where
-lines go: the bar or plain lines, `metrics.jsonl`. One collective and one wait for the device per line.
+lines go: the bar or plain lines, `metrics.jsonl`, trackers. One collective and one wait for the device per line.
 """
 
 import contextlib
@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 from model.distributed import gather_over_ranks
-from model.metrics import MetricsFile, MetricSums, Progress, read_numbers, summarize
+from model.metrics import MetricsFile, MetricSums, Progress, flatten, read_numbers, summarize
+from model.options import Options
+from model.trackers import Trackers
 
 
 class RunLog:
@@ -23,20 +25,26 @@ class RunLog:
 
     def __init__(
         self,
-        output_dir: Path,
+        options: Options,
         resume_step: int,
         device: torch.device,
         is_main: bool,
         types: Sequence[str],
-        z_loss_weight: float,
         peak_tokens_per_s: float | None = None,
     ) -> None:
         """Goes on after `resume_step`; `peak_tokens_per_s`: at the peak of all GPUs (`model/gpu_peaks.py`)."""
         self.progress = Progress(enabled=is_main)
         self.sums = MetricSums(device, len(types))
-        self._file = MetricsFile(output_dir, resume_step) if is_main else None
-        self._device, self._types, self._z_loss_weight = device, types, z_loss_weight
+        self._device, self._types, self._z_loss_weight = device, types, options.model.z_loss_weight
         self._peak_tokens_per_s = peak_tokens_per_s
+        self._file: MetricsFile | None = None
+        self.trackers: Trackers | None = None
+        if is_main:
+            output_dir = options.checkpoint.output_dir
+            self._file = MetricsFile(output_dir, resume_step)
+            self.trackers = Trackers(
+                options.trackers, output_dir, resume_step, self._file.last_step, options.resolved, self.progress.say
+            )
         self._restart()
 
     def _restart(self) -> None:
@@ -93,6 +101,7 @@ class RunLog:
     def _append(self, line: Mapping[str, Any]) -> None:
         if self._file is not None:
             self._file.append(line)
+            self.trackers.log(line["step"], {key: v for key, v in flatten(line).items() if key != "step"})
 
     def sync(self) -> None:
         """Puts the lines written so far on disk, before a checkpoint says that they are there."""
@@ -102,6 +111,7 @@ class RunLog:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+            self.trackers.close()
         self.progress.close()
 
 
