@@ -17,6 +17,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,11 @@ from data.dataset import TokenDataset
 from data.item_processor import load_text_tokenizer
 from data.packing import EpochPlan, PlanOptions
 from data.plan_cache import PlanCache
-from data.rows import BadItem, EpochRows, build_loader
+from data.rows import EpochRows, build_loader
 from data.vocab import ChameleonVocab
 from model.adapter_folder import AdapterWriter, BaseWeights, open_weights
 from model.async_checkpoint import CheckpointSaver, SaveError
+from model.bad_data import BadData, RunError
 from model.chameleon import build_config, init_weights
 from model.checkpoint import (
     Position,
@@ -51,51 +53,47 @@ from model.distributed import (
     detect_launch,
     end_process,
     from_main,
-    gather_lists,
     process_group,
     stop_at_start,
     sum_counts,
-    sum_over_ranks,
 )
+from model.gpu_peaks import peak_tokens_per_s
 from model.hf_folder import resolve_checkpoint
 from model.image_head import HEAD
-from model.metrics import MetricsFile, MetricSums, Progress, read_numbers, summarize
 from model.optim import build_optimizer, lr_at, set_lr
 from model.options import Options, build_parser, resolve_model
 from model.parallelize import allocate, build_mesh, set_matmul_precision
 from model.plan import print_plan
+from model.run_log import RunLog, describe_losses
 from model.step_guard import StepGuard
 from model.stop_signal import SIGNALS, StopSignal, requeue_on_slurm
-from model.trainable import init_adapters
+from model.trainable import TrainableOptions, init_adapters
 from model.training import build_sharded, micro_step, optimizer_step
-
-BAD_ITEMS_NAME = "bad_items.jsonl"
-
-
-BAD_STEPS_NAME = "bad_steps.jsonl"
-
-
-class RunError(Exception):
-    """What all ranks agree to end at; the message is for the person, `exit_code` for the shell."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+from model.validation import Validator
+from model.watch import HangWatch, StepProfiler
 
 
 class Solver:
     """One training run on one rank: finds where to start, builds model and optimizer, trains to the end."""
 
-    def __init__(self, options: Options, launch: Launch, dataset: TokenDataset, device: torch.device) -> None:
+    def __init__(
+        self,
+        options: Options,
+        launch: Launch,
+        dataset: TokenDataset,
+        device: torch.device,
+        val_dataset: TokenDataset | None = None,
+    ) -> None:
         self.options, self.launch, self.dataset, self.device = options, launch, dataset, device
-        found = None
+        self.val_dataset = val_dataset
+        found, eval_only = None, options.validation.eval_only
         if launch.is_main:
-            start, notes = find_start(options.checkpoint)
+            start, notes = find_start(options.start_options)
             found = start, notes, read_state(start) if start else None
         self.start, notes, state = from_main(found)
         self.position = state.position if state else Position()
         units_per_step = options.data.accum_iter * launch.world_size
-        if state:
+        if state and not eval_only:
             notes.append(f"going on from {self.start} after step {self.position.global_step}")
             if state.units_per_step != units_per_step:
                 units_per_step = self._settle_units_per_step(state.units_per_step, units_per_step, notes)
@@ -105,7 +103,7 @@ class Solver:
             done = {"drop": "left out", "truncate": "cut"}[options.data.overlong]
             notes.append(f"{dataset.num_overlong} items above --max_seq_len {options.data.max_seq_len} are {done}")
         self.stop_signal, self.stopped_by = StopSignal(), 0
-        self.bad_items: dict[str, str] = dict(state.bad_items) if state else {}
+        self.bad_items = state.bad_items if state else {}
         self.plan_options = PlanOptions(
             batch_size=options.data.batch_size,
             max_seq_len=options.data.max_seq_len,
@@ -145,7 +143,7 @@ class Solver:
                 print(f"nothing left to train: step {self.position.global_step} is the end of this run", flush=True)
             return
         self.build()
-        with self.stop_signal:
+        with self.stop_signal, closing(self.run_log), closing(self.hang_watch), closing(self.profiler):
             try:
                 while not self.is_finished and not self.stopped_by:
                     self.run_epoch()
@@ -155,12 +153,21 @@ class Solver:
             self.saver.wait()
         if not self.stopped_by:
             self.plans.close()
-        if self.metrics_file is not None:
-            self.metrics_file.close()
-        self.progress.close()
 
-    def build(self) -> None:
-        """Builds the sharded model, its optimizer and the logs, and fills them from a checkpoint or a start."""
+    def evaluate(self) -> int:
+        """`--eval_only`: prints the figures of validation, the last line as JSON. Returns the exit code."""
+        weights = self.build_model()
+        load_checkpoint_weights(self.model, weights)
+        figures, bad_items = self.validator.run(self.model)
+        if self.launch.is_main:
+            print("\n".join(f"left out: {bad.reason}" for bad in bad_items), end="\n" if bad_items else "")
+            print(f"validation of {weights}: {describe_losses(figures)} in {figures['val_s']:.1f} s")
+            place = {"checkpoint": weights, "step": self.position.global_step}
+            print(json.dumps(place | figures | {"val_bad_items": len(bad_items)}), flush=True)
+        return 3 if len(bad_items) > self.options.data.max_bad_items else 0
+
+    def build_model(self) -> str | None:
+        """Builds the sharded model, still empty; returns where its weights are, None for a fresh one."""
         options = self.options
         set_matmul_precision(options.parallel.precision)
         weights, tokenizer = self._find_weights()
@@ -171,10 +178,21 @@ class Solver:
             self.config = build_config(options.model.model_size, self.tokenizer, **changes)
         else:
             self.config = load_config(weights, **changes)
-
         self.mesh = build_mesh(options.parallel, self.device.type, self.launch.local_world_size)
+        if options.validation.eval_only:  # whatever was trained, the whole is what is looked at
+            options = dataclasses.replace(options, trainable=TrainableOptions())
         self.model = build_sharded(self.config, self.mesh, options)
         allocate(self.model, self.device, options.parallel)
+        if self.val_dataset is not None:
+            self.validator = Validator(
+                self.val_dataset, self.plan_options, self.launch.rank, self.launch.world_size, self.pad_id, self.device,
+                options.model.z_loss_weight, options.data.num_workers,
+            )  # fmt: skip
+        return weights
+
+    def build(self) -> None:
+        """Builds the model, its optimizer and the logs, and fills them from a checkpoint or a start."""
+        options, weights = self.options, self.build_model()
         self.optimizer = build_optimizer(self.model, options.optim)
         adapted = self._note_frozen_weights(weights) if options.trainable.is_partial else None
         if self.start is not None:
@@ -188,15 +206,20 @@ class Solver:
             init_weights(self.model, options.run.seed)
         self.model.train()
 
-        self.sums = MetricSums(self.device)
+        peak = peak_tokens_per_s(self.model, self.dataset.table.lengths, self.device, self.launch.world_size)
+        self.run_log = RunLog(
+            options, self.position.global_step, self.device, self.launch.is_main, self.dataset.types, peak
+        )
+        self.say = self.run_log.progress.say
+        self.bad_data = BadData(options, self.bad_items, self.dataset.place, self.say, self.launch.is_main)
         self.guard = StepGuard(options.guard, torch.device("cpu") if options.parallel.cpu_offload else self.device)
-        self.progress = Progress(enabled=self.launch.is_main)
-        output_dir = options.checkpoint.output_dir
-        self.metrics_file = MetricsFile(output_dir, self.position.global_step) if self.launch.is_main else None
+        output_dir, rank = options.checkpoint.output_dir, self.launch.rank
+        self.profiler = StepProfiler(options.watch.profiled_steps, output_dir, rank)
+        self.hang_watch = HangWatch(options.watch.hang_timeout_s, output_dir, rank)
         # The tokenizer is written from memory: the folder that it came from may be gone by then.
         self.saver = CheckpointSaver(
-            options.checkpoint, self.model, self.optimizer, self.config, self.tokenizer.save_pretrained,
-            self.progress.say, adapted,
+            options.checkpoint, self.model, self.optimizer, self.config, self.tokenizer.save_pretrained, self.say,
+            adapted,
         )  # fmt: skip
 
     def run_epoch(self) -> None:
@@ -213,7 +236,11 @@ class Solver:
         loader = iter(build_loader(rows, data.num_workers, data.pin_mem, start_step=self.position.step))
         for step in range(self.position.step, plan.num_steps):
             lr = lr_at(epoch + step / plan.num_steps, self.options.optim)
-            self.train_step(list(itertools.islice(loader, rows.micro_steps)), lr)
+            self.hang_watch.expect(f"step {self.position.global_step + 1}")
+            with self.profiler.step(self.position.global_step + 1):
+                with self.run_log.waiting():
+                    rows_of_step = list(itertools.islice(loader, rows.micro_steps))
+                self.train_step(rows_of_step, lr)
 
             done = step + 1
             ended = done == plan.num_steps
@@ -222,8 +249,13 @@ class Solver:
                 self.options.checkpoint, epoch, done, plan.num_steps, rows.micro_steps,
                 is_last=self.is_finished or bool(self.stopped_by), is_first=self.position.global_step == 1,
             )  # fmt: skip
-            if checkpoint or self.position.global_step % self.options.run.log_interval == 0:
+            validates = self.options.validation.is_due(self.position.global_step, self.is_finished)
+            if checkpoint or validates or self.position.global_step % self.options.run.log_interval == 0:
+                self.hang_watch.expect(f"what the device had to do up to step {self.position.global_step}")
                 self.log(epoch + done / plan.num_steps, lr, plan.fill)
+            self.hang_watch.rest()
+            if validates and not self.stopped_by:  # who ends a run grants it seconds
+                self.validate(epoch + done / plan.num_steps)
             if checkpoint:
                 self.save(checkpoint)
             if self.is_finished or self.stopped_by:
@@ -245,7 +277,7 @@ class Solver:
         if num_failed:
             self.saver.wait()  # raises SaveError
         if num_bad:
-            self.leave_out(bad_items)
+            self.bad_data.leave_out(bad_items, self.position.global_step + 1)
         for micro, row in enumerate(rows):
             divisor = num_valid
             if self.options.run.loss_norm == "micro_batch":
@@ -254,82 +286,47 @@ class Solver:
                 self.model, row, self.device, self.options.parallel, is_last=micro == len(rows) - 1,
                 max_seqlen=self.dataset.max_seq_len, divisor=divisor,
             )  # fmt: skip
-            self.sums.add(output, row["num_tokens"])
+            self.run_log.sums.add(output, row["num_tokens"], row["type_id"])
         items = [item for row in rows for item in row["item_indices"]]
         set_lr(self.optimizer, lr)
         self.grad_norm = optimizer_step(
             self.model, self.mesh, self.optimizer, self.guard, self.options.optim.clip_grad,
             self.position.global_step + 1, items,
         )  # fmt: skip
-        self.progress.advance()
-
-    def leave_out(self, bad_items: Sequence[BadItem]) -> None:
-        """Notes the items of all ranks' rows that could not be read. Raises RunError if there are too many."""
-        for bad in gather_lists(list(bad_items)):
-            if bad.place in self.bad_items:
-                continue
-            self.bad_items[bad.place] = bad.reason
-            if self.launch.is_main:
-                line = {"step": self.position.global_step + 1, "place": bad.place, "reason": bad.reason}
-                with (self.options.checkpoint.output_dir / BAD_ITEMS_NAME).open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-                self.progress.say(f"left out: {bad.reason}")
-        if len(self.bad_items) > self.options.data.max_bad_items:
-            raise RunError(
-                f"{len(self.bad_items)} items cannot be read (--max_bad_items {self.options.data.max_bad_items}), the "
-                f"last: {list(self.bad_items.values())[-1]}. Mend them, or give --max_bad_items a larger number to "
-                "train without them",
-                exit_code=3,
-            )
+        self.run_log.progress.advance()
 
     def log(self, epoch: float, lr: float, fill: float) -> None:
         """One line of figures over the steps since the last one; the only place where the host waits for the device."""
-        sums, seconds = self.sums.take()
-        sums, (grad_norm,), guarded = read_numbers(
-            sum_over_ranks(sums), self.grad_norm.reshape(1), self.guard.numbers()
-        )
+        figures, ((grad_norm,), guarded) = self.run_log.collect(self.grad_norm.reshape(1), self.guard.numbers())
         skipped, is_too_many = self.guard.read(guarded)
-        figures = summarize(sums, seconds, self.options.model.z_loss_weight)
         line = {"step": self.position.global_step, "epoch": round(epoch, 6), "lr": lr, **figures}
         line |= {"grad_norm": grad_norm, "skipped_steps": len(skipped)}
-        line |= {"fill": round(fill, 4), "bad_items": len(self.bad_items)}
-        if self.metrics_file is not None:
-            self.metrics_file.append(line)
-        self.progress.show(line)
+        line |= {"fill": round(fill, 4), "bad_items": len(self.bad_data.items)}
+        self.run_log.write(line)
         if skipped:
-            self.report_skipped(skipped, is_too_many)
+            self.bad_data.report_skipped(skipped, is_too_many)
 
-    def report_skipped(self, skipped: Sequence[tuple[int, list[int]]], is_too_many: bool) -> None:
-        """Writes down which items the skipped steps held. Raises RunError if there were too many in a row."""
-        held: dict[int, list[str]] = {}
-        for step, items in gather_lists(list(skipped)):
-            held.setdefault(step, []).extend(map(self.dataset.place, items))
-        if self.launch.is_main:
-            with (self.options.checkpoint.output_dir / BAD_STEPS_NAME).open("a") as file:
-                file.writelines(json.dumps({"step": step, "items": places}) + "\n" for step, places in held.items())
-            self.progress.say(f"skipped {len(held)} steps: gradient not finite or too large (see {BAD_STEPS_NAME})")
-        if is_too_many:
-            raise RunError(
-                f"{self.options.guard.max_bad_steps} steps in a row had a gradient that is not finite or above "
-                f"--skip_grad_norm and were skipped, the last step {max(held)}. The weights are those before them; "
-                f"{BAD_STEPS_NAME} in --output_dir lists the items. Look at them, lower --lr, or go on with "
-                "--max_bad_steps",
-                exit_code=1,
-            )
+    def validate(self, epoch: float) -> None:
+        """One line of the loss on the validation set, right after `log`."""
+        with self.run_log.paused():
+            figures, bad_items = self.validator.run(self.model)
+        self.run_log.write_validation({"step": self.position.global_step, "epoch": round(epoch, 6), **figures})
+        if bad_items:
+            self.bad_data.leave_out(bad_items, self.position.global_step)
 
     def save(self, name: str) -> None:
         """Saves a checkpoint under that name; the lines of `metrics.jsonl` up to it are on disk before it is.
 
         Returns before it is whole (`saver.wait`). Raises SaveError, on all ranks, if it or the one before cannot be.
         """
-        if self.metrics_file is not None:
-            self.metrics_file.sync()
+        self.run_log.sync()
         units_per_step, resolved = self.plan_options.units_per_step, dict(self.options.resolved)
         state = TrainerState(
-            self.position, units_per_step, self.launch.world_size, resolved, self.dataset.fingerprint, self.bad_items
-        )
-        self.saver.save(name, state)
-        self.sums.restart_clock()
+            self.position, units_per_step, self.launch.world_size, resolved, self.dataset.fingerprint,
+            self.bad_data.items,
+        )  # fmt: skip
+        with self.run_log.paused():
+            self.saver.save(name, state)
 
     def _find_weights(self) -> tuple[str | None, str]:
         """(folder or hub id that gives configuration and weights, or None for a fresh model; tokenizer)."""
@@ -339,7 +336,8 @@ class Solver:
         weights, tokenizer = resolve_model(options)
         image_head_init = options.image_head_init or ("keep" if options.init_from else "zero")
         # The recipe's weights are always taken from a copy of the run's own, which one rank makes.
-        if weights is not None and (options.init_from is None or image_head_init != "keep"):
+        is_copied = options.init_from is None or image_head_init != "keep"
+        if weights is not None and is_copied and not self.options.validation.eval_only:
             folder, problem = self.options.checkpoint.output_dir / "starting_point", None
             if self.launch.is_main:
                 try:
@@ -372,9 +370,9 @@ class Solver:
 
     def _show_plan(self, plan: EpochPlan) -> None:
         total = plan.num_steps * self.options.optim.epochs
-        self.progress.expect(min(total, self.options.run.max_steps or total), self.position.global_step)
+        self.run_log.progress.expect(min(total, self.options.run.max_steps or total), self.position.global_step)
         size = f"{len(plan.items)} items, {plan.num_steps} steps of {plan.units_per_step} rows, {plan.fill:.1%} filled"
-        self.progress.say(f"epoch {self.position.epoch}: {size}")
+        self.say(f"epoch {self.position.epoch}: {size}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -384,16 +382,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.planning.plan:
         return print_plan(options, launch)
     try:
-        dataset = prepare(options, launch)
-        lock = lock_output_dir(options.checkpoint.output_dir) if launch.is_main else contextlib.nullcontext()
+        dataset, val_dataset = prepare(options, launch)
+        writes = launch.is_main and not options.validation.eval_only
+        lock = lock_output_dir(options.checkpoint.output_dir) if writes else contextlib.nullcontext()
     except (ValueError, OSError) as error:
         return stop_at_start(launch, f"finetune_solver.py: {error}")
     has_cuda = options.run.device == "cuda" or (options.run.device == "auto" and torch.cuda.is_available())
     if not has_cuda:
         keep_freed_memory()
     with lock, process_group(launch, "cuda" if has_cuda else "cpu", options.run.dist_timeout_s) as device:
-        solver = Solver(options, launch, dataset, device)
+        solver = Solver(options, launch, dataset, device, val_dataset)
         try:
+            if options.validation.eval_only:
+                return solver.evaluate()
             solver.run()
         except (RunError, SaveError) as error:
             return end_together(launch, f"finetune_solver.py: {error}", error.exit_code)

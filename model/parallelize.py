@@ -142,6 +142,13 @@ def allocate(model: nn.Module, device: torch.device, options: ParallelOptions) -
     reset_rotary_buffers(model)
 
 
+def reshard(model: nn.Module) -> None:
+    """Lets go of gathered parameters, which a forward without a backward leaves behind."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def begin_micro_step(model: nn.Module, options: ParallelOptions, is_last: bool) -> None:
     """To be called before each micro-step's forward.
 

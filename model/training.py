@@ -51,17 +51,27 @@ def micro_step(
         divisor: what the sum of the loss over the row's targets is divided by; 0 counts as 1.
     """
     begin_micro_step(model, options, is_last=is_last)
-    output = model(
+    output = forward_row(model, row, device, max_seqlen, 1.0 / max(divisor, 1))
+    output.loss.backward()
+    return output
+
+
+def forward_row(
+    model: nn.Module, row: Mapping[str, Any], device: torch.device, max_seqlen: int, loss_scale: float = 1.0
+) -> ChameleonXLLMXOutput:
+    """The model's output for one row, its loss the sum over targets times a scale.
+
+    Everything goes through the forward of the root, which gathers what the ranks share.
+    """
+    return model(
         input_ids=row["input_ids"].to(device, non_blocking=True),
         labels=row["labels"].to(device, non_blocking=True),
         position_ids=row["position_ids"].to(device, non_blocking=True),
         cu_seqlens=row["cu_seqlens"],
         max_seqlen=max_seqlen,
         num_valid=row["num_valid_tokens"],
-        loss_scale=1.0 / max(divisor, 1),
+        loss_scale=loss_scale,
     )
-    output.loss.backward()
-    return output
 
 
 def optimizer_step(
