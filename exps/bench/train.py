@@ -73,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     item_len = args.item_len or [args.row_len]
     problem = find_too_small(args, "repeats", "rows", "row_len", "num_items", "accum_iter", "warmup", "loss_chunk")
     if not problem and (len(item_len) > 2 or not 2 <= item_len[0] <= item_len[-1] <= args.row_len):
-        problem = f"--item_len must be one or two lengths of 2 to --row_len {args.row_len}, the shortest first, got {item_len}"
+        bounds = f"one or two lengths of 2 to --row_len {args.row_len}, the shortest first"
+        problem = f"--item_len must be {bounds}, got {item_len}"
     if problem:
         print(problem, file=sys.stderr)
         return 2
