@@ -30,7 +30,7 @@ from data.plan_cache import PlanCache
 from data.rows import BadItem, EpochRows, build_loader
 from data.vocab import ChameleonVocab
 from model.async_checkpoint import CheckpointSaver, SaveError
-from model.chameleon import build_config, build_model, init_weights, reset_rotary_buffers
+from model.chameleon import build_config, build_model, init_weights
 from model.checkpoint import (
     Position,
     TrainerState,
@@ -60,6 +60,7 @@ from model.metrics import MetricsFile, MetricSums, Progress, read_numbers, summa
 from model.optim import build_optimizer, lr_at, set_lr
 from model.options import Options, build_parser, resolve_model
 from model.parallelize import (
+    allocate,
     begin_micro_step,
     build_mesh,
     clip_grad_norm,
@@ -174,8 +175,7 @@ class Solver:
 
         self.mesh = build_mesh(options.parallel, self.device.type, self.launch.local_world_size)
         self.model = parallelize(build_model(self.config, device="meta"), self.mesh, options.parallel)
-        self.model.to_empty(device=self.device)
-        reset_rotary_buffers(self.model)
+        allocate(self.model, self.device, options.parallel)
         self.optimizer = build_optimizer(self.model, options.optim)
         if self.start is not None:
             load_checkpoint(self.start, self.model, self.optimizer)
@@ -186,7 +186,7 @@ class Solver:
         self.model.train()
 
         self.sums = MetricSums(self.device)
-        self.guard = StepGuard(options.guard, self.device)
+        self.guard = StepGuard(options.guard, torch.device("cpu") if options.parallel.cpu_offload else self.device)
         self.progress = Progress(enabled=self.launch.is_main)
         output_dir = options.checkpoint.output_dir
         self.metrics_file = MetricsFile(output_dir, self.position.global_step) if self.launch.is_main else None

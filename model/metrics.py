@@ -60,8 +60,8 @@ class MetricSums:
 
 
 def read_numbers(*tensors: torch.Tensor) -> list[list[float]]:
-    """The numbers of vectors on one device, with one wait for it."""
-    numbers = torch.cat([tensor.double() for tensor in tensors]).tolist()
+    """The numbers of vectors, with one wait for the device of the first (others may be on the host)."""
+    numbers = torch.cat([tensor.double().to(tensors[0].device) for tensor in tensors]).tolist()
     starts = [0, *itertools.accumulate(len(tensor) for tensor in tensors)]
     return [numbers[start:stop] for start, stop in itertools.pairwise(starts)]
 

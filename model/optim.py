@@ -4,6 +4,7 @@
 optimizer step, so that a resumed run finds its place on the curve without any state.
 """
 
+import importlib.util
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,13 +12,19 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from model.small_states import TORCHAO_PIN, AdamWBf16States, build_adamw_8bit
+
+OPTIMIZERS = ("adamw", "adamw_bf16_states", "adamw_8bit")
 BETAS = (0.9, 0.95)  # the recipe's
 
 
 @dataclass(frozen=True)
 class OptimOptions:
-    """Learning rate over epochs (fractions count), decoupled weight decay, and the bound of the gradient's norm."""
+    """Learning rate over epochs (fractions count), decoupled weight decay, and the bound of the gradient's norm.
 
+    `optim`: one of `OPTIMIZERS`, which differ in the memory of the moments: 8, 4 or 2 bytes per parameter."""
+
+    optim: str = "adamw"
     lr: float = 2e-5
     min_lr: float = 0.0
     warmup_epochs: float = 0.03
@@ -39,6 +46,8 @@ class OptimOptions:
             found.append(f"--warmup_epochs must lie between 0 and --epochs ({self.epochs}), got {self.warmup_epochs:g}")
         if not 0 <= self.wd < math.inf:
             found.append(f"--wd must not be negative, got {self.wd:g}")
+        if self.optim == "adamw_8bit" and importlib.util.find_spec("torchao") is None:
+            found.append(f"--optim adamw_8bit needs torchao: pip install {TORCHAO_PIN}, or use adamw_bf16_states")
         return found
 
 
@@ -55,15 +64,21 @@ def lr_at(epoch_fraction: float, options: OptimOptions) -> float:
     return options.min_lr + (options.lr - options.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def build_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.AdamW:
-    """Fused AdamW over all parameters of a (sharded) model.
+def build_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Optimizer:
+    """AdamW over all parameters of a (sharded) model that are trained; its moments as `options.optim` says.
 
     Weight decay applies to matrices only (projections, embedding, output head); with `decay_all` to gains and biases
-    too, as the recipe does.
+    too, as the recipe does. Raises ImportError if the library of `adamw_8bit` is not there.
     """
-    decayed, kept = split_by_decay(model.named_parameters(), options.decay_all)
+    trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    decayed, kept = split_by_decay(trained, options.decay_all)
     groups = [{"params": decayed, "weight_decay": options.wd}, {"params": kept, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=options.lr, betas=BETAS, fused=True)
+    groups = [group for group in groups if group["params"]]
+    if options.optim == "adamw_8bit":
+        return build_adamw_8bit(groups, options.lr, BETAS)
+    if options.optim == "adamw_bf16_states":
+        return AdamWBf16States(groups, lr=options.lr, betas=BETAS)
+    return torch.optim.AdamW(groups, lr=options.lr, betas=BETAS, fused=True)
 
 
 def split_by_decay(
@@ -83,4 +98,7 @@ def split_by_decay(
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Gives every parameter group the learning rate of this step."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if isinstance(group["lr"], torch.Tensor):  # torchao's
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr

@@ -14,7 +14,7 @@ from model.chameleon import MODEL_SIZES
 from model.checkpoint import CheckpointOptions
 from model.distributed import detect_launch, stop_at_start
 from model.image_head import IMAGE_HEAD_INITS
-from model.optim import OptimOptions
+from model.optim import OPTIMIZERS, OptimOptions
 from model.parallelize import ParallelOptions
 from model.step_guard import GuardOptions
 
@@ -179,6 +179,11 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_optim_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--optim",
+        choices=OPTIMIZERS,
+        help="moments in fp32 (8 bytes per trained parameter), in bf16 (4), or in 8 bits by torchao (2)",
+    )
     group.add_argument("--epochs", type=int, help="passes over the data; also the end of the cosine")
     group.add_argument("--warmup_epochs", type=float, help="epochs of linear warm-up from 0; 0 switches it off")
     group.add_argument("--lr", type=float, help="highest learning rate")
@@ -197,6 +202,12 @@ def _add_parallel_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--precision", choices=("bf16", "fp16", "tf32", "fp32"), help="masters are fp32")
     group.add_argument("--grad_precision", choices=("fp32", "bf16", "fp16"), help="of sums of gradients over ranks")
     _add_switch(group, "checkpointing", None, "recompute activations in the backward: less memory, a third more work")
+    group.add_argument("--checkpointing_every", type=int, help="recompute one of so many layers only; 0: see above")
+    _add_switch(
+        group, "checkpointing_selective", None,
+        "recompute all but matrix products and attention: between no checkpointing and the full one in memory and work",
+    )  # fmt: skip
+    _add_switch(group, "cpu_offload", None, "weights, gradients and optimizer on the host; its step is taken there")
     _add_switch(group, "compile", "no_compile", "torch.compile of the decoder's layers; None: on CUDA only")
     group.add_argument("--device", choices=("auto", "cuda", "cpu"), help="auto: cuda if there is one")
     group.add_argument("--dist_timeout_s", type=float, help="seconds that a rank waits for the others")

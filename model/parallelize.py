@@ -1,8 +1,9 @@
 """Sharding: how one decoder is spread over the ranks, in a fixed order, without the model knowing.
 
-`parallelize` takes a decoder built on the meta device and gives it activation checkpointing, `torch.compile`, then
-FSDP2 with fp32 master weights, layer by layer; the caller then allocates (`to_empty`) and fills the shards. The
-gradient's norm and the switches between micro-steps live here too, since they depend on the sharding.
+`parallelize` takes a decoder built on the meta device and gives it recomputation (model/recompute.py),
+`torch.compile`, then FSDP2 with fp32 master weights, layer by layer; `allocate` gives the shards their memory, and the
+caller fills them. The gradient's norm and the switches between micro-steps live here too, since they depend on the
+sharding.
 """
 
 from collections.abc import Callable
@@ -11,10 +12,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+
+from model.chameleon import reset_rotary_buffers
+from model.recompute import recompute_layers
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -30,6 +33,9 @@ class ParallelOptions:
     """`data_parallel`: fsdp (parameters, gradients and optimizer sharded, parameters gathered again for the backward),
     sdp (parameters stay gathered from forward to backward: faster, more memory), hsdp (fsdp within groups of
     `hsdp_shard_size` ranks, replicated between them). Master weights are fp32 under every `precision`.
+    `checkpointing`: layers compute their activations again in the backward, every one or every `checkpointing_every`th;
+    with `checkpointing_selective` all but matrix products and attention. `cpu_offload`: weights, gradients and
+    optimizer live on the host, and the optimizer's step is taken there.
     `compile`: `torch.compile` of the decoder's layers; None: on CUDA only."""
 
     data_parallel: str = "fsdp"
@@ -37,7 +43,16 @@ class ParallelOptions:
     precision: str = "bf16"
     grad_precision: str = "fp32"
     checkpointing: bool = False
+    checkpointing_every: int = 0  # 0: every layer, if any
+    checkpointing_selective: bool = False
+    cpu_offload: bool = False
     compile: bool | None = None
+
+    @property
+    def recompute_every(self) -> int:
+        """Of each so many layers one computes its activations again; 0: none does."""
+        is_on = self.checkpointing or self.checkpointing_selective
+        return self.checkpointing_every or int(is_on)
 
     def problems(self, world_size: int, local_world_size: int) -> list[str]:
         """What is wrong with these options for so many ranks, one sentence each."""
@@ -49,6 +64,8 @@ class ParallelOptions:
             )
         if self.grad_precision == "fp16":
             found.append("--grad_precision fp16 is not supported: sums of gradients overflow; use fp32 or bf16")
+        if self.checkpointing_every < 0:
+            found.append(f"--checkpointing_every must be at least 1, or 0 for none, got {self.checkpointing_every}")
         if self.data_parallel == "hsdp":
             size = self.hsdp_shard_size or local_world_size
             if size < 1 or world_size % size:
@@ -85,9 +102,7 @@ def parallelize(
     one graph, compiled once for rows of a fixed length and once more when other lengths come.
     """
     decoder = model.model
-    if options.checkpointing:
-        for index, layer in enumerate(decoder.layers):
-            decoder.layers[index] = checkpoint_wrapper(layer)
+    recompute_layers(decoder.layers, options.recompute_every, options.checkpointing_selective)
     is_compiled = mesh.device_type == "cuda" if options.compile is None else options.compile
     if is_compiled:
         for layer in decoder.layers:
@@ -97,6 +112,8 @@ def parallelize(
         param_dtype=DTYPES[options.precision], reduce_dtype=DTYPES[options.grad_precision], cast_forward_inputs=True
     )
     sharding = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": options.data_parallel != "sdp"}
+    if options.cpu_offload:
+        sharding["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     for layer in decoder.layers:
         fully_shard(layer, **sharding)
     fully_shard(decoder.embed_tokens, **sharding)
@@ -110,6 +127,19 @@ def parallelize(
             # A plain sum: gloo has no premultiplied one, and NCCL's mean is not to be trusted with a single rank.
             module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def allocate(model: nn.Module, device: torch.device, options: ParallelOptions) -> None:
+    """Gives a sharded model on meta its memory: on `device`, where it computes, or on the host under `cpu_offload`.
+
+    Weights are undefined until they are filled; the rotary buffers are right, and always on `device`.
+    """
+    model.to_empty(device="cpu" if options.cpu_offload else device)
+    if options.cpu_offload:
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+    reset_rotary_buffers(model)
 
 
 def begin_micro_step(model: nn.Module, options: ParallelOptions, is_last: bool) -> None:
@@ -126,8 +156,9 @@ def begin_micro_step(model: nn.Module, options: ParallelOptions, is_last: bool) 
 def clip_grad_norm(model: nn.Module, mesh: DeviceMesh, max_norm: float) -> torch.Tensor:
     """The L2 norm of the whole gradient (a scalar on the device), after which the gradient is scaled to `max_norm`.
 
-    The norm is in fp32, or in the type of the gradients if that is wider.
-    `max_norm` of 0 or less only measures. One collective over the local shards; nothing waits for the host.
+    The norm is in fp32, or in the type of the gradients if that is wider, and on the device where they are: the host
+    under `cpu_offload`. `max_norm` of 0 or less only measures. One collective over the local shards; nothing waits for
+    the host.
     """
     gradients = [_local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
     dtype = torch.promote_types(gradients[0].dtype, torch.float32)

@@ -7,6 +7,7 @@ import torch
 
 from model.chameleon import build_config, build_model
 from model.optim import OptimOptions, build_optimizer, lr_at, set_lr, split_by_decay
+from model.small_states import plain_tensors
 
 OPTIONS = OptimOptions(lr=1.0, min_lr=0.1, warmup_epochs=0.5, epochs=2)
 
@@ -58,6 +59,53 @@ def test_build_optimizer_follows_adamw():
     moved = 0.1 * 2.0 / (math.sqrt(2.0**2) + 1e-8)
     assert torch.allclose(module.matrix, torch.full((2, 2), 3.0 * (1 - 0.1 * 0.5) - moved))
     assert torch.allclose(module.norm, torch.full((2,), 3.0 - moved))
+
+
+def train(optim: str, num_steps: int = 30):
+    """Losses of a regression, and the optimizer."""
+    generator = torch.Generator().manual_seed(0)
+    layer = torch.nn.Linear(64, 64)
+    with torch.no_grad():
+        layer.weight.normal_(generator=generator), layer.bias.zero_()
+    inputs, wanted = torch.randn(256, 64, generator=generator), torch.randn(256, 64, generator=generator)
+    optimizer, losses = build_optimizer(layer, OptimOptions(optim=optim, wd=0.1)), []
+    for _ in range(num_steps):
+        set_lr(optimizer, 0.03)
+        loss = (layer(inputs) - wanted).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, optimizer, layer
+
+
+@pytest.mark.parametrize(("optim", "num_bytes", "bound"), [("adamw_bf16_states", 4, 0.01), ("adamw_8bit", 2, 0.03)])
+def test_smaller_states_train_as_adamw_does(optim, num_bytes, bound):
+    losses, optimizer, layer = train(optim)
+    expected, _, _ = train("adamw")
+    assert losses[0] == expected[0] and losses[-1] < 0.2 * losses[0]
+    assert losses == pytest.approx(expected, rel=bound)
+    moments = [optimizer.state[layer.weight][name] for name in ("exp_avg", "exp_avg_sq")]
+    held = [tensor for moment in moments for tensor in plain_tensors(moment) if tensor.numel() > 256]
+    assert sum(tensor.numel() * tensor.itemsize for tensor in held) == num_bytes * layer.weight.numel()
+
+
+@pytest.mark.parametrize("optim", ["adamw_bf16_states", "adamw_8bit"])
+def test_smaller_states_stay_small_when_they_are_loaded(optim):
+    _, optimizer, layer = train(optim, num_steps=3)
+    before = [plain_tensors(value) for value in optimizer.state[layer.weight].values()]
+    fresh = build_optimizer(layer, OptimOptions(optim=optim, wd=0.1))
+    fresh.load_state_dict(optimizer.state_dict())
+    after = [plain_tensors(value) for value in fresh.state[layer.weight].values()]
+    for old, new in zip(sum(before, []), sum(after, []), strict=True):
+        assert old.dtype == new.dtype and torch.equal(old, new)
+
+
+def test_frozen_parameters_are_not_in_the_optimizer():
+    layer = torch.nn.Linear(4, 4)
+    layer.weight.requires_grad_(False)
+    (group,) = build_optimizer(layer, OptimOptions()).param_groups
+    assert [id(parameter) for parameter in group["params"]] == [id(layer.bias)]
 
 
 def test_problems_are_all_told():

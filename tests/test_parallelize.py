@@ -13,10 +13,18 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model.chameleon import build_config, build_model, init_weights, reset_rotary_buffers
+from model.chameleon import build_config, build_model, init_weights
 from model.optim import OptimOptions, build_optimizer
 from model.options import build_parser
-from model.parallelize import DTYPES, ParallelOptions, begin_micro_step, build_mesh, clip_grad_norm, parallelize
+from model.parallelize import (
+    DTYPES,
+    ParallelOptions,
+    allocate,
+    begin_micro_step,
+    build_mesh,
+    clip_grad_norm,
+    parallelize,
+)
 
 ROOT = Path(__file__).parents[1]
 NUM_ROWS, ROW_LEN, NUM_LAYERS = 8, 24, 2
@@ -87,8 +95,7 @@ def build_sharded(launch, options: ParallelOptions, device: str = "cpu", backend
     mesh = build_mesh(options, device, launch.local_world_size)
     dtype = torch.promote_types(DTYPES[options.precision], torch.float32)
     model = parallelize(make_model("meta", dtype), mesh, options, backend)
-    model.to_empty(device=device)
-    reset_rotary_buffers(model)
+    allocate(model, device, options)
     init_weights(model, seed=1)
     return model, mesh
 
@@ -167,6 +174,7 @@ JOBS: dict[str, tuple[int, Any, dict[str, Any]]] = {
     "sdp": (2, sharded_gradients, {"data_parallel": "sdp", "checkpointing": True}),
     "hsdp_1": (2, sharded_gradients, {"data_parallel": "hsdp", "hsdp_shard_size": 1}),
     "compiled": (2, sharded_gradients, {"checkpointing": True, "compile": True}),
+    "offloaded": (2, sharded_gradients, {"cpu_offload": True, "checkpointing_selective": True}),
     "hsdp": (4, sharded_gradients, HSDP),
     "fsdp_fp64": (2, sharded_gradients, FP64),
     "hsdp_fp64": (4, sharded_gradients, HSDP | FP64),
@@ -241,7 +249,7 @@ def test_gradients_of_a_single_rank(precision, checkpointing):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["fsdp", "sdp", "hsdp_1", "hsdp", "compiled"])
+@pytest.mark.parametrize("job", ["fsdp", "sdp", "hsdp_1", "hsdp", "compiled", "offloaded"])
 def test_gradients_of_several_ranks(result_of, job):
     """The sum over all micro-steps of all ranks is that of one process."""
     assert_equal_to_plain(result_of(job))

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from model.optim import OptimOptions, build_optimizer
+from model.optim import OPTIMIZERS, OptimOptions, build_optimizer, set_lr
+from model.small_states import plain_tensors
 from model.step_guard import GuardOptions, StepGuard
 from tests.small_run import call_main, read_lines, solver_args, write_small_task
 
@@ -35,27 +36,50 @@ def test_bad_steps_in_a_row_are_counted_over_log_lines():
     assert found == [False, False, True, False, False]
 
 
-def test_a_skipped_step_leaves_weights_moments_and_counts():
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+@pytest.mark.parametrize("is_first_bad", [False, True])
+def test_a_skipped_step_leaves_weights_moments_and_counts(optim, is_first_bad):
+    """Also where nothing came before: the moments are then zero."""
     torch.manual_seed(0)
-    layer = torch.nn.Linear(4, 3)
-    optimizer = build_optimizer(layer, OptimOptions(lr=0.1, wd=0.1))
+    layer = torch.nn.Linear(64, 64)
+    optimizer = build_optimizer(layer, OptimOptions(optim=optim, lr=0.1, wd=0.1))
 
     def step(is_bad: bool) -> dict:
-        layer(torch.ones(2, 4)).sum().backward()
+        layer(torch.randn(2, 64)).square().sum().backward()
         if is_bad:
             layer.weight.grad[0, 0] = float("nan")
         norm = torch.nn.utils.get_total_norm([p.grad for p in layer.parameters()])
         optimizer.found_inf = StepGuard(GuardOptions(), CPU).check(norm, 1, [])
+        set_lr(optimizer, 0.1)
         optimizer.step()
         optimizer.zero_grad()
+        return held_values()
+
+    def held_values() -> dict:
         state = {
-            f"{name}.{key}": value for name, p in layer.named_parameters() for key, value in optimizer.state[p].items()
+            f"{name}.{key}{part}": tensor
+            for name, p in layer.named_parameters()
+            for key, value in optimizer.state[p].items()
+            for part, tensor in enumerate(plain_tensors(value))
         }
         return {key: value.clone() for key, value in (layer.state_dict() | state).items()}
 
-    first, second, third = step(False), step(True), step(False)
+    if is_first_bad:
+        before = held_values()
+        first = step(True)
+        assert all(torch.equal(first[key], before[key]) for key in before)
+        moments = [_dequantized(optimizer.state[layer.weight][name]) for name in ("exp_avg", "exp_avg_sq")]
+        assert not any(moment.any() for moment in moments)
+    else:
+        first = step(False)
+    second, third = step(True), step(False)
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-    assert float(third["weight.step"]) == 2 and not torch.equal(third["weight"], first["weight"])
+    assert float(third["weight.step0"]) == 2 - is_first_bad and not torch.equal(third["weight"], first["weight"])
+    assert all(torch.isfinite(value.float()).all() for value in third.values())
+
+
+def _dequantized(moment: torch.Tensor) -> torch.Tensor:
+    return moment.dequantize() if hasattr(moment, "dequantize") and moment.dtype != torch.bfloat16 else moment
 
 
 # In a run
