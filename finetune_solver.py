@@ -56,6 +56,7 @@ from model.distributed import (
     sum_counts,
     sum_over_ranks,
 )
+from model.float8 import use_float8
 from model.metrics import MetricsFile, MetricSums, Progress, read_numbers, summarize
 from model.optim import build_optimizer, lr_at, set_lr
 from model.options import Options, build_parser, resolve_model
@@ -174,7 +175,10 @@ class Solver:
             self.config = load_config(weights, **changes)
 
         self.mesh = build_mesh(options.parallel, self.device.type, self.launch.local_world_size)
-        self.model = parallelize(build_model(self.config, device="meta"), self.mesh, options.parallel)
+        model = build_model(self.config, device="meta")
+        if options.float8.float8:
+            use_float8(model)
+        self.model = parallelize(model, self.mesh, options.parallel)
         allocate(self.model, self.device, options.parallel)
         self.optimizer = build_optimizer(self.model, options.optim)
         if self.start is not None:

@@ -30,6 +30,7 @@ def prepare(options: Options, launch: Launch) -> TokenDataset:
         *find_number_problems(options),
         *options.optim.problems(),
         *options.parallel.problems(launch.world_size, launch.local_world_size),
+        *options.float8.problems(options.run.device, options.parallel.precision),
         *options.checkpoint.problems(),
     ]
     if options.run.device == "cuda" and not torch.cuda.is_available():

@@ -13,6 +13,7 @@ from data.dataset import OVERLONG_CHOICES
 from model.chameleon import MODEL_SIZES
 from model.checkpoint import CheckpointOptions
 from model.distributed import detect_launch, stop_at_start
+from model.float8 import Float8Options
 from model.image_head import IMAGE_HEAD_INITS
 from model.optim import OPTIMIZERS, OptimOptions
 from model.parallelize import ParallelOptions
@@ -75,6 +76,7 @@ class Options:
     data: DataOptions
     optim: OptimOptions
     parallel: ParallelOptions
+    float8: Float8Options
     checkpoint: CheckpointOptions
     guard: GuardOptions
     run: RunOptions
@@ -139,7 +141,16 @@ def build_parser() -> argparse.ArgumentParser:
     _add_parallel_flags(parser.add_argument_group("ranks and precision"))
     _add_checkpoint_flags(parser.add_argument_group("checkpoints"))
     _add_run_flags(parser.add_argument_group("run"))
-    for part in (ModelOptions, DataOptions, OptimOptions, ParallelOptions, CheckpointOptions, GuardOptions, RunOptions):
+    for part in (
+        ModelOptions,
+        DataOptions,
+        OptimOptions,
+        ParallelOptions,
+        Float8Options,
+        CheckpointOptions,
+        GuardOptions,
+        RunOptions,
+    ):
         fields = dataclasses.fields(part)
         parser.set_defaults(**{f.name: f.default for f in fields if f.default is not dataclasses.MISSING})
     return parser
@@ -209,6 +220,7 @@ def _add_parallel_flags(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     _add_switch(group, "cpu_offload", None, "weights, gradients and optimizer on the host; its step is taken there")
     _add_switch(group, "compile", "no_compile", "torch.compile of the decoder's layers; None: on CUDA only")
+    _add_switch(group, "float8", None, "matrix products of the layers in fp8, by torchao (GPUs from Ada and Hopper on)")
     group.add_argument("--device", choices=("auto", "cuda", "cpu"), help="auto: cuda if there is one")
     group.add_argument("--dist_timeout_s", type=float, help="seconds that a rank waits for the others")
 

@@ -1,5 +1,6 @@
 """The bench of the training step runs, and what it reports is what happened; both its ways learn the same."""
 
+import functools
 import json
 
 import pytest
@@ -48,11 +49,12 @@ def test_the_bench_compares_both_ways_on_the_tiny_model():
     assert len(ours["losses"]) == 1 + 2, "warm-up and measured steps"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
         [],
-        ["--checkpointing"],
+        ["--checkpointing_selective"],
         ["--compile"],  # by aot_eager, which needs no C++ compiler: one graph for all layers
     ],
     ids=lambda flags: flags[0] if flags else "as_it_is",
@@ -70,6 +72,7 @@ def test_the_loss_over_50_steps_stays_that_of_the_plain_path(flags, monkeypatch)
     assert (losses - plain).abs().max() < 1e-3
 
 
+@functools.cache
 def plain_losses(work: Work) -> torch.Tensor:
     """Of each of the steps, without any module of training: stock decoder, one item at a time, torch's own loss."""
     options, config = tiny_training("--lr", "1e-3")

@@ -3,7 +3,8 @@
 `Ours` is built and stepped as `finetune_solver.py` does it. `Recipe` is what the recipe does: the decoder of stock
 `transformers` (its forward would mask the logits of images, so its parts are called), one batch padded to the longest
 item, layers not compiled, an fp32 copy of the logits for the cross-entropy and another for the z-loss, AdamW that is
-not fused. Attention is torch's sdpa in both. Sharding, mixed precision and recomputation are the same too.
+not fused, activations of all layers kept or computed again. Attention is torch's sdpa, sharding and mixed precision
+are ours.
 """
 
 import contextlib
@@ -23,11 +24,12 @@ from data.rows import collate_row
 from data.token_file import TokenItem
 from data.vocab import IGNORE_INDEX
 from model import loss as loss_module
-from model.chameleon import ChameleonXLLMXConfig, build_config, build_model, init_weights, reset_rotary_buffers
+from model.chameleon import ChameleonXLLMXConfig, build_config, build_model, init_weights
+from model.float8 import use_float8
 from model.metrics import MetricSums
 from model.optim import BETAS, build_optimizer, set_lr, split_by_decay
 from model.options import Options
-from model.parallelize import begin_micro_step, build_mesh, clip_grad_norm, parallelize
+from model.parallelize import ParallelOptions, allocate, begin_micro_step, build_mesh, clip_grad_norm, parallelize
 from model.step_guard import StepGuard
 
 PAD_ID = 1
@@ -112,10 +114,14 @@ class Ours:
         """Builds and fills model and optimizer, in the order of `Solver.build`."""
         self.work, self.options, self.device = work, options, device
         self.mesh = build_mesh(options.parallel, device.type, 1)
-        self.model = parallelize(build_model(config, device="meta"), self.mesh, options.parallel, compile_backend)
-        fill(self.model, device, options.run.seed)
+        model = build_model(config, device="meta")
+        if options.float8.float8:
+            use_float8(model)
+        self.model = parallelize(model, self.mesh, options.parallel, compile_backend)
+        fill(self.model, device, options)
         self.optimizer = build_optimizer(self.model, options.optim)
-        self.guard, self.sums = StepGuard(options.guard, device), MetricSums(device)
+        guarded = torch.device("cpu") if options.parallel.cpu_offload else device
+        self.guard, self.sums = StepGuard(options.guard, guarded), MetricSums(device)
         batches = (make_items(work.item_lens, config.vocab_size, seed) for seed in range(work.micro_steps))
         self.rows = [collate_row(items, work.row_len, PAD_ID, options.data.max_seq_len) for items in batches]
         if device.type == "cuda" and options.data.pin_mem:
@@ -153,14 +159,20 @@ class Recipe:
     """The recipe's step on the same items."""
 
     def __init__(self, work: Work, options: Options, config: ChameleonXLLMXConfig, device: torch.device) -> None:
-        self.work, self.options, self.device = work, options, device
-        parallel = dataclasses.replace(options.parallel, compile=False)
+        self.work, self.device = work, device
+        parallel = ParallelOptions(
+            precision=options.parallel.precision,
+            grad_precision=options.parallel.grad_precision,
+            checkpointing=options.parallel.recompute_every > 0,
+            compile=False,
+        )
+        self.options = dataclasses.replace(options, parallel=parallel)
         self.mesh = build_mesh(parallel, device.type, 1)
         with torch.device("meta"):
             model = RecipeDecoder(config)
             del model.model.vqmodel
         self.model = parallelize(model, self.mesh, parallel)
-        fill(self.model, device, options.run.seed)
+        fill(self.model, device, self.options)
         decayed, kept = split_by_decay(self.model.named_parameters(), options.optim.decay_all)
         groups = [{"params": decayed, "weight_decay": options.optim.wd}, {"params": kept, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=options.optim.lr, betas=BETAS)
@@ -221,17 +233,16 @@ def pad_items(items: Sequence[TokenItem]) -> tuple[torch.Tensor, torch.Tensor]:
     return input_ids, labels
 
 
-def fill(model: nn.Module, device: torch.device, seed: int) -> None:
+def fill(model: nn.Module, device: torch.device, options: Options) -> None:
     """Allocates a sharded model and gives it weights.
 
     On a GPU they are drawn there: 7B on the host takes a minute, and their values do not matter to speed.
     """
-    model.to_empty(device=device)
-    reset_rotary_buffers(model)
-    if device.type == "cpu":
-        init_weights(model, seed)
+    allocate(model, device, options.parallel)
+    if device.type == "cpu" or options.parallel.cpu_offload:
+        init_weights(model, options.run.seed)
     else:
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(options.run.seed)
         for name, parameter in model.named_parameters():
             local = parameter.detach().to_local()
             if "norm" in name:
