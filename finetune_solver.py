@@ -12,7 +12,6 @@ micro-steps.
 import contextlib
 import dataclasses
 import itertools
-import json
 import signal
 import sys
 import traceback
@@ -27,9 +26,10 @@ from data.dataset import TokenDataset
 from data.item_processor import load_text_tokenizer
 from data.packing import EpochPlan, PlanOptions
 from data.plan_cache import PlanCache
-from data.rows import BadItem, EpochRows, build_loader
+from data.rows import EpochRows, build_loader
 from data.vocab import ChameleonVocab
 from model.async_checkpoint import CheckpointSaver, SaveError
+from model.bad_data import BadData, RunError
 from model.chameleon import build_config, build_model, init_weights
 from model.checkpoint import (
     Position,
@@ -50,14 +50,12 @@ from model.distributed import (
     detect_launch,
     end_process,
     from_main,
-    gather_lists,
     process_group,
     stop_at_start,
     sum_counts,
-    sum_over_ranks,
 )
 from model.float8 import use_float8
-from model.metrics import MetricsFile, MetricSums, Progress, read_numbers, summarize
+from model.gpu_peaks import peak_tokens_per_s
 from model.optim import build_optimizer, lr_at, set_lr
 from model.options import Options, build_parser, resolve_model
 from model.parallelize import (
@@ -68,21 +66,9 @@ from model.parallelize import (
     parallelize,
     set_matmul_precision,
 )
+from model.run_log import RunLog
 from model.step_guard import StepGuard
 from model.stop_signal import SIGNALS, StopSignal, requeue_on_slurm
-
-BAD_ITEMS_NAME = "bad_items.jsonl"
-
-
-BAD_STEPS_NAME = "bad_steps.jsonl"
-
-
-class RunError(Exception):
-    """What all ranks agree to end at; the message is for the person, `exit_code` for the shell."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 class Solver:
@@ -107,7 +93,7 @@ class Solver:
             done = {"drop": "left out", "truncate": "cut"}[options.data.overlong]
             notes.append(f"{dataset.num_overlong} items above --max_seq_len {options.data.max_seq_len} are {done}")
         self.stop_signal, self.stopped_by = StopSignal(), 0
-        self.bad_items: dict[str, str] = dict(state.bad_items) if state else {}
+        self.bad_items = state.bad_items if state else {}
         self.plan_options = PlanOptions(
             batch_size=options.data.batch_size,
             max_seq_len=options.data.max_seq_len,
@@ -157,9 +143,7 @@ class Solver:
             self.saver.wait()
         if not self.stopped_by:
             self.plans.close()
-        if self.metrics_file is not None:
-            self.metrics_file.close()
-        self.progress.close()
+        self.run_log.close()
 
     def build(self) -> None:
         """Builds the sharded model, its optimizer and the logs, and fills them from a checkpoint or a start."""
@@ -189,15 +173,16 @@ class Solver:
             init_weights(self.model, options.run.seed)
         self.model.train()
 
-        self.sums = MetricSums(self.device)
+        peak = peak_tokens_per_s(self.model, self.dataset.table.lengths, self.device, self.launch.world_size)
+        self.run_log = RunLog(
+            options, self.position.global_step, self.device, self.launch.is_main, self.dataset.types, peak
+        )
+        self.say = self.run_log.progress.say
+        self.bad_data = BadData(options, self.bad_items, self.dataset.place, self.say, self.launch.is_main)
         self.guard = StepGuard(options.guard, torch.device("cpu") if options.parallel.cpu_offload else self.device)
-        self.progress = Progress(enabled=self.launch.is_main)
-        output_dir = options.checkpoint.output_dir
-        self.metrics_file = MetricsFile(output_dir, self.position.global_step) if self.launch.is_main else None
         # The tokenizer is written from memory: the folder that it came from may be gone by then.
         self.saver = CheckpointSaver(
-            options.checkpoint, self.model, self.optimizer, self.config, self.tokenizer.save_pretrained,
-            self.progress.say,
+            options.checkpoint, self.model, self.optimizer, self.config, self.tokenizer.save_pretrained, self.say
         )  # fmt: skip
 
     def run_epoch(self) -> None:
@@ -214,7 +199,9 @@ class Solver:
         loader = iter(build_loader(rows, data.num_workers, data.pin_mem, start_step=self.position.step))
         for step in range(self.position.step, plan.num_steps):
             lr = lr_at(epoch + step / plan.num_steps, self.options.optim)
-            self.train_step(list(itertools.islice(loader, rows.micro_steps)), lr)
+            with self.run_log.waiting():
+                rows_of_step = list(itertools.islice(loader, rows.micro_steps))
+            self.train_step(rows_of_step, lr)
 
             done = step + 1
             ended = done == plan.num_steps
@@ -246,7 +233,7 @@ class Solver:
         if num_failed:
             self.saver.wait()  # raises SaveError
         if num_bad:
-            self.leave_out(bad_items)
+            self.bad_data.leave_out(bad_items, self.position.global_step + 1)
         for micro_step, row in enumerate(rows):
             begin_micro_step(self.model, self.options.parallel, is_last=micro_step == len(rows) - 1)
             divisor = num_valid
@@ -262,82 +249,39 @@ class Solver:
                 loss_scale=1.0 / max(divisor, 1),
             )
             output.loss.backward()
-            self.sums.add(output, row["num_tokens"])
+            self.run_log.sums.add(output, row["num_tokens"], row["type_id"])
         self.grad_norm = clip_grad_norm(self.model, self.mesh, self.options.optim.clip_grad)
         items = [item for row in rows for item in row["item_indices"]]
         self.optimizer.found_inf = self.guard.check(self.grad_norm, self.position.global_step + 1, items)
         set_lr(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.progress.advance()
-
-    def leave_out(self, bad_items: Sequence[BadItem]) -> None:
-        """Notes the items of all ranks' rows that could not be read. Raises RunError if there are too many."""
-        for bad in gather_lists(list(bad_items)):
-            if bad.place in self.bad_items:
-                continue
-            self.bad_items[bad.place] = bad.reason
-            if self.launch.is_main:
-                line = {"step": self.position.global_step + 1, "place": bad.place, "reason": bad.reason}
-                with (self.options.checkpoint.output_dir / BAD_ITEMS_NAME).open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-                self.progress.say(f"left out: {bad.reason}")
-        if len(self.bad_items) > self.options.data.max_bad_items:
-            raise RunError(
-                f"{len(self.bad_items)} items cannot be read (--max_bad_items {self.options.data.max_bad_items}), the "
-                f"last: {list(self.bad_items.values())[-1]}. Mend them, or give --max_bad_items a larger number to "
-                "train without them",
-                exit_code=3,
-            )
+        self.run_log.progress.advance()
 
     def log(self, epoch: float, lr: float, fill: float) -> None:
         """One line of figures over the steps since the last one; the only place where the host waits for the device."""
-        sums, seconds = self.sums.take()
-        sums, (grad_norm,), guarded = read_numbers(
-            sum_over_ranks(sums), self.grad_norm.reshape(1), self.guard.numbers()
-        )
+        figures, ((grad_norm,), guarded) = self.run_log.collect(self.grad_norm.reshape(1), self.guard.numbers())
         skipped, is_too_many = self.guard.read(guarded)
-        figures = summarize(sums, seconds, self.options.model.z_loss_weight)
         line = {"step": self.position.global_step, "epoch": round(epoch, 6), "lr": lr, **figures}
         line |= {"grad_norm": grad_norm, "skipped_steps": len(skipped)}
-        line |= {"fill": round(fill, 4), "bad_items": len(self.bad_items)}
-        if self.metrics_file is not None:
-            self.metrics_file.append(line)
-        self.progress.show(line)
+        line |= {"fill": round(fill, 4), "bad_items": len(self.bad_data.items)}
+        self.run_log.write(line)
         if skipped:
-            self.report_skipped(skipped, is_too_many)
-
-    def report_skipped(self, skipped: Sequence[tuple[int, list[int]]], is_too_many: bool) -> None:
-        """Writes down which items the skipped steps held. Raises RunError if there were too many in a row."""
-        held: dict[int, list[str]] = {}
-        for step, items in gather_lists(list(skipped)):
-            held.setdefault(step, []).extend(map(self.dataset.place, items))
-        if self.launch.is_main:
-            with (self.options.checkpoint.output_dir / BAD_STEPS_NAME).open("a") as file:
-                file.writelines(json.dumps({"step": step, "items": places}) + "\n" for step, places in held.items())
-            self.progress.say(f"skipped {len(held)} steps: gradient not finite or too large (see {BAD_STEPS_NAME})")
-        if is_too_many:
-            raise RunError(
-                f"{self.options.guard.max_bad_steps} steps in a row had a gradient that is not finite or above "
-                f"--skip_grad_norm and were skipped, the last step {max(held)}. The weights are those before them; "
-                f"{BAD_STEPS_NAME} in --output_dir lists the items. Look at them, lower --lr, or go on with "
-                "--max_bad_steps",
-                exit_code=1,
-            )
+            self.bad_data.report_skipped(skipped, is_too_many)
 
     def save(self, name: str) -> None:
         """Saves a checkpoint under that name; the lines of `metrics.jsonl` up to it are on disk before it is.
 
         Returns before it is whole (`saver.wait`). Raises SaveError, on all ranks, if it or the one before cannot be.
         """
-        if self.metrics_file is not None:
-            self.metrics_file.sync()
+        self.run_log.sync()
         units_per_step, resolved = self.plan_options.units_per_step, dict(self.options.resolved)
         state = TrainerState(
-            self.position, units_per_step, self.launch.world_size, resolved, self.dataset.fingerprint, self.bad_items
-        )
-        self.saver.save(name, state)
-        self.sums.restart_clock()
+            self.position, units_per_step, self.launch.world_size, resolved, self.dataset.fingerprint,
+            self.bad_data.items,
+        )  # fmt: skip
+        with self.run_log.paused():
+            self.saver.save(name, state)
 
     def _find_weights(self) -> tuple[str | None, str]:
         """(folder or hub id that gives configuration and weights, or None for a fresh model; tokenizer)."""
@@ -367,9 +311,9 @@ class Solver:
 
     def _show_plan(self, plan: EpochPlan) -> None:
         total = plan.num_steps * self.options.optim.epochs
-        self.progress.expect(min(total, self.options.run.max_steps or total), self.position.global_step)
+        self.run_log.progress.expect(min(total, self.options.run.max_steps or total), self.position.global_step)
         size = f"{len(plan.items)} items, {plan.num_steps} steps of {plan.units_per_step} rows, {plan.fill:.1%} filled"
-        self.progress.say(f"epoch {self.position.epoch}: {size}")
+        self.say(f"epoch {self.position.epoch}: {size}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,7 +27,7 @@ class TokenDataset:
     """All items of the data config, in its order, read by index.
 
     `table` says what a plan must know of them (tokens never above `max_seq_len`), `num_overlong` how many were dropped
-    or cut, `fingerprint` (hexadecimal) changes with anything that decides a plan.
+    or cut, `fingerprint` (hexadecimal) changes with anything that decides a plan, `types` are those of the data config.
 
     `overlong` says what happens to items above `max_seq_len`: "error", "drop" or "truncate" (cuts the end off, which
     may leave half an image). The index of a record is made in `cache_dir`, or found there.
@@ -56,7 +56,7 @@ class TokenDataset:
         if not sum(sizes):
             shortest = min(int(index.lens.min()) for index in self._indices)
             raise ValueError(f"every item is longer than --max_seq_len {max_seq_len}; the shortest: {shortest}")
-        types = sorted({source.type for source in sources})
+        self.types = types = sorted({source.type for source in sources})
         self.table = ItemTable(
             lengths=self._lengths(),
             source_starts=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
@@ -110,6 +110,10 @@ class TokenDataset:
         index, position = self._find(item)
         path, offset, _ = index.place(position)
         return path if offset is None else f"{path} at byte {offset}"
+
+    def type_id(self, items: np.ndarray) -> int:
+        """Which of `types` these items [n] of one row are of; 0 for a row without any."""
+        return int(self.table.type_of_source[self.table.source_ids(items[:1])].sum())
 
     def check_first_items(self, max_bad_items: int = 0) -> None:
         """Read the first item of each record, so that a folder that was moved or is of another tokenizer is told early.

@@ -52,8 +52,8 @@ class EpochRows(Dataset):
         return rank_units(self.plan, step, self.rank, self.world_size)[micro_step]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """What `collate_row` returns and, of that row, `step`, `micro_step`, `item_indices` (into the dataset) and
-        `bad_items`, those of them that could not be read; filler is in their place."""
+        """What `collate_row` returns and, of that row, `step`, `micro_step`, `type_id` (into `dataset.types`),
+        `item_indices` (into the dataset) and `bad_items`, those that could not be read; filler is in their place."""
         unit = self.unit(index)
         image_only = self.dataset.table.image_only(unit.items, self.plan.options, self.plan.epoch)
         items, bad_items = [], []
@@ -65,6 +65,7 @@ class EpochRows(Dataset):
         row = collate_row(items, unit.row_len, self.pad_id, self.dataset.max_seq_len)
         step, micro_step = divmod(index, self.micro_steps)
         place = {"step": step, "micro_step": micro_step, "item_indices": unit.items.tolist()}
+        place["type_id"] = self.dataset.type_id(unit.items)
         return {**row, **place, "bad_items": bad_items}
 
 

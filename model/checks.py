@@ -32,6 +32,7 @@ def prepare(options: Options, launch: Launch) -> TokenDataset:
         *options.parallel.problems(launch.world_size, launch.local_world_size),
         *options.float8.problems(options.run.device, options.parallel.precision),
         *options.checkpoint.problems(),
+        *options.trackers.problems(),
     ]
     if options.run.device == "cuda" and not torch.cuda.is_available():
         problems.append("--device cuda: torch sees no CUDA device here; use --device cpu or auto")

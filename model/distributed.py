@@ -150,6 +150,15 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def gather_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The vectors [n] of all ranks as [ranks, n], on every rank; does not wait for the device."""
+    if dist.get_world_size() == 1:
+        return values[None]
+    gathered = values.new_empty(dist.get_world_size(), len(values))
+    dist.all_gather(list(gathered), values.contiguous())
+    return gathered
+
+
 def sum_counts(*counts: int) -> list[int]:
     """The sums over ranks of numbers that live on the host; does not wait for the GPU."""
     return sum_over_ranks(torch.tensor(counts, dtype=torch.int64)).tolist()

@@ -1,8 +1,8 @@
 """What a run tells: sums on the device, one JSON object per log line in `metrics.jsonl`, and the bar or plain lines.
 
-The training step only adds device tensors into a `MetricSums`; once per log line the solver sums them over the ranks,
-and `summarize` turns them into the figures that people read. `MetricsFile` owns the format of `metrics.jsonl`: it is
-opened at a step, cut back to it, and appended to.
+The training step only adds device tensors into a `MetricSums`; once per log line `model/run_log.py` sums them over the
+ranks, and `summarize` turns them into the figures that people read. `MetricsFile` owns the format of `metrics.jsonl`:
+it is opened at a step, cut back to it, and appended to.
 """
 
 import itertools
@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,31 +32,30 @@ SUMMED_FIELDS = (
 
 
 class MetricSums:
-    """Sums since the last log line, on the device: adding costs no wait, reading costs one."""
+    """Sums since the last log line, on the device: adding costs no wait, reading costs one.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.reset()
+    One row per `type` of the data config, since the rows of a step are of one type.
+    """
 
-    def reset(self) -> None:
-        self._sums = torch.zeros(len(SUMMED_FIELDS) + 1, dtype=torch.float64, device=self._device)
-        self._started = time.perf_counter()
+    def __init__(self, device: torch.device, num_types: int = 1) -> None:
+        self._device, self._num_types = device, num_types
+        self._reset()
 
-    def add(self, output: Any, num_tokens: int) -> None:
-        """Adds one micro-step: the model's output (scalars, see SUMMED_FIELDS) and the tokens it processed."""
+    def _reset(self) -> None:
+        shape = self._num_types, len(SUMMED_FIELDS) + 1
+        self._sums = torch.zeros(shape, dtype=torch.float64, device=self._device)
+
+    def add(self, output: Any, num_tokens: int, type_id: int = 0) -> None:
+        """Adds one micro-step: the model's output (scalars, see SUMMED_FIELDS), the tokens it processed, their type."""
         values = [torch.as_tensor(getattr(output, field), device=self._device).double() for field in SUMMED_FIELDS]
-        self._sums[:-1] += torch.stack([value.detach() for value in values])
-        self._sums[-1] += num_tokens
+        self._sums[type_id, :-1] += torch.stack([value.detach() for value in values])
+        self._sums[type_id, -1] += num_tokens
 
-    def restart_clock(self) -> None:
-        """Leaves what was done since the last line, such as saving a checkpoint, out of the speed."""
-        self._started = time.perf_counter()
-
-    def take(self) -> tuple[torch.Tensor, float]:
-        """The sums `[len(SUMMED_FIELDS) + 1]` (the last: tokens processed) and the seconds since the last take."""
-        sums, seconds = self._sums, time.perf_counter() - self._started
-        self.reset()
-        return sums, seconds
+    def take(self) -> torch.Tensor:
+        """The sums since the last take, float64 [num_types, len(SUMMED_FIELDS) + 1] (the last: tokens processed)."""
+        sums = self._sums
+        self._reset()
+        return sums
 
 
 def read_numbers(*tensors: torch.Tensor) -> list[list[float]]:
@@ -66,32 +65,51 @@ def read_numbers(*tensors: torch.Tensor) -> list[list[float]]:
     return [numbers[start:stop] for start, stop in itertools.pairwise(starts)]
 
 
-def summarize(sums: Sequence[float], seconds: float, z_loss_weight: float) -> dict[str, float | int | None]:
-    """Figures of one log line, from the sums over all ranks (as `MetricSums.take`) and the seconds that the steps took.
+def summarize(
+    sums: Sequence[Sequence[float]], z_loss_weight: float, types: Sequence[str] = ()
+) -> dict[str, float | int | None | dict[str, float]]:
+    """Figures from the sums over all ranks (as `MetricSums.take`): means over targets, None where there was none.
 
-    Means are over targets, None where there was none.
+    With several `types`, `loss_by_type` holds the loss of each that had a target.
     """
-    values = dict(zip((*SUMMED_FIELDS, "num_tokens"), sums, strict=True))
-    ce = _ratio(values["ce_loss"], values["num_valid_tokens"])
-    z_loss = _ratio(values["z_loss"], values["num_valid_tokens"])
-    return {
-        "loss": None if ce is None else ce + z_loss_weight * z_loss,
-        "ce": ce,
-        "z_loss": z_loss,
+    values = dict(zip((*SUMMED_FIELDS, "num_tokens"), map(math.fsum, zip(*sums, strict=True)), strict=True))
+    figures = {
+        "loss": _mean_loss(values, z_loss_weight),
+        "ce": _ratio(values["ce_loss"], values["num_valid_tokens"]),
+        "z_loss": _ratio(values["z_loss"], values["num_valid_tokens"]),
         "text_loss": _ratio(values["text_ce_sum"], values["num_text_tokens"]),
         "image_loss": _ratio(values["image_ce_sum"], values["num_image_tokens"]),
-        "num_valid_tokens": int(values["num_valid_tokens"]),
-        "tokens_per_s": round(values["num_tokens"] / max(seconds, 1e-9), 1),
     }
+    if len(types) > 1:
+        by_type = {
+            name: _mean_loss(dict(zip(SUMMED_FIELDS, row, strict=False)), z_loss_weight)
+            for name, row in zip(types, sums, strict=True)
+        }
+        figures["loss_by_type"] = {name: loss for name, loss in by_type.items() if loss is not None}
+    return figures | {"num_valid_tokens": int(values["num_valid_tokens"])}
+
+
+def flatten(line: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a log line, one level deep, as trackers want them: `loss_by_type/captions`. None is left out."""
+    flat: dict[str, float] = {}
+    for key, value in line.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}/{name}": number for name, number in flatten(value).items()}
+        elif isinstance(value, int | float):
+            flat[key] = value
+    return flat
 
 
 class MetricsFile:
-    """`output_dir/metrics.jsonl`, one JSON object per log line, each with at least step, epoch, lr and loss."""
+    """`output_dir/metrics.jsonl`, one JSON object per line: `step` and `epoch` in all, `loss` in those of training,
+    `val_loss` in those of validation. `last_step` is that of the last line before it was cut, 0 without one."""
 
     def __init__(self, output_dir: Path, resume_step: int) -> None:
         """Opens it for appending after `resume_step`: a torn last line and the lines of later steps are dropped."""
         self.path = output_dir / METRICS_NAME
-        kept = [line for line in read_metrics(self.path) if line["step"] <= resume_step]
+        lines = list(read_metrics(self.path))
+        self.last_step = lines[-1]["step"] if lines else 0
+        kept = [line for line in lines if line["step"] <= resume_step]
         beside = self.path.with_name(METRICS_NAME + ".tmp")
         with beside.open("w") as file:
             file.writelines(json.dumps(line) + "\n" for line in kept)
@@ -102,8 +120,7 @@ class MetricsFile:
 
     def append(self, line: dict[str, Any]) -> None:
         """Adds a line; figures that are not finite become null, so that every reader of JSON can read it."""
-        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
-        self._file.write(json.dumps(finite) + "\n")
+        self._file.write(json.dumps(_finite(line)) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
@@ -133,6 +150,7 @@ class Progress:
         self._enabled = enabled
         self._total = 0
         self._bar: tqdm | None = None
+        self._num_done, self._started = 0, time.perf_counter()
 
     def expect(self, total: int, done: int) -> None:
         """Says how many steps the run has, and how many are done; may be corrected later."""
@@ -143,17 +161,24 @@ class Progress:
             self._bar = tqdm(total=total, initial=done, unit="step", desc="train", dynamic_ncols=True)
 
     def advance(self) -> None:
+        self._num_done += 1
         if self._bar is not None:
             self._bar.update()
 
-    def show(self, line: dict[str, Any]) -> None:
+    def show(self, line: Mapping[str, Any]) -> None:
         """Shows a log line."""
         loss = math.nan if line["loss"] is None else line["loss"]
         figures = f"loss {loss:.4f} lr {line['lr']:.2e} {line['tokens_per_s']:,.0f} tokens/s"
         if self._bar is not None:
             self._bar.set_postfix_str(figures)
         elif self._enabled:
-            print(f"step {line['step']}/{self._total} epoch {line['epoch']:.3f} {figures}", flush=True)
+            step = f"step {line['step']}/{self._total} epoch {line['epoch']:.3f}"
+            print(f"{step} {figures} ETA {self._eta(line['step'])}", flush=True)
+
+    def _eta(self, step: int) -> str:
+        """Time to the end at the pace of this process so far, saving and validation in, as [h:]mm:ss."""
+        pace = (time.perf_counter() - self._started) / max(self._num_done, 1)
+        return tqdm.format_interval(max(self._total - step, 0) * pace)
 
     def say(self, message: str) -> None:
         """A line beside the bar."""
@@ -165,6 +190,16 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _mean_loss(values: Mapping[str, float], z_loss_weight: float) -> float | None:
+    return _ratio(values["ce_loss"] + z_loss_weight * values["z_loss"], values["num_valid_tokens"])
 
 
 def _ratio(total: float, count: float) -> float | None:

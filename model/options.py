@@ -18,6 +18,7 @@ from model.image_head import IMAGE_HEAD_INITS
 from model.optim import OPTIMIZERS, OptimOptions
 from model.parallelize import ParallelOptions
 from model.step_guard import GuardOptions
+from model.trackers import TrackerOptions
 
 # What the recipe starts from when no --init_from is given.
 DEFAULT_STARTS = {"7B": "Alpha-VLLM/Chameleon_7B_mGPT", "34B": "Alpha-VLLM/Chameleon_34B_mGPT"}
@@ -79,6 +80,7 @@ class Options:
     float8: Float8Options
     checkpoint: CheckpointOptions
     guard: GuardOptions
+    trackers: TrackerOptions
     run: RunOptions
     resolved: Mapping[str, Any]
 
@@ -141,17 +143,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_parallel_flags(parser.add_argument_group("ranks and precision"))
     _add_checkpoint_flags(parser.add_argument_group("checkpoints"))
     _add_run_flags(parser.add_argument_group("run"))
-    for part in (
-        ModelOptions,
-        DataOptions,
-        OptimOptions,
-        ParallelOptions,
-        Float8Options,
-        CheckpointOptions,
-        GuardOptions,
-        RunOptions,
-    ):
-        fields = dataclasses.fields(part)
+    _add_watch_flags(parser.add_argument_group("watching"))
+    for part in dataclasses.fields(Options):
+        fields = dataclasses.fields(part.type) if dataclasses.is_dataclass(part.type) else ()
         parser.set_defaults(**{f.name: f.default for f in fields if f.default is not dataclasses.MISSING})
     return parser
 
@@ -241,7 +235,12 @@ def _add_checkpoint_flags(group: argparse._ArgumentGroup) -> None:
 def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--seed", type=int, help="of fresh weights, order of items and dropout")
     group.add_argument("--max_steps", type=int, help="end with a checkpoint after so many optimizer steps")
+
+
+def _add_watch_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--log_interval", type=int, help="optimizer steps between lines of metrics.jsonl")
+    group.add_argument("--log_with", help="trackers beside it: tensorboard, wandb, trackio, with commas between them")
+    group.add_argument("--log_project", help="project under which wandb and trackio file the run")
 
 
 def _add_switch(group: argparse._ArgumentGroup, name: str, off: str | None, help_text: str) -> None:

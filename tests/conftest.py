@@ -4,7 +4,7 @@ import tempfile
 
 import pytest
 
-from tests.small_run import write_small_task
+from tests.small_run import split_by_type, write_small_task
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,4 +21,13 @@ def small_task(tmp_path_factory):
     """The folder of `write_small_task`, which no test may change."""
     folder = tmp_path_factory.mktemp("small_task")
     write_small_task(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two_types(tmp_path_factory):
+    """A small task whose items are of the types `text` and `images`, which no test may change."""
+    folder = tmp_path_factory.mktemp("two_types")
+    write_small_task(folder)
+    split_by_type(folder)
     return folder
