@@ -28,6 +28,7 @@ from data.packing import EpochPlan, PlanOptions
 from data.plan_cache import PlanCache
 from data.rows import EpochRows, build_loader
 from data.vocab import ChameleonVocab
+from model.adapter_folder import AdapterWriter, BaseWeights, open_weights
 from model.async_checkpoint import CheckpointSaver, SaveError
 from model.bad_data import BadData, RunError
 from model.chameleon import build_config, build_model, init_weights
@@ -56,9 +57,12 @@ from model.distributed import (
 )
 from model.float8 import use_float8
 from model.gpu_peaks import peak_tokens_per_s
+from model.hf_folder import resolve_checkpoint
+from model.image_head import HEAD
 from model.optim import build_optimizer, lr_at, set_lr
 from model.options import Options, build_parser, resolve_model
 from model.parallelize import (
+    DTYPES,
     allocate,
     begin_micro_step,
     build_mesh,
@@ -69,6 +73,7 @@ from model.parallelize import (
 from model.run_log import RunLog
 from model.step_guard import StepGuard
 from model.stop_signal import SIGNALS, StopSignal, requeue_on_slurm
+from model.trainable import choose_trainable, init_adapters
 
 
 class Solver:
@@ -162,13 +167,18 @@ class Solver:
         model = build_model(self.config, device="meta")
         if options.float8.float8:
             use_float8(model)
+        model = choose_trainable(model, options.trainable, DTYPES[options.parallel.precision])
         self.model = parallelize(model, self.mesh, options.parallel)
         allocate(self.model, self.device, options.parallel)
         self.optimizer = build_optimizer(self.model, options.optim)
+        adapted = self._note_frozen_weights(weights) if options.trainable.is_partial else None
         if self.start is not None:
+            if adapted is not None:
+                load_checkpoint_weights(self.model, adapted.base.source)
             load_checkpoint(self.start, self.model, self.optimizer)
         elif weights is not None:
             load_checkpoint_weights(self.model, weights)
+            init_adapters(self.model, options.run.seed)
         else:
             init_weights(self.model, options.run.seed)
         self.model.train()
@@ -182,7 +192,8 @@ class Solver:
         self.guard = StepGuard(options.guard, torch.device("cpu") if options.parallel.cpu_offload else self.device)
         # The tokenizer is written from memory: the folder that it came from may be gone by then.
         self.saver = CheckpointSaver(
-            options.checkpoint, self.model, self.optimizer, self.config, self.tokenizer.save_pretrained, self.say
+            options.checkpoint, self.model, self.optimizer, self.config, self.tokenizer.save_pretrained,
+            self.say, adapted,
         )  # fmt: skip
 
     def run_epoch(self) -> None:
@@ -303,6 +314,19 @@ class Solver:
                 raise SystemExit(stop_at_start(self.launch, problem))
             weights = str(folder)
         return weights, tokenizer
+
+    def _note_frozen_weights(self, weights: str) -> AdapterWriter:
+        """What checkpoints say of the frozen weights: what the one says from which the run goes on, or as they are."""
+        output_dir = self.options.checkpoint.output_dir
+        if self.start is None:
+            base = BaseWeights.of(weights, output_dir)
+            folder = resolve_checkpoint(weights)
+        else:
+            base = BaseWeights.read(self.start)
+            folder = base.find(self.start)
+            if base.relative is not None:  # both may have been moved
+                base = BaseWeights.of(folder, output_dir)
+        return AdapterWriter(base, self.options.trainable, open_weights(folder).dtype(HEAD))
 
     def _seed_step(self) -> None:
         """Dropout depends on where the run stands and on the rank, on nothing that came before."""

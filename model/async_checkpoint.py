@@ -27,11 +27,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from model.adapter_folder import AdapterWriter
 from model.chameleon import ChameleonXLLMXConfig
 from model.checkpoint import (
     SAVING_PREFIX,
     SHARDS_NAME,
+    TRAINED_STATE,
     CheckpointOptions,
     Position,
     TrainerState,
@@ -39,7 +42,7 @@ from model.checkpoint import (
     remove_old,
     seal,
 )
-from model.convert import carried_vqgan, clean_name, export_tensors
+from model.convert import carried_vqgan, clean_name, export_tensors, write_config
 from model.local_shards import rows_by_rank
 
 # The others wait while one rank writes its share, on a disk that may be slow; a dead rank ends the training's own
@@ -57,7 +60,8 @@ class CheckpointSaver:
     """Saves checkpoints of one run; built and called by all ranks, in the same order.
 
     `write_extras(folder)` puts beside the weights what else a Hugging Face folder needs (the tokenizer), `say` takes a
-    line for people; both are called on the first rank only, from the thread.
+    line for people; both are called on the first rank only, from the thread. `adapted` is given where weights are
+    frozen: it writes what is trained in the place of the whole model.
     """
 
     def __init__(
@@ -68,13 +72,14 @@ class CheckpointSaver:
         config: ChameleonXLLMXConfig,
         write_extras: Callable[[Path], None],
         say: Callable[[str], None],
+        adapted: AdapterWriter | None = None,
     ) -> None:
         self._options, self._model, self._optimizer, self._config = options, model, optimizer, config
-        self._write_extras, self._say = write_extras, say
+        self._write_extras, self._say, self._adapted = write_extras, say, adapted
         self._is_main = dist.get_rank() == 0
         self._device = next(model.parameters()).device
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
-        self._vqgan = carried_vqgan(model, config, self._is_main)
+        self._vqgan = {} if adapted else carried_vqgan(model, config, self._is_main)  # the frozen weights' own
         self._stager = _Stager()
         self._thread: threading.Thread | None = None
         self._error: SaveError | None = None
@@ -103,7 +108,7 @@ class CheckpointSaver:
         if state.position == self._last:
             return
         started = time.perf_counter()
-        model_state, optimizer_state = get_state_dict(self._model, self._optimizer)
+        model_state, optimizer_state = get_state_dict(self._model, self._optimizer, options=TRAINED_STATE)
         tensors = {"model": model_state, "optimizer": optimizer_state}
         self._check_space(name, tensors)
         is_copied = None
@@ -195,7 +200,11 @@ class CheckpointSaver:
             return
         try:
             self._write_extras(folder)
-            export_tensors(gather.shapes, gather.get, self._config, folder, self._vqgan)
+            if self._adapted is None:
+                export_tensors(gather.shapes, gather.get, self._config, folder, self._vqgan)
+            else:
+                write_config(self._config, folder, self._adapted.dtype)
+                self._adapted.write(folder, gather.shapes, gather.get, self._config)
         finally:
             gather.end()
 
@@ -257,6 +266,10 @@ class _Stager:
         return copy.deepcopy(value)
 
     def _copy_tensor(self, tensor: torch.Tensor, path: tuple[Any, ...]) -> torch.Tensor:
+        if is_traceable_wrapper_subclass(tensor):  # moments in 8 bits: codes and scales
+            names, settings = tensor.__tensor_flatten__()
+            parts = {name: self._copy_tensor(getattr(tensor, name), (*path, name)) for name in names}
+            return type(tensor).__tensor_unflatten__(parts, settings, tensor.shape, tensor.stride())
         tensor = tensor.detach()
         self._uses_gpu |= tensor.is_cuda
         if path not in self._buffers:

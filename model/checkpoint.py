@@ -1,8 +1,9 @@
 """Checkpoints: `output_dir/epoch{E}` or `epoch{E}-iter{I}`, whole or absent.
 
-A checkpoint folder holds Hugging Face files, ready for `from_pretrained`, and what a run needs to go on:
+A checkpoint folder holds Hugging Face files, ready for `from_pretrained` (of what was trained alone, if anything is
+frozen: model/adapter_folder.py), and what a run needs to go on:
 
-    training_state/      fp32 master weights and both Adam moments, sharded, by torch.distributed.checkpoint
+    training_state/      trained weights (fp32 masters) and both Adam moments, sharded, by torch.distributed.checkpoint
     trainer_state.json   position, units per step, ranks, options, versions, and the size of every other file;
                          written last, so that a folder without it, or whose files differ from it, is not whole
 
@@ -26,7 +27,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import transformers
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from data.whole_file import sync_path
 
@@ -37,8 +38,11 @@ SAVING_PREFIX = ".saving-"
 REPLACED_PREFIX = ".replaced-"
 OPTIONS_TO_KEEP = (
     *("model_size", "seed", "batch_size", "max_seq_len"),
-    *("packing", "length_clustering", "overlong", "context_dropout"),
+    *("packing", "length_clustering", "overlong", "context_dropout", "optim"),
 )
+# What is trained decides what a checkpoint holds: no other way to go on. With what older checkpoints did.
+FIXED_OPTIONS = {"lora_rank": 0, "lora_alpha": 16.0, "lora_targets": None, "train_only": None}
+TRAINED_STATE = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen weights are in no checkpoint
 LOCK_PATIENCE_S = 5.0  # a killed run may need a moment to die
 
 
@@ -161,13 +165,14 @@ def publish(saving: Path, final: Path) -> None:
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Fills a sharded model and its optimizer from a checkpoint of any number of ranks; every rank calls it.
 
-    The optimizer's settings (weight decay and the rest) stay those of this run.
+    The optimizer's settings (weight decay and the rest) stay those of this run. Frozen weights are not in it.
     """
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    model_state, optimizer_state = get_state_dict(model, optimizer)
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=TRAINED_STATE)
     state = {"model": model_state, "optimizer": optimizer_state}
     dcp.load(state, checkpoint_id=folder / SHARDS_NAME)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    loaded = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+    set_state_dict(model, optimizer, **loaded, options=TRAINED_STATE)
     for group, kept in zip(optimizer.param_groups, settings, strict=True):
         group.update(kept)
 
@@ -229,6 +234,19 @@ def find_changes(options: CheckpointOptions, now: Mapping[str, Any], data_finger
     if saved.data_fingerprint not in ("", data_fingerprint):
         changes.append("the items of --data_config, their lengths or ratios are others")
     return changes
+
+
+def find_fixed_changes(options: CheckpointOptions, now: Mapping[str, Any]) -> list[str]:
+    """Of the options that say what is trained, those that are not as in the checkpoint that a run would go on from."""
+    start, _ = find_start(options)
+    if start is None:
+        return []
+    saved = read_state(start).options
+    return [
+        f"--{name} was {saved.get(name, default)} and is {now[name]}"
+        for name, default in FIXED_OPTIONS.items()
+        if saved.get(name, default) != now[name] and not (name == "lora_alpha" and not now["lora_rank"])
+    ]
 
 
 def remove_old(output_dir: Path, keep: int) -> None:

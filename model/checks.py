@@ -13,10 +13,13 @@ from data.dataset import TokenDataset
 from data.item_processor import hash_tokenizer, load_text_tokenizer
 from data.manifest import MANIFEST_NAME, load_manifest
 from data.vocab import ChameleonVocab
-from model.checkpoint import find_changes
+from model.adapter_folder import NOTE_NAME, BaseWeights
+from model.chameleon import ChameleonXLLMXConfig, build_config, build_model
+from model.checkpoint import find_changes, find_fixed_changes, find_start
 from model.convert import check_weights
 from model.distributed import Launch
 from model.options import Options, find_number_problems, resolve_model
+from model.trainable import choose_trainable
 
 INDEX_DIR = "data_index"  # of --cache_ann_on_disk, in --output_dir
 
@@ -28,9 +31,10 @@ def prepare(options: Options, launch: Launch) -> TokenDataset:
     """
     problems = [
         *find_number_problems(options),
+        *options.trainable.problems(),
         *options.optim.problems(),
         *options.parallel.problems(launch.world_size, launch.local_world_size),
-        *options.float8.problems(options.run.device, options.parallel.precision),
+        *options.float8.problems(options.run.device, options.parallel.precision, options.trainable.is_partial),
         *options.checkpoint.problems(),
         *options.trackers.problems(),
     ]
@@ -47,6 +51,12 @@ def prepare(options: Options, launch: Launch) -> TokenDataset:
     problems += _find_model_problems(options, sources, dataset)
     if dataset is not None and options.data.context_dropout and not dataset.has_images:
         problems.append("--context_dropout: no record says that an item ends in a generated image (image_len)")
+    fixed = [] if problems else find_fixed_changes(options.checkpoint, options.resolved)
+    if fixed:
+        problems.append(
+            f"the run to go on with trains something else: {'; '.join(fixed)}. Give what it was started with, or begin "
+            "another run with --init_from the checkpoint and another --output_dir"
+        )
     if not problems and not options.checkpoint.resume_anyway:
         changes = find_changes(options.checkpoint, options.resolved, dataset.fingerprint)
         if changes:
@@ -73,11 +83,13 @@ def _find_model_problems(
     if tokenizer is None:
         return [*found, f"--model_size {options.model_size} starts afresh: its vocabulary needs --tokenizer DIR"]
     try:
-        num_rows = check_weights(options.init_from).vocab_size if options.init_from else None
+        config = check_weights(options.init_from) if options.init_from else None
+        num_rows = config.vocab_size if config else None
         loaded = load_text_tokenizer(tokenizer)
         found += _find_foreign_records(sources, loaded, tokenizer)
         vocab = ChameleonVocab.from_tokenizer(loaded)
         vocab_size = vocab.vocab_size
+        found += _find_trainable_problems(all_options, config or build_config(options.model_size, loaded))
         if dataset is not None:
             dataset.use_vocabulary(num_rows or vocab_size, vocab.begin_image_id)
             dataset.check_first_items(all_options.data.max_bad_items)
@@ -85,6 +97,33 @@ def _find_model_problems(
         return [*found, str(error)]
     if num_rows is not None and vocab_size > num_rows:
         found.append(f"the tokenizer {tokenizer} has {vocab_size} ids, but --init_from {options.init_from} {num_rows}")
+    return found
+
+
+def _find_trainable_problems(options: Options, config: ChameleonXLLMXConfig) -> list[str]:
+    """Why what is to be trained cannot be, one sentence each; `config` is the model's."""
+    trainable, found = options.trainable, []
+    if not trainable.is_partial or trainable.problems():
+        return []
+    try:
+        model = choose_trainable(build_model(config), trainable)  # on meta
+    except ValueError as error:
+        return [str(error)]
+    if resolve_model(options.model)[0] is None:
+        found.append("--lora_rank and --train_only need weights to start from: give --init_from")
+    is_head_trained = any(p.requires_grad for name, p in model.named_parameters() if name.startswith("lm_head."))
+    init = options.model.image_head_init or ("keep" if options.model.init_from else "zero")
+    if init != "keep" and not is_head_trained and not options.model.mask_image_logits:
+        found.append(
+            f"--image_head_init {init} makes the rows of lm_head of image tokens anew, and they are frozen: no image "
+            "could be learned. Add --train_only image_head, or start from a model that writes images (--init_from)"
+        )
+    start, _ = find_start(options.checkpoint)
+    if start is not None and (start / NOTE_NAME).is_file():
+        try:
+            BaseWeights.read(start).find(start)
+        except (ValueError, OSError) as error:
+            found.append(str(error))
     return found
 
 

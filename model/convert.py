@@ -8,6 +8,7 @@ on disk and `model/chameleon.py`, for training (plain or sharded models), genera
 
     python model/convert.py facebook/chameleon-7b start               # image rows of lm_head zeroed, the recipe's way
     python model/convert.py output/7B/epoch1 chameleon-hf --shape hf  # --vqgan_dir, if there was none at the start
+    python model/convert.py output/7B_lora/epoch1 merged --shape hf   # what was trained, and the rest, as one
 """
 
 import argparse
@@ -27,6 +28,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.whole_file import sync_path  # noqa: E402
+from model.adapter_folder import open_weights  # noqa: E402
 from model.chameleon import (  # noqa: E402
     ChameleonXLLMXConfig,
     ChameleonXLLMXForConditionalGeneration,
@@ -44,12 +46,14 @@ from model.image_head import (  # noqa: E402
     is_stock,
 )
 from model.local_shards import copy_into_parameter, local_rows  # noqa: E402
+from model.trainable import is_added  # noqa: E402
+from model.trained_rows import ROWS_NAME  # noqa: E402
 from model.weight_files import MAX_FILE_BYTES, WeightReader, write_weights  # noqa: E402
 
 SHAPES = ("xllmx", "hf")
 VQGAN_PREFIX = "model.vqmodel."
 _IGNORED = (VQGAN_PREFIX, "model.rotary_emb.")
-_WRAPPER_PARTS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # of activation checkpointing and torch.compile
+_WRAPPER_PARTS = ("_checkpoint_wrapped_module.", "_orig_mod.", "base_layer.")  # of recomputation, compile, peft
 
 
 def load_checkpoint_weights(model: nn.Module, dir_or_hub_id: str | os.PathLike) -> None:
@@ -57,14 +61,15 @@ def load_checkpoint_weights(model: nn.Module, dir_or_hub_id: str | os.PathLike) 
     Fill a plain or sharded model, on any device, from a checkpoint of either shape.
 
     Every rank reads only its own part of each tensor; values are cast to the type of the parameter, so fp32 files stay
-    fp32 in an fp32 model.
+    fp32 in an fp32 model. Adapters are left as they are, trained image rows are those of the weights.
 
     Raises:
         FileNotFoundError: no such checkpoint or no weights in it.
         ValueError: tensors that are missing, unknown or of another shape, or q/k-norms that cannot be tied.
     """
-    reader = WeightReader(resolve_checkpoint(dir_or_hub_id))
-    parameters = {clean_name(name): parameter for name, parameter in model.named_parameters()}
+    reader = open_weights(resolve_checkpoint(dir_or_hub_id))
+    named = {clean_name(name): parameter for name, parameter in model.named_parameters()}
+    parameters = {name: parameter for name, parameter in named.items() if not is_added(name)}
     _check_names_and_shapes(parameters, reader)
     for name, parameter in parameters.items():
         if reader.shape(name) != tuple(parameter.shape):
@@ -74,6 +79,12 @@ def load_checkpoint_weights(model: nn.Module, dir_or_hub_id: str | os.PathLike) 
         if local.numel():
             with torch.no_grad():
                 local.copy_(reader.read(name, local_rows(parameter)))
+    for name, parameter in named.items():
+        if name.endswith(f".{ROWS_NAME}"):
+            ids = model.image_token_ids(torch.device("cpu"))
+            first, last = int(ids[0]), int(ids[-1])
+            rows = reader.read(f"{name.removesuffix(ROWS_NAME)}weight", (slice(first, last + 1), slice(None)))
+            copy_into_parameter(parameter, rows[ids - first])
 
 
 def check_weights(dir_or_hub_id: str | os.PathLike) -> ChameleonXLLMXConfig:
@@ -89,7 +100,7 @@ def check_weights(dir_or_hub_id: str | os.PathLike) -> ChameleonXLLMXConfig:
     config = load_config(dir_or_hub_id)
     if Path(dir_or_hub_id).is_dir():
         model = build_model(config)  # on meta
-        _check_names_and_shapes(dict(model.named_parameters()), WeightReader(dir_or_hub_id))
+        _check_names_and_shapes(dict(model.named_parameters()), open_weights(dir_or_hub_id))
     return config
 
 
@@ -110,7 +121,7 @@ def load_pretrained(
     """
     folder = resolve_checkpoint(dir_or_hub_id)
     config = load_config(folder, **overrides)
-    model = build_model(config, device, dtype or WeightReader(folder).dtype(HEAD))
+    model = build_model(config, device, dtype or open_weights(folder).dtype(HEAD))
     load_checkpoint_weights(model, folder)
     return model.eval()
 
@@ -191,7 +202,7 @@ def carried_vqgan(model: nn.Module, config: ChameleonXLLMXConfig, is_writer: boo
         model.carried_vqgan = {}
         try:
             if config.name_or_path and Path(config.name_or_path).is_dir():
-                stored = _stored_vqgan(WeightReader(config.name_or_path))
+                stored = _stored_vqgan(open_weights(config.name_or_path))
                 model.carried_vqgan = {n: t.clone() if is_writer else t.to("meta") for n, t in stored.items()}
         except (ValueError, OSError) as error:  # a training must be able to save without
             warnings.warn(f"the VQGAN's tensors, if any, are not carried along: {error}", stacklevel=3)
@@ -212,7 +223,8 @@ def convert_checkpoint(
     **overrides: Any,
 ) -> Path:
     """
-    Rewrite a checkpoint file by file; the new folder appears whole.
+    Rewrite a checkpoint file by file; the new folder appears whole. Of a checkpoint that holds only what was trained
+    (model/adapter_folder.py) all weights are written, adapters merged.
 
     Args:
         source: folder or hub id of either shape.
@@ -235,7 +247,7 @@ def convert_checkpoint(
     out_dir, source = Path(out_dir), resolve_checkpoint(source)
     if out_dir.exists():
         raise FileExistsError(f"{out_dir} exists already; remove it or choose another folder.")
-    config, reader = load_config(source, **overrides), WeightReader(source)
+    config, reader = load_config(source, **overrides), open_weights(source)
     image_head_init = image_head_init or default_image_head_init(config, shape)
     if image_head_init not in IMAGE_HEAD_INITS:
         raise ValueError(f"image_head_init is {image_head_init!r}; it must be one of {', '.join(IMAGE_HEAD_INITS)}.")
@@ -342,6 +354,12 @@ def _check_names_and_shapes(parameters: dict[str, torch.Tensor], reader: WeightR
             f"the weights in {reader.folder} do not fit the model: {'; '.join(problems)}. "
             "Is the config.json beside them the one that they were written with?"
         )
+
+
+def write_config(config: ChameleonXLLMXConfig, folder: Path, dtype: torch.dtype) -> None:
+    """The config.json of a trained model in our shape, whose weights have that type."""
+    values = _config_values(config, "xllmx", is_trained=True) | {"dtype": str(dtype).removeprefix("torch.")}
+    ChameleonXLLMXConfig.from_dict(values).save_pretrained(folder)
 
 
 def _config_values(config: ChameleonXLLMXConfig, shape: str, is_trained: bool) -> dict[str, Any]:

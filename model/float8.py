@@ -24,13 +24,18 @@ class Float8Options:
 
     float8: bool = False
 
-    def problems(self, device: str, precision: str) -> list[str]:
-        """What is wrong with these options on a device (`auto`, `cuda` or `cpu`), one sentence each."""
+    def problems(self, device: str, precision: str, is_partial: bool = False) -> list[str]:
+        """What is wrong with these options on a device (`auto`, `cuda` or `cpu`), one sentence each.
+
+        `is_partial`: some weights are frozen.
+        """
         if not self.float8:
             return []
         found = []
         if precision != "bf16":
             found.append(f"--float8 goes with --precision bf16 (what is not in fp8 is in bf16), got {precision}")
+        if is_partial:
+            found.append("--float8 trains every weight: leave it out with --lora_rank or --train_only")
         if importlib.util.find_spec("torchao") is None:
             found.append(f"--float8 needs torchao: pip install --no-deps {TORCHAO_PIN}")
         if device == "cpu" or not torch.cuda.is_available():

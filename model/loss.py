@@ -65,17 +65,26 @@ class LossHead(nn.Linear):
         Returns:
             Logits [..., V] without labels, `HeadLoss` with them.
         """
+        rows, row_ids = self.trained_rows(hidden_states.device)
         if labels is None:
-            return F.linear(hidden_states, self.weight, self.bias)
+            weight = self.weight if rows is None else self.weight.index_copy(0, row_ids, rows.to(self.weight.dtype))
+            return F.linear(hidden_states, weight, self.bias)
         flat_labels = labels.reshape(-1)
         valid = _target_positions(flat_labels, num_valid)
         targets = flat_labels.index_select(0, valid)
         flat_hidden = hidden_states.reshape(-1, hidden_states.shape[-1]).index_select(0, valid)
         scale = 1.0 / max(valid.numel(), 1) if loss_scale is None else loss_scale
         loss, ce, lse = _FusedLinearLoss.apply(
-            flat_hidden, self.weight, targets, scale, z_loss_weight, masked_ids, torch.is_grad_enabled()
+            *(flat_hidden, self.weight, rows, row_ids),
+            *(targets, scale, z_loss_weight, masked_ids, torch.is_grad_enabled()),
         )
         return HeadLoss(loss, ce, lse, targets)
+
+    def trained_rows(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+        """Rows [M, D] that stand in for those of the weight, and their ids int64 [M] on `device`; here none.
+
+        See `TrainedRowsHead` in model/trained_rows.py."""
+        return None, None
 
 
 def _target_positions(labels: torch.Tensor, num_valid: int | None) -> torch.Tensor:
@@ -90,50 +99,56 @@ class _FusedLinearLoss(torch.autograd.Function):
     """
     With l = x W^T, lse = log sum exp l and p = exp(l - lse):
     loss = s * sum(lse - l[y] + z * lse^2) and d loss / d l = s * (p * (1 + 2 z lse) - onehot(y)).
+    With `rows`, those rows of W are they, and a gradient of W itself is not made.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, scale, z_loss_weight, masked_ids, grad_enabled):
+    def forward(ctx, hidden, weight, rows, row_ids, targets, scale, z_loss_weight, masked_ids, grad_enabled):
         num_targets, vocab_size = hidden.shape[0], weight.shape[0]
         acc_dtype = torch.promote_types(weight.dtype, torch.float32)
-        needs_hidden, needs_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
+        needs_hidden, needs_weight, needs_rows = (grad_enabled and needed for needed in ctx.needs_input_grad[:3])
+        if rows is not None:
+            weight = weight.index_copy(0, row_ids, rows.to(weight.dtype))
+        grad_rows = torch.zeros(rows.shape, dtype=acc_dtype, device=rows.device) if needs_rows else None
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=acc_dtype, device=weight.device) if needs_weight else None
         ce = torch.empty(num_targets, dtype=acc_dtype, device=hidden.device)
         lse = torch.empty_like(ce)
         chunk = max(_MIN_CHUNK, _CHUNK_LOGITS // vocab_size)
         for start in range(0, num_targets, chunk):
-            rows = slice(start, min(start + chunk, num_targets))
-            x, y = hidden[rows], targets[rows, None]
+            part = slice(start, min(start + chunk, num_targets))
+            x, y = hidden[part], targets[part, None]
             logits = (x @ weight.t()).to(acc_dtype)
             if masked_ids is not None:
                 logits.index_fill_(1, masked_ids, torch.finfo(acc_dtype).min)
-            lse[rows] = torch.logsumexp(logits, dim=-1)
-            ce[rows] = lse[rows] - logits.gather(1, y)[:, 0]
+            lse[part] = torch.logsumexp(logits, dim=-1)
+            ce[part] = lse[part] - logits.gather(1, y)[:, 0]
             if not (needs_hidden or needs_weight):
                 continue
-            factor = 1 + 2 * z_loss_weight * lse[rows, None]
-            grad_logits = logits.sub_(lse[rows, None]).exp_().mul_(factor)
-            grad_logits.scatter_add_(1, y, torch.full_like(lse[rows, None], -1.0)).mul_(scale)
+            factor = 1 + 2 * z_loss_weight * lse[part, None]
+            grad_logits = logits.sub_(lse[part, None]).exp_().mul_(factor)
+            grad_logits.scatter_add_(1, y, torch.full_like(lse[part, None], -1.0)).mul_(scale)
             grad_logits = grad_logits.to(x.dtype)
             if needs_hidden:
-                grad_hidden[rows] = grad_logits @ weight
+                grad_hidden[part] = grad_logits @ weight
             if needs_weight and grad_logits.dtype == acc_dtype:
                 grad_weight.addmm_(grad_logits.t(), x)
             elif needs_weight:
                 grad_weight += grad_logits.t() @ x
+            if needs_rows:
+                grad_rows += grad_logits.index_select(1, row_ids).t() @ x
         # The sums that are reported and the loss are of the same numbers, so that they agree.
         loss = (ce.sum() + z_loss_weight * lse.square().sum()) * scale
         if needs_weight:
             grad_weight = grad_weight.to(weight.dtype)
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        if needs_rows:
+            grad_rows = grad_rows.to(rows.dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_rows)
         ctx.mark_non_differentiable(ce, lse)
         return loss, ce, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, _grad_ce, _grad_lse):
-        grad_hidden, grad_weight = (
-            None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors
-        )
-        return grad_hidden, grad_weight, None, None, None, None, None
+        grads = (None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors)
+        return *grads, None, None, None, None, None, None

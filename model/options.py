@@ -19,6 +19,7 @@ from model.optim import OPTIMIZERS, OptimOptions
 from model.parallelize import ParallelOptions
 from model.step_guard import GuardOptions
 from model.trackers import TrackerOptions
+from model.trainable import IMAGE_HEAD, LORA_TARGETS, TrainableOptions
 
 # What the recipe starts from when no --init_from is given.
 DEFAULT_STARTS = {"7B": "Alpha-VLLM/Chameleon_7B_mGPT", "34B": "Alpha-VLLM/Chameleon_34B_mGPT"}
@@ -74,6 +75,7 @@ class Options:
     """All options of a run; `resolved` is the command line as it was understood, for the checkpoint."""
 
     model: ModelOptions
+    trainable: TrainableOptions
     data: DataOptions
     optim: OptimOptions
     parallel: ParallelOptions
@@ -138,14 +140,15 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     _add_model_flags(parser.add_argument_group("model"))
+    _add_trainable_flags(parser.add_argument_group("what is trained"))
     _add_data_flags(parser.add_argument_group("data"))
     _add_optim_flags(parser.add_argument_group("optimizer"))
     _add_parallel_flags(parser.add_argument_group("ranks and precision"))
     _add_checkpoint_flags(parser.add_argument_group("checkpoints"))
     _add_run_flags(parser.add_argument_group("run"))
     _add_watch_flags(parser.add_argument_group("watching"))
-    for part in dataclasses.fields(Options):
-        fields = dataclasses.fields(part.type) if dataclasses.is_dataclass(part.type) else ()
+    for part in (part.type for part in dataclasses.fields(Options) if dataclasses.is_dataclass(part.type)):
+        fields = dataclasses.fields(part)
         parser.set_defaults(**{f.name: f.default for f in fields if f.default is not dataclasses.MISSING})
     return parser
 
@@ -164,6 +167,22 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--z_loss_weight", type=float, help="weight of the squared log-normalizer in the loss")
     _add_switch(group, "mask_image_logits", "unmask_image_logits", "train without image targets, their logits masked")
     group.add_argument("--model_parallel_size", type=int, help="accepted for the recipe's commands: only 1")
+
+
+def _add_trainable_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--lora_rank", type=int, help="train LoRA adapters of this rank (by peft); 0: none")
+    group.add_argument("--lora_alpha", type=float, help="adapters add lora_alpha / lora_rank times what they compute")
+    group.add_argument(
+        "--lora_targets", nargs="+", metavar="NAME", help=f"projections with an adapter; None: {' '.join(LORA_TARGETS)}"
+    )
+    group.add_argument(
+        "--train_only",
+        nargs="+",
+        metavar="NAME",
+        help=f"{IMAGE_HEAD} (the rows of image tokens in lm_head and embedding), or patterns of parameter names; None: "
+        "everything, with --lora_rank the adapters alone. What is not trained is kept in bf16, or with --precision "
+        "tf32 and fp32 in fp32",
+    )
 
 
 def _add_data_flags(group: argparse._ArgumentGroup) -> None:
@@ -223,7 +242,7 @@ def _add_checkpoint_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--output_dir", type=Path, default=Path("output_dir"), help="checkpoints and metrics.jsonl")
     group.add_argument("--save_interval", type=int, help="epochs between checkpoints; 0 switches off")
     group.add_argument("--save_iteration_interval", type=int, help="micro-steps between checkpoints; 0 switches off")
-    group.add_argument("--only_save_trainable", action="store_true", help="accepted: every weight is trained")
+    group.add_argument("--only_save_trainable", action="store_true", help="accepted: frozen weights are never saved")
     group.add_argument("--ckpt_max_keep", type=int, help="newest checkpoints kept; 0 keeps all")
     _add_switch(group, "async_save", "no_async_save", "train on while a checkpoint is written, from a copy")
     _add_switch(group, "auto_resume", "no_auto_resume", "go on from the newest checkpoint in --output_dir")

@@ -66,7 +66,7 @@ class WeightReader:
     def _file(self, name: str) -> safe_open:
         file_name = self._file_of[name]
         if file_name not in self._open:
-            self._open[file_name] = _open_file(self.folder / file_name)
+            self._open[file_name] = open_file(self.folder / file_name)
         return self._open[file_name]
 
 
@@ -118,6 +118,14 @@ def write_weights(
         write_text_file(out_dir / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
+def open_file(path: Path) -> safe_open:
+    """One safetensors file. Raises ValueError if it is damaged."""
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); copy or write the checkpoint again.") from None
+
+
 def write_text_file(path: str | os.PathLike, text: str) -> None:
     """Write a small file so that it is whole or absent."""
     with open_whole(path) as file:
@@ -141,12 +149,5 @@ def _find_files(folder: Path) -> dict[str, str]:
             f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there. Give a folder that a "
             "training run or the hub has written (PyTorch .bin files are not read)."
         )
-    with _open_file(folder / SINGLE_FILE) as file:
+    with open_file(folder / SINGLE_FILE) as file:
         return dict.fromkeys(file.keys(), SINGLE_FILE)
-
-
-def _open_file(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); copy or write the checkpoint again.") from None

@@ -12,7 +12,6 @@ from exps.bench.train_ways import Ours, Recipe, Work, bench_config, fill_rows, m
 from model import loss as loss_module
 from model.distributed import Launch, process_group
 from model.flops import flops_per_token
-from model.peak_flops import peak_bf16_flops
 from tests.tokenize_helpers import run_script
 
 NUM_STEPS = 50
@@ -137,12 +136,6 @@ def test_items_fill_the_rows_and_tokens_are_those_of_items():
 
 def test_flops_of_7b_are_those_of_the_formula():
     assert flops_per_token(bench_config(parse_training(["--model_size=7B"])), 4096) == pytest.approx(43.7e9, rel=1e-3)
-
-
-def test_datasheet_peaks_by_name():
-    assert peak_bf16_flops("NVIDIA H200") == peak_bf16_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert peak_bf16_flops("NVIDIA A100-SXM4-80GB") == 312e12
-    assert peak_bf16_flops("NVIDIA GeForce GTX 1080") is None
 
 
 def test_kinds_of_work_and_time_with_a_kernel_running():

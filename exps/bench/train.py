@@ -42,8 +42,8 @@ from exps.bench.common import (  # noqa: E402
 from exps.bench.train_measure import MATRIX_RATE, Task, parse_training  # noqa: E402
 from exps.bench.train_ways import WAYS, Work, fill_rows, spread_lengths  # noqa: E402
 from model.chameleon import MODEL_SIZES  # noqa: E402
+from model.gpu_peaks import peak_flops  # noqa: E402
 from model.options import Options  # noqa: E402
-from model.peak_flops import peak_bf16_flops  # noqa: E402
 
 OURS, BASELINE = WAYS
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
@@ -179,7 +179,7 @@ def with_shares(result: dict[str, Any], matrix: dict[str, Any], options: Options
     """The result and its MFU, over the datasheet (None without one) and over the measured matrix rate."""
     if not result["fits"]:
         return result
-    peak = peak_bf16_flops(device_name(device)) if device == "cuda" and options.parallel.precision == "bf16" else None
+    peak = peak_flops(device_name(device)) if device == "cuda" and options.parallel.precision == "bf16" else None
     mfu = {
         "datasheet": result["tflops"] * 1e12 / peak if peak else None,
         "matrix_rate": result["tflops"] * 1e12 / matrix["flops_per_s"] if matrix["fits"] else None,

@@ -29,8 +29,17 @@ from model.float8 import use_float8
 from model.metrics import MetricSums
 from model.optim import BETAS, build_optimizer, set_lr, split_by_decay
 from model.options import Options
-from model.parallelize import ParallelOptions, allocate, begin_micro_step, build_mesh, clip_grad_norm, parallelize
+from model.parallelize import (
+    DTYPES,
+    ParallelOptions,
+    allocate,
+    begin_micro_step,
+    build_mesh,
+    clip_grad_norm,
+    parallelize,
+)
 from model.step_guard import StepGuard
+from model.trainable import choose_trainable, init_adapters
 
 PAD_ID = 1
 TINY_VOCAB_SIZE = 2048  # of `tiny`, whose vocabulary is that of its tokenizer; Chameleon's, 65,536, of the others
@@ -117,6 +126,7 @@ class Ours:
         model = build_model(config, device="meta")
         if options.float8.float8:
             use_float8(model)
+        model = choose_trainable(model, options.trainable, DTYPES[options.parallel.precision])
         self.model = parallelize(model, self.mesh, options.parallel, compile_backend)
         fill(self.model, device, options)
         self.optimizer = build_optimizer(self.model, options.optim)
@@ -249,6 +259,7 @@ def fill(model: nn.Module, device: torch.device, options: Options) -> None:
                 local.fill_(float(name.endswith("weight")))
             else:
                 local.normal_(0.0, model.config.initializer_range, generator=generator)
+    init_adapters(model, options.run.seed)
     model.train()
 
 

@@ -1,0 +1,225 @@
+"""
+A checkpoint that holds what was trained, and says where the rest comes from.
+
+Where it stands: what a training with frozen weights (model/trainable.py) leaves as its Hugging Face files. Beside
+config.json and the tokenizer such a folder holds
+
+    base_weights.json          where the frozen weights are, and a fingerprint of their files
+    adapter_config.json, adapter_model.safetensors     of LoRA, as peft writes them and loads them
+    trained.safetensors        without LoRA: the trained parameters by name; `NAME.image_rows` are the rows of the image
+                               tokens of `NAME.weight`
+
+`open_weights` reads it like any other checkpoint, put together tensor by tensor; `model/convert.py` writes that down.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from model.chameleon import ChameleonXLLMXConfig
+from model.hf_folder import load_config, resolve_checkpoint
+from model.image_head import image_token_ids
+from model.trainable import EMBEDDING, HEAD, TrainableOptions, lora_config
+from model.trained_rows import ROWS_NAME
+from model.weight_files import WeightReader, open_file, write_text_file
+
+NOTE_NAME = "base_weights.json"
+TRAINED_NAME = "trained.safetensors"
+ADAPTER_NAME, ADAPTER_CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"  # peft's
+_PEFT_PREFIX = "base_model.model."
+_PEFT_ROWS = "token_adapter.trainable_tokens_delta"
+_SAMPLE_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class BaseWeights:
+    """
+    Where frozen weights come from; `base_weights.json` holds this.
+
+    Attributes:
+        source: the folder (absolute) or hub id.
+        fingerprint: of its weight files, see `fingerprint_weights`.
+        relative: the folder from the checkpoint's own, for an --output_dir that is moved as a whole; None: a hub id.
+    """
+
+    source: str
+    fingerprint: str
+    relative: str | None = None
+
+    @classmethod
+    def of(cls, source: str | os.PathLike, output_dir: Path) -> "BaseWeights":
+        """As the checkpoints in `output_dir` shall note it. Raises FileNotFoundError if it is not there."""
+        fingerprint = fingerprint_weights(resolve_checkpoint(source))
+        if not Path(source).is_dir():
+            return cls(str(source), fingerprint)
+        where = os.path.abspath(source)
+        return cls(where, fingerprint, os.path.relpath(where, os.path.abspath(output_dir / "checkpoint")))
+
+    @classmethod
+    def read(cls, folder: Path) -> "BaseWeights":
+        """What a checkpoint notes. Raises ValueError if the note is damaged."""
+        try:
+            return cls(**json.loads((folder / NOTE_NAME).read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{folder / NOTE_NAME} is damaged ({error!r}); copy the checkpoint again.") from None
+
+    def find(self, folder: Path) -> Path:
+        """
+        The folder of the frozen weights of the checkpoint `folder`, seen to be as they were.
+
+        Raises:
+            FileNotFoundError: they are gone.
+            ValueError: they are others.
+        """
+        nearby = folder / self.relative if self.relative else None
+        is_moved = not Path(self.source).is_dir() and nearby is not None and nearby.is_dir()
+        try:
+            found = resolve_checkpoint(nearby if is_moved else self.source)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{folder} holds only what was trained; the rest comes from {self.source}, which is gone ({error}). "
+                f"Put it back, or write where it is now as `source` into {folder / NOTE_NAME}."
+            ) from None
+        if fingerprint_weights(found) != self.fingerprint:
+            raise ValueError(
+                f"{folder} holds only what was trained; the rest comes from {found}, whose weights are not those any "
+                f"more that it was trained with. Put those back, or write where they are as `source` into "
+                f"{folder / NOTE_NAME}."
+            )
+        return found.resolve() if is_moved else found
+
+
+def fingerprint_weights(folder: Path) -> str:
+    """Of the weight files of a folder: sha256 over their names, sizes, heads, and samples from within."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for part in range(9):
+                file.seek(max(0, size - _SAMPLE_BYTES) * part // 8)
+                digest.update(file.read(_SAMPLE_BYTES))
+    if (folder / NOTE_NAME).is_file():
+        digest.update(BaseWeights.read(folder).fingerprint.encode())
+    return digest.hexdigest()
+
+
+def open_weights(folder: str | os.PathLike) -> WeightReader:
+    """A reader of a checkpoint's whole weights, of either kind. Raises like `WeightReader` and `BaseWeights.find`."""
+    folder = Path(folder)
+    return AdaptedReader(folder) if (folder / NOTE_NAME).is_file() else WeightReader(folder)
+
+
+class AdaptedReader(WeightReader):
+    """
+    Reads weights as they are with what was trained: the adapters merged in fp32, trained rows and parameters put in.
+
+    Their types on file are those of the frozen weights; what was trained is given in fp32.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._base = open_weights(BaseWeights.read(folder).find(folder))
+        self._scale = 0.0
+        path = folder / TRAINED_NAME
+        if (folder / ADAPTER_CONFIG_NAME).is_file():
+            path = folder / ADAPTER_NAME
+            adapter = json.loads((folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
+            self._scale = adapter["lora_alpha"] / adapter["r"]
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: copy the checkpoint again.")
+        file = open_file(path)
+        self._trained = {_own_name(name): file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        unknown = [name for name in self._trained if _weight_name(name) not in self._base]
+        if unknown:
+            raise ValueError(f"{path} holds {unknown[0]}, for which the frozen weights have nothing.")
+        self._row_ids = image_token_ids(load_config(folder))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._base
+
+    @property
+    def names(self) -> list[str]:
+        return self._base.names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._trained[name].get_shape()) if name in self._trained else self._base.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._base.dtype(name)
+
+    def read(self, name: str, part: tuple[slice, ...] | None = None) -> torch.Tensor:
+        if name in self._trained:
+            return self._trained[name][part or slice(None)]
+        module = name.removesuffix(".weight")
+        rows, adapter = self._trained.get(f"{module}.{ROWS_NAME}"), self._trained.get(f"{module}.lora_A")
+        if rows is not None:
+            full = self._base.read(name).float().index_copy(0, self._row_ids, rows[:].float())
+        elif adapter is not None:
+            added = self._trained[f"{module}.lora_B"][:].float() @ adapter[:].float()
+            full = self._base.read(name).float() + self._scale * added
+        else:
+            return self._base.read(name, part)
+        return full[part] if part else full
+
+
+@dataclass(frozen=True)
+class AdapterWriter:
+    """Writes the Hugging Face files of a training with frozen weights, but for config.json and the tokenizer.
+
+    `dtype` is that of the weights on file, which config.json tells."""
+
+    base: BaseWeights
+    options: TrainableOptions
+    dtype: torch.dtype
+
+    def write(
+        self,
+        folder: Path,
+        shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        get: Callable[[str], torch.Tensor],
+        config: ChameleonXLLMXConfig,
+    ) -> None:
+        """
+        Args:
+            folder: is there.
+            shapes: shape and type by name of what is trained.
+            get: gives each as a full tensor on the host, called once for each in this order.
+        """
+        write_text_file(folder / NOTE_NAME, json.dumps(dataclasses.asdict(self.base), indent=1) + "\n")
+        tensors = {name: get(name).detach().clone().contiguous() for name in shapes}
+        if not self.options.lora_rank:
+            save_file(tensors, folder / TRAINED_NAME, metadata={"format": "pt"})
+            return
+        save_file({_peft_name(name): t for name, t in tensors.items()}, folder / ADAPTER_NAME, {"format": "pt"})
+        more = {"base_model_name_or_path": self.base.source, "task_type": "CAUSAL_LM"}
+        if self.options.trains_image_rows:
+            ids = image_token_ids(config).tolist()
+            more["trainable_token_indices"] = {part.rpartition(".")[2]: ids for part in (EMBEDDING, HEAD)}
+        lora_config(self.options, **more).save_pretrained(folder)
+
+
+def _peft_name(name: str) -> str:
+    name = name.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")
+    if name.endswith(f".{ROWS_NAME}"):
+        name = name.removesuffix(ROWS_NAME) + _PEFT_ROWS
+    return _PEFT_PREFIX + name
+
+
+def _own_name(name: str) -> str:
+    """`MODULE.lora_A`, `MODULE.lora_B`, `MODULE.image_rows`, or the parameter's own name."""
+    name = name.removeprefix(_PEFT_PREFIX).replace(_PEFT_ROWS, ROWS_NAME)
+    return name.removesuffix(".weight") if ".lora_" in name else name
+
+
+def _weight_name(name: str) -> str:
+    """The parameter of the whole model that a trained tensor belongs to."""
+    module, _, kind = name.rpartition(".")
+    return f"{module}.weight" if kind in (ROWS_NAME, "lora_A", "lora_B") else name

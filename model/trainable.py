@@ -1,0 +1,172 @@
+"""What of a decoder is trained: everything, LoRA adapters (by peft), the rows of image tokens, or what patterns name.
+
+`choose_trainable` stands between `build_model` and `parallelize`, on the meta device: what is frozen takes the type of
+the arithmetic (bf16 unless the run computes in fp32: half the memory, and no gradient, moments or checkpoint), what is
+trained keeps its fp32 masters. How such a training looks on disk is in model/adapter_folder.py.
+"""
+
+import fnmatch
+import importlib.util
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from model.local_shards import copy_into_parameter
+from model.trained_rows import ROWS_NAME, TrainedRowsEmbedding, TrainedRowsHead
+
+PEFT_PIN = "peft==0.21.2"
+IMAGE_HEAD = "image_head"
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+
+
+@dataclass(frozen=True)
+class TrainableOptions:
+    """
+    What is trained; by default everything.
+
+    Attributes:
+        lora_rank: of the adapters beside the projections; 0: no adapters.
+        lora_alpha: what they add is scaled by lora_alpha / lora_rank.
+        lora_targets: names of the projections that get one; None: `LORA_TARGETS`, all of attention and MLP.
+        train_only: what of the weights themselves is trained: `image_head` (the rows of image tokens in lm_head and
+            embedding) and patterns of parameter names (as a shell's); None: everything, or with adapters nothing.
+    """
+
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
+    lora_targets: list[str] | None = None
+    train_only: list[str] | None = None
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether anything is frozen."""
+        return self.lora_rank > 0 or self.train_only is not None
+
+    @property
+    def patterns(self) -> list[str]:
+        """`train_only` without `image_head`."""
+        return [pattern for pattern in self.train_only or [] if pattern != IMAGE_HEAD]
+
+    @property
+    def trains_image_rows(self) -> bool:
+        return IMAGE_HEAD in (self.train_only or [])
+
+    def problems(self) -> list[str]:
+        """What is wrong with these options, one sentence each."""
+        found = []
+        if self.lora_rank < 0:
+            found.append(f"--lora_rank must not be negative, got {self.lora_rank}")
+        if not 0 < self.lora_alpha < math.inf:
+            found.append(f"--lora_alpha must be above 0, got {self.lora_alpha:g}")
+        if self.lora_targets is not None and not self.lora_rank:
+            found.append("--lora_targets has a meaning only with --lora_rank")
+        if self.lora_rank and self.patterns:
+            found.append(
+                f"--train_only {' '.join(self.patterns)}: with --lora_rank it may only be {IMAGE_HEAD}; train the "
+                "adapters, or name parameters without --lora_rank"
+            )
+        if self.lora_rank and importlib.util.find_spec("peft") is None:
+            found.append(f"--lora_rank needs peft: pip install {PEFT_PIN}")
+        return found
+
+
+def choose_trainable(
+    model: nn.Module, options: TrainableOptions, frozen_dtype: torch.dtype = torch.bfloat16
+) -> nn.Module:
+    """
+    Freezes what is not trained, and adds what is trained beside it, in place.
+
+    Args:
+        model: the decoder as `build_model` makes it on meta, in the type of the master weights.
+        options: without anything to freeze the model stays as it is.
+        frozen_dtype: of frozen weights.
+
+    Raises:
+        ImportError: LoRA without peft.
+        ValueError: a target or pattern that names nothing, or no image tokens in the vocabulary.
+    """
+    if not options.is_partial:
+        return model
+    trained = match_names([name for name, _ in model.named_parameters()], options)
+    if options.lora_rank:
+        config = lora_config(options)
+        from peft import inject_adapter_in_model
+
+        inject_adapter_in_model(config, model, low_cpu_mem_usage=True)  # on meta; what was there is then `base_layer`
+    master_dtype = model.lm_head.weight.dtype
+    for name, parameter in list(model.named_parameters()):
+        module, _, kind = name.rpartition(".")
+        is_trained = name in trained or is_added(name)
+        values = parameter.detach().to(master_dtype if is_trained else frozen_dtype)
+        setattr(model.get_submodule(module), kind, nn.Parameter(values, requires_grad=is_trained))
+    if options.trains_image_rows:
+        ids = model.image_token_ids(torch.device("cpu"))
+        if not len(ids):
+            raise ValueError(f"--train_only {IMAGE_HEAD}: the vocabulary of the model has no image tokens (IMGIMG...)")
+        model.model.embed_tokens = TrainedRowsEmbedding(model.model.embed_tokens.weight.data, ids, master_dtype)
+        model.lm_head = TrainedRowsHead(model.lm_head.weight.data, ids, master_dtype)
+    return model
+
+
+def match_names(names: Iterable[str], options: TrainableOptions) -> set[str]:
+    """The parameters that `train_only` names. Raises ValueError for a target or pattern that names none."""
+    names = list(names)
+    modules = {name.split(".")[-2] for name in names if ".layers." in name and name.endswith(".weight")}
+    unknown = sorted(set(options.lora_targets or []) - {name for name in modules if name.endswith("_proj")})
+    if unknown:
+        raise ValueError(f"--lora_targets {' '.join(unknown)}: no such projection; choose of {' '.join(LORA_TARGETS)}")
+    matched: set[str] = set()
+    for pattern in options.patterns:
+        found = fnmatch.filter(names, pattern)
+        if not found:
+            raise ValueError(
+                f"--train_only {pattern} names no parameter. Give {IMAGE_HEAD}, or a name or pattern (quoted) like "
+                f"'model.layers.0.*', '*norm*' or {HEAD}.weight"
+            )
+        matched.update(found)
+    doubled = {f"{EMBEDDING}.weight", f"{HEAD}.weight"} & matched if options.trains_image_rows else ()
+    if doubled:
+        raise ValueError(
+            f"--train_only {IMAGE_HEAD} trains the image rows of {EMBEDDING} and {HEAD}, but another pattern names "
+            f"{' and '.join(sorted(doubled))} as a whole: leave one of them away"
+        )
+    return matched
+
+
+@torch.no_grad()
+def init_adapters(model: nn.Module, seed: int = 0) -> None:
+    """
+    Fills fresh adapters of a plain or sharded model: A uniform within 1 / sqrt(its inputs), as peft does it, B zero.
+
+    Every rank draws every full A from the same generator and keeps its part, so that the values do not depend on the
+    number of ranks. Without adapters nothing happens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            parameter.zero_()
+        elif ".lora_A." in name:
+            bound = 1 / math.sqrt(parameter.shape[1])
+            full = torch.empty(parameter.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+            copy_into_parameter(parameter, full)
+
+
+def is_added(name: str) -> bool:
+    """Whether a parameter is one that `choose_trainable` adds, which no other checkpoint has."""
+    return ".lora_" in name or name.endswith(f".{ROWS_NAME}")
+
+
+def lora_config(options: TrainableOptions, **more: Any) -> Any:
+    """peft's configuration of the adapters, and what else it is to hold. Raises ImportError without peft."""
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError(f"--lora_rank needs peft: pip install {PEFT_PIN}") from error
+    targets = list(options.lora_targets or LORA_TARGETS)
+    values = {"r": options.lora_rank, "lora_alpha": options.lora_alpha, "target_modules": targets, "bias": "none"}
+    return LoraConfig(**values, **more)
