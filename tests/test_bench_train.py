@@ -160,7 +160,7 @@ def test_a_baseline_that_does_not_fit_is_measured_with_recomputation_and_then_wi
 
     monkeypatch.setattr("exps.bench.train.measure_alone", measure)
     args = build_parser().parse_args(["--model_size=tiny", "--num_items=5", "--item_len", "20", "30"])
-    work = build_work(args, args.item_len)
+    work = build_work(args)
     result = measure_baseline(build_task(args, [], "cpu", work, None), work)
     assert tried == [(5, False), (5, True), (2, True), (1, True)]
     assert result["reduced"] == "1 of 5 items, recomputed"
@@ -174,6 +174,8 @@ def test_a_baseline_that_does_not_fit_is_measured_with_recomputation_and_then_wi
         (["--item_len", "30", "20"], "--item_len must be one or two lengths of 2 to --row_len 4096"),
         (["--item_len", "5000"], "--item_len must be one or two lengths of 2 to --row_len 4096"),
         (["--rows", "0"], "--rows must be at least 1, got 0"),
+        (["--device", "cpu", "--float8"], "--float8 needs a GPU"),
+        (["--lora_rank", "-1"], "--lora_rank must not be negative, got -1"),
     ],
 )
 def test_wrong_options_end_with_a_message(flags, message, capsys):

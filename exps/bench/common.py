@@ -22,17 +22,22 @@ class OutOfMemory(RuntimeError):
 
 
 def build_bench_parser(description: str | None, repeats: str | None = None) -> argparse.ArgumentParser:
-    """A parser with `--device`, `--task` and, where `repeats` says of what they are, `--repeats`."""
+    """A parser with what `add_common_flags` adds."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    add_common_flags(parser, repeats)
+    return parser
+
+
+def add_common_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, repeats: str | None = None) -> None:
+    """`--device`, `--task` and, where `repeats` says of what they are, `--repeats`."""
     parser.add_argument(
         "--device", choices=("auto", "cuda", "cpu"), default="auto", help="default auto: cuda if there is one"
     )
     parser.add_argument("--task", help=argparse.SUPPRESS)  # one measurement as JSON: how a bench calls itself
     if repeats:
         parser.add_argument("--repeats", type=int, default=3, help=f"{repeats} (default 3)")
-    return parser
 
 
 def find_too_small(args: argparse.Namespace, *names: str) -> str | None:

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from exps.bench.common import (  # noqa: E402
     OutOfMemory,
-    build_bench_parser,
+    add_common_flags,
     choose_device,
     device_name,
     exit_on_sigterm,
@@ -44,6 +44,7 @@ from exps.bench.train_ways import WAYS, Work, fill_rows, spread_lengths  # noqa:
 from model.chameleon import MODEL_SIZES  # noqa: E402
 from model.gpu_peaks import peak_flops  # noqa: E402
 from model.options import Options  # noqa: E402
+from model.options import build_parser as build_training_parser  # noqa: E402
 
 OURS, BASELINE = WAYS
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
@@ -51,8 +52,19 @@ PHASES = ("forward", "loss", "backward", "optimizer")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = build_bench_parser(__doc__, repeats="steps measured")
-    add = parser.add_argument
+    """Everything that the bench takes: the options of finetune_solver.py, and its own, which win."""
+    parser = build_training_parser()
+    parser.prog, parser.description, parser.conflict_handler = "train.py", __doc__, "resolve"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    for action in parser._actions:
+        action.required = False
+    add_bench_flags(parser.add_argument_group("of this bench"))
+    return parser
+
+
+def add_bench_flags(group: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    add_common_flags(group, repeats="steps measured")
+    add = group.add_argument
     add("--model_size", choices=tuple(MODEL_SIZES), help="default: 7B on CUDA, tiny on a CPU")
     add("--precision", nargs="+", choices=("fp32", "tf32", "bf16"), help="default: bf16 on CUDA, fp32 on a CPU")
     add("--rows", type=int, default=1, help="full rows that one micro-step takes, as one (default 1)")
@@ -65,26 +77,27 @@ def build_parser() -> argparse.ArgumentParser:
     add("--baseline", action="store_true", help="measure the recipe's way too")
     add("--sweep", action="store_true", help="measure ours with one option after another instead (exps/bench/sweep.py)")
     add("--minutes", type=float, default=8.0, help="that --sweep may take (default 8)")
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, training = build_parser().parse_known_args(argv)
-    item_len = args.item_len or [args.row_len]
-    problem = find_too_small(args, "repeats", "rows", "row_len", "num_items", "accum_iter", "warmup", "loss_chunk")
-    if not problem and (len(item_len) > 2 or not 2 <= item_len[0] <= item_len[-1] <= args.row_len):
-        bounds = f"one or two lengths of 2 to --row_len {args.row_len}, the shortest first"
-        problem = f"--item_len must be {bounds}, got {item_len}"
-    if problem:
-        print(problem, file=sys.stderr)
-        return 2
-    exit_on_sigterm()
+    build_parser().parse_args(argv)  # ends here at an unknown option, or with --help
+    own = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    add_bench_flags(own)
+    args, training = own.parse_known_args(argv)
     device = choose_device(args.device)
     args.model_size = args.model_size or ("7B" if device == "cuda" else "tiny")
-    work = build_work(args, item_len)
-    tasks = [build_task(args, training, device, work, precision) for precision in args.precision or [None]]
-    for task in tasks:
-        parse_training(task.training)  # ends here with a message if an option is wrong
+    args.item_len = args.item_len or [args.row_len]
+    problems = find_problems(args)
+    if not problems:
+        work = build_work(args)
+        tasks = [build_task(args, training, device, work, precision) for precision in args.precision or [None]]
+        for options in (parse_training(task.training) for task in tasks):
+            problems += options.optim.problems() + options.parallel.problems(1, 1) + options.trainable.problems()
+            problems += options.float8.problems(device, options.parallel.precision, options.trainable.is_partial)
+    if problems:
+        print("; ".join(problems), file=sys.stderr)
+        return 2
+    exit_on_sigterm()
     if args.sweep:
         from exps.bench.sweep import run_sweep  # which measures by what stands here
 
@@ -105,9 +118,19 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if all(row["ours"]["fits"] for row in rows) else 1
 
 
-def build_work(args: argparse.Namespace, item_len: Sequence[int]) -> Work:
+def find_problems(args: argparse.Namespace) -> list[str]:
+    names = ("repeats", "rows", "row_len", "num_items", "accum_iter", "warmup", "loss_chunk")
+    found = [problem] if (problem := find_too_small(args, *names)) else []
+    lengths = args.item_len
+    if len(lengths) > 2 or not 2 <= lengths[0] <= lengths[-1] <= args.row_len:
+        bounds = f"one or two lengths of 2 to --row_len {args.row_len}, the shortest first"
+        found.append(f"--item_len must be {bounds}, got {lengths}")
+    return found
+
+
+def build_work(args: argparse.Namespace) -> Work:
     """The items of a step, and the row that holds them."""
-    shortest, longest = item_len[0], item_len[-1]
+    shortest, longest = args.item_len[0], args.item_len[-1]
     if args.num_items:
         lengths = spread_lengths(args.num_items, shortest, longest)
         return Work(lengths, sum(lengths), args.accum_iter)
