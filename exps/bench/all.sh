@@ -81,5 +81,6 @@ else
     --max_seq_len 832 --num_workers 0 --repeats 1
 fi
 
-$PYTHON -u exps/bench/table.py --results "$OUT" | tee "$OUT/table.md"
+$PYTHON -u exps/bench/table.py --results "$OUT" > "$OUT/table.md"
+cat "$OUT/table.md"
 exit $failed

@@ -72,9 +72,9 @@ def main(argv: list[str] | None = None) -> int:
         "device": device,
         "repeats": args.repeats,
     }
-    layouts = {"items": list(fill_rows(args.row_len, *args.item_len)), "causal": [args.row_len]}
+    layouts = {"items": fill_rows(args.row_len, *args.item_len), "causal": [args.row_len]}
     ways = [OURS, MASK, *([CUDNN, FLEX] if is_cuda else [])]
-    results = {way: measure_layouts(way, layouts, task) for way in ways}
+    results = {way: measure_alone(way, {**task, "layouts": layouts}) for way in ways}
     ms = {way: {name: found and found["ms"] for name, found in of.items()} for way, of in results.items()}
     differences = [found["difference"] for of in results.values() for found in of.values() if found]
     summary = {
@@ -93,45 +93,52 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def measure_layouts(way: str, layouts: dict[str, list[int]], task: dict) -> dict[str, dict[str, float] | None]:
-    """What `measure` gives for each layout; None where one of the other kernels does not run."""
-    found: dict[str, dict[str, float] | None] = {}
-    for name, lens in layouts.items():
-        try:
-            found[name] = run_alone("exps.bench.attention", {"way": way, "lens": lens, **task})
-        except RuntimeError:
-            if way in (OURS, MASK):
-                raise
-            found[name] = None
-    return found
+def measure_alone(way: str, task: dict) -> dict[str, dict[str, float] | None]:
+    """What `measure` gives in a process of its own; None where one of the other kernels does not run."""
+    try:
+        return run_alone("exps.bench.attention", {"way": way, **task})
+    except RuntimeError:
+        if way in (OURS, MASK):
+            raise
+        return dict.fromkeys(task["layouts"])
 
 
 def measure(
-    way: str, lens: Sequence[int], num_heads: int, head_dim: int, precision: str, device: str, repeats: int
-) -> dict[str, float]:
-    """Median milliseconds of forward and backward, and how far the output lies from that of items one by one."""
-    dtype = DTYPES[precision]
-    generator = torch.Generator(device).manual_seed(0)
-    shape = 1, num_heads, sum(lens), head_dim
-    qkv = [torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_() for _ in range(3)]
-    attend = build_attention(way, lens, torch.device(device), dtype)
+    way: str,
+    layouts: dict[str, Sequence[int]],
+    num_heads: int,
+    head_dim: int,
+    precision: str,
+    device: str,
+    repeats: int,
+) -> dict[str, dict[str, float]]:
+    """For each layout (lengths of items): median milliseconds of forward and backward, and how far the output lies from
+    that of items one by one."""
+    dtype, results = DTYPES[precision], {}
+    for name, lens in layouts.items():
+        generator = torch.Generator(device).manual_seed(0)
+        shape = 1, num_heads, sum(lens), head_dim
+        qkv = [torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_() for _ in range(3)]
+        attend = build_attention(way, lens, torch.device(device), dtype)
+        for _ in range(3 if device == "cuda" else 1):
+            timed_ms(attend, qkv)
+        ms = statistics.median(timed_ms(attend, qkv) for _ in range(repeats))
+        with torch.no_grad():
+            splits = (x.split(list(lens), dim=2) for x in qkv)
+            alone = [F.scaled_dot_product_attention(*part, is_causal=True) for part in zip(*splits, strict=True)]
+            difference = (attend(*qkv) - torch.cat(alone, dim=2)).abs().max()
+        results[name] = {"ms": ms, "difference": float(difference)}
+    return results
 
-    def run() -> float:
-        start = time.perf_counter()
-        out = attend(*qkv)
-        torch.autograd.grad(out, qkv, torch.ones_like(out))
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) * 1e3
 
-    for _ in range(3 if device == "cuda" else 1):
-        run()
-    ms = statistics.median(run() for _ in range(repeats))
-    with torch.no_grad():
-        splits = (x.split(list(lens), dim=2) for x in qkv)
-        alone = [F.scaled_dot_product_attention(*part, is_causal=True) for part in zip(*splits, strict=True)]
-        difference = (attend(*qkv) - torch.cat(alone, dim=2)).abs().max()
-    return {"ms": ms, "difference": float(difference)}
+def timed_ms(attend: Attention, qkv: Sequence[torch.Tensor]) -> float:
+    """Milliseconds of one forward and backward."""
+    start = time.perf_counter()
+    out = attend(*qkv)
+    torch.autograd.grad(out, qkv, torch.ones_like(out))
+    if out.is_cuda:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
 
 
 def build_attention(way: str, lens: Sequence[int], device: torch.device, dtype: torch.dtype) -> Attention:
