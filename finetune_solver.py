@@ -31,7 +31,7 @@ from data.vocab import ChameleonVocab
 from model.adapter_folder import AdapterWriter, BaseWeights, open_weights
 from model.async_checkpoint import CheckpointSaver, SaveError
 from model.bad_data import BadData, RunError
-from model.chameleon import build_config, build_model, init_weights
+from model.chameleon import build_config, init_weights
 from model.checkpoint import (
     Position,
     TrainerState,
@@ -55,25 +55,18 @@ from model.distributed import (
     stop_at_start,
     sum_counts,
 )
-from model.float8 import use_float8
 from model.gpu_peaks import peak_tokens_per_s
 from model.hf_folder import resolve_checkpoint
 from model.image_head import HEAD
 from model.optim import build_optimizer, lr_at, set_lr
 from model.options import Options, build_parser, resolve_model
-from model.parallelize import (
-    DTYPES,
-    allocate,
-    begin_micro_step,
-    build_mesh,
-    clip_grad_norm,
-    parallelize,
-    set_matmul_precision,
-)
+from model.parallelize import allocate, build_mesh, set_matmul_precision
+from model.plan import print_plan
 from model.run_log import RunLog
 from model.step_guard import StepGuard
 from model.stop_signal import SIGNALS, StopSignal, requeue_on_slurm
-from model.trainable import choose_trainable, init_adapters
+from model.trainable import init_adapters
+from model.training import build_sharded, micro_step, optimizer_step
 
 
 class Solver:
@@ -164,11 +157,7 @@ class Solver:
             self.config = load_config(weights, **changes)
 
         self.mesh = build_mesh(options.parallel, self.device.type, self.launch.local_world_size)
-        model = build_model(self.config, device="meta")
-        if options.float8.float8:
-            use_float8(model)
-        model = choose_trainable(model, options.trainable, DTYPES[options.parallel.precision])
-        self.model = parallelize(model, self.mesh, options.parallel)
+        self.model = build_sharded(self.config, self.mesh, options)
         allocate(self.model, self.device, options.parallel)
         self.optimizer = build_optimizer(self.model, options.optim)
         adapted = self._note_frozen_weights(weights) if options.trainable.is_partial else None
@@ -245,28 +234,21 @@ class Solver:
             self.saver.wait()  # raises SaveError
         if num_bad:
             self.bad_data.leave_out(bad_items, self.position.global_step + 1)
-        for micro_step, row in enumerate(rows):
-            begin_micro_step(self.model, self.options.parallel, is_last=micro_step == len(rows) - 1)
+        for micro, row in enumerate(rows):
             divisor = num_valid
             if self.options.run.loss_norm == "micro_batch":
                 divisor = row["num_valid_tokens"] * len(rows) * self.launch.world_size
-            output = self.model(
-                input_ids=row["input_ids"].to(self.device, non_blocking=True),
-                labels=row["labels"].to(self.device, non_blocking=True),
-                position_ids=row["position_ids"].to(self.device, non_blocking=True),
-                cu_seqlens=row["cu_seqlens"],
-                max_seqlen=self.dataset.max_seq_len,
-                num_valid=row["num_valid_tokens"],
-                loss_scale=1.0 / max(divisor, 1),
-            )
-            output.loss.backward()
+            output = micro_step(
+                self.model, row, self.device, self.options.parallel, is_last=micro == len(rows) - 1,
+                max_seqlen=self.dataset.max_seq_len, divisor=divisor,
+            )  # fmt: skip
             self.run_log.sums.add(output, row["num_tokens"], row["type_id"])
-        self.grad_norm = clip_grad_norm(self.model, self.mesh, self.options.optim.clip_grad)
         items = [item for row in rows for item in row["item_indices"]]
-        self.optimizer.found_inf = self.guard.check(self.grad_norm, self.position.global_step + 1, items)
         set_lr(self.optimizer, lr)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.grad_norm = optimizer_step(
+            self.model, self.mesh, self.optimizer, self.guard, self.options.optim.clip_grad,
+            self.position.global_step + 1, items,
+        )  # fmt: skip
         self.run_log.progress.advance()
 
     def log(self, epoch: float, lr: float, fill: float) -> None:
@@ -344,6 +326,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a training; returns the exit code."""
     options = Options.from_namespace(build_parser().parse_args(argv))
     launch = detect_launch()
+    if options.planning.plan:
+        return print_plan(options, launch)
     try:
         dataset = prepare(options, launch)
         lock = lock_output_dir(options.checkpoint.output_dir) if launch.is_main else contextlib.nullcontext()

@@ -5,7 +5,10 @@ Where it stands: registered with `transformers` under `ATTENTION_NAME`, and call
 `model/chameleon.py`, in training (a packed row, or a padded batch) and in generation (with a key/value cache).
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,9 @@ from transformers import AttentionInterface
 
 ATTENTION_NAME = "chameleon_packed"
 FLASH_DTYPES = (torch.float16, torch.bfloat16)  # all that the kernel for rows of several documents computes in
+
+
+_plans_for_cuda = False  # see `as_on_cuda`
 
 
 @dataclass(frozen=True)
@@ -107,12 +113,23 @@ def packed_attention(
     if packed_row is None:
         is_causal = attention_mask is None and query.shape[2] > 1
         return _sdpa(query, key, value, scaling, dropout, attention_mask, is_causal).transpose(1, 2), None
-    if query.is_cuda and query.dtype in FLASH_DTYPES:
+    if (query.is_cuda or _plans_for_cuda) and query.dtype in FLASH_DTYPES:
         return _varlen(query, key, value, scaling, dropout, packed_row), None
     cu_seqlens = packed_row.cu_seqlens if packed_row.host_cu_seqlens is None else packed_row.host_cu_seqlens
     if torch.compiler.is_compiling() and not dropout:
         return _attend_documents_in_graph(query, key, value, cu_seqlens, scaling), None
     return _attend_documents(query, key, value, cu_seqlens, scaling, dropout), None
+
+
+@contextlib.contextmanager
+def as_on_cuda() -> Iterator[None]:
+    """Inside, fake tensors take the kernel of CUDA wherever they are: a plan counts what a GPU would keep."""
+    global _plans_for_cuda
+    _plans_for_cuda = True
+    try:
+        yield
+    finally:
+        _plans_for_cuda = False
 
 
 def _attend_documents(
@@ -129,7 +146,7 @@ def _attend_documents(
     Exact in every dtype, and on a CPU faster than one batched call over gathered documents (gathering costs more than
     it saves) or than one call with a block-diagonal mask.
     """
-    doc_lens = cu_seqlens.diff().tolist()
+    doc_lens = _document_lens(cu_seqlens)
     splits = (x.split(doc_lens, dim=2) for x in (query, key, value))
     outs = [_sdpa(*qkv, scaling, dropout, None, True).transpose(1, 2) for qkv in zip(*splits, strict=True)]
     return torch.cat(outs, dim=1).contiguous()
@@ -240,8 +257,8 @@ def _varlen(
 
 def _check_documents(cu_seqlens: torch.Tensor, row_len: int, max_seqlen: int | None) -> int:
     """The length of the longest document. Raises ValueError as `build_packed_row` does."""
-    doc_lens = cu_seqlens.diff().tolist()
-    if not doc_lens or cu_seqlens[0] or sum(doc_lens) != row_len or min(doc_lens) < 1:
+    doc_lens = _document_lens(cu_seqlens)
+    if not doc_lens or cu_seqlens.tolist()[0] or sum(doc_lens) != row_len or min(doc_lens) < 1:
         raise ValueError(
             f"cu_seqlens {cu_seqlens.tolist()} gives documents of {doc_lens} tokens (sum {sum(doc_lens)}); they must "
             f"be at least one token each and fill the row of {row_len}. Start at 0 and make the filler the last "
@@ -254,6 +271,11 @@ def _check_documents(cu_seqlens: torch.Tensor, row_len: int, max_seqlen: int | N
             f"{longest} tokens: the kernel would leave out the rest. Give a bound of at least {longest}."
         )
     return longest
+
+
+def _document_lens(cu_seqlens: torch.Tensor) -> list[int]:
+    bounds = cu_seqlens.tolist()  # read before it is reckoned with: a plan without values has these alone
+    return [stop - start for start, stop in pairwise(bounds)]
 
 
 def _round_up_length(max_seqlen: int, row_len: int) -> int:

@@ -13,6 +13,8 @@ import re
 from torch import nn
 from transformers import PretrainedConfig
 
+from model.trained_rows import ROWS_NAME
+
 
 def flops_per_token(config: PretrainedConfig, seq_len: float) -> float:
     """FLOPs per token, forward and backward, of training every weight of a decoder.
@@ -40,7 +42,9 @@ def trained_flops_per_token(model: nn.Module, seq_len: float) -> float:
     attention = 2.0 * seq_len * config.num_attention_heads * head_dim  # forward, causal, of one layer
     backward_layers: set[str] = set()
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and "norm" not in name and "embed" not in name:
+        if name == f"lm_head.{ROWS_NAME}":  # they are rows of the head's matrix, which has been counted
+            total += 2.0 * parameter.numel()
+        elif parameter.ndim == 2 and "norm" not in name and "embed" not in name:
             total += 2.0 * parameter.numel() * (1 + is_below_trained + parameter.requires_grad)
         is_below_trained |= parameter.requires_grad
         layer = re.search(r"layers\.(\d+)\.", name)

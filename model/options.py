@@ -17,6 +17,7 @@ from model.float8 import Float8Options
 from model.image_head import IMAGE_HEAD_INITS
 from model.optim import OPTIMIZERS, OptimOptions
 from model.parallelize import ParallelOptions
+from model.plan import PlanningOptions
 from model.step_guard import GuardOptions
 from model.trackers import TrackerOptions
 from model.trainable import IMAGE_HEAD, LORA_TARGETS, TrainableOptions
@@ -44,7 +45,7 @@ class ModelOptions:
 class DataOptions:
     """Which items, and how they become rows and steps."""
 
-    data_config: Path
+    data_config: Path | None
     batch_size: int = 4
     accum_iter: int = 4
     max_seq_len: int = 4096
@@ -84,6 +85,7 @@ class Options:
     guard: GuardOptions
     trackers: TrackerOptions
     run: RunOptions
+    planning: PlanningOptions
     resolved: Mapping[str, Any]
 
     @classmethod
@@ -147,6 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_checkpoint_flags(parser.add_argument_group("checkpoints"))
     _add_run_flags(parser.add_argument_group("run"))
     _add_watch_flags(parser.add_argument_group("watching"))
+    _add_plan_flags(parser.add_argument_group("plan"))
     for part in (part.type for part in dataclasses.fields(Options) if dataclasses.is_dataclass(part.type)):
         fields = dataclasses.fields(part)
         parser.set_defaults(**{f.name: f.default for f in fields if f.default is not dataclasses.MISSING})
@@ -260,6 +263,20 @@ def _add_watch_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--log_interval", type=int, help="optimizer steps between lines of metrics.jsonl")
     group.add_argument("--log_with", help="trackers beside it: tensorboard, wandb, trackio, with commas between them")
     group.add_argument("--log_project", help="project under which wandb and trackio file the run")
+
+
+def _add_plan_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--plan", action=_Plan, nargs=0, help="print memory, steps, FLOPs and disk of the run, and end")
+    group.add_argument("--plan_world_size", type=int, help="ranks to plan for")
+    group.add_argument("--plan_gpu_gib", type=float, help="memory of a GPU in GiB: does the run fit it?")
+
+
+class _Plan(argparse.Action):
+    """Sets `plan`, and lets --data_config be absent: without it, a plan says all but steps and tokens."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
+        namespace.plan = True
+        next(action for action in parser._actions if action.dest == "data_config").required = False
 
 
 def _add_switch(group: argparse._ArgumentGroup, name: str, off: str | None, help_text: str) -> None:

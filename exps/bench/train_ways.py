@@ -1,6 +1,6 @@
 """The two ways of a training step that exps/bench/train.py compares, on the same made-up items.
 
-`Ours` is built and stepped as `finetune_solver.py` does it. `Recipe` is what the recipe does: the decoder of stock
+`Ours` is built and stepped by what `finetune_solver.py` calls (model/training.py). `Recipe` is what the recipe does: the decoder of stock
 `transformers` (its forward would mask the logits of images, so its parts are called), one batch padded to the longest
 item, layers not compiled, an fp32 copy of the logits for the cross-entropy and another for the z-loss, AdamW that is
 not fused, activations of all layers kept or computed again. Attention is torch's sdpa, sharding and mixed precision
@@ -24,13 +24,11 @@ from data.rows import collate_row
 from data.token_file import TokenItem
 from data.vocab import IGNORE_INDEX
 from model import loss as loss_module
-from model.chameleon import ChameleonXLLMXConfig, build_config, build_model, init_weights
-from model.float8 import use_float8
+from model.chameleon import ChameleonXLLMXConfig, build_config, init_weights
 from model.metrics import MetricSums
 from model.optim import BETAS, build_optimizer, set_lr, split_by_decay
 from model.options import Options
 from model.parallelize import (
-    DTYPES,
     ParallelOptions,
     allocate,
     begin_micro_step,
@@ -39,7 +37,8 @@ from model.parallelize import (
     parallelize,
 )
 from model.step_guard import StepGuard
-from model.trainable import choose_trainable, init_adapters
+from model.trainable import init_adapters
+from model.training import build_sharded, micro_step, optimizer_step
 
 PAD_ID = 1
 TINY_VOCAB_SIZE = 2048  # of `tiny`, whose vocabulary is that of its tokenizer; Chameleon's, 65,536, of the others
@@ -123,11 +122,7 @@ class Ours:
         """Builds and fills model and optimizer, in the order of `Solver.build`."""
         self.work, self.options, self.device = work, options, device
         self.mesh = build_mesh(options.parallel, device.type, 1)
-        model = build_model(config, device="meta")
-        if options.float8.float8:
-            use_float8(model)
-        model = choose_trainable(model, options.trainable, DTYPES[options.parallel.precision])
-        self.model = parallelize(model, self.mesh, options.parallel, compile_backend)
+        self.model = build_sharded(config, self.mesh, options, compile_backend)
         fill(self.model, device, options)
         self.optimizer = build_optimizer(self.model, options.optim)
         guarded = torch.device("cpu") if options.parallel.cpu_offload else device
@@ -140,27 +135,17 @@ class Ours:
     def step(self, mark: Callable[[str], None] = ignore) -> torch.Tensor:
         """One optimizer step, as `Solver.train_step`; returns its loss on the device. `mark(phase)` ends a phase."""
         num_valid, losses = sum(row["num_valid_tokens"] for row in self.rows), []
-        for micro_step, row in enumerate(self.rows):
-            begin_micro_step(self.model, self.options.parallel, is_last=micro_step == len(self.rows) - 1)
+        for number, row in enumerate(self.rows):
             with marked_head(self.model, mark):
-                output = self.model(
-                    input_ids=row["input_ids"].to(self.device, non_blocking=True),
-                    labels=row["labels"].to(self.device, non_blocking=True),
-                    position_ids=row["position_ids"].to(self.device, non_blocking=True),
-                    cu_seqlens=row["cu_seqlens"],
-                    max_seqlen=self.options.data.max_seq_len,
-                    num_valid=row["num_valid_tokens"],
-                    loss_scale=1.0 / num_valid,
-                )
-            output.loss.backward()
+                output = micro_step(
+                    self.model, row, self.device, self.options.parallel, is_last=number == len(self.rows) - 1,
+                    max_seqlen=self.options.data.max_seq_len, divisor=num_valid,
+                )  # fmt: skip
             self.sums.add(output, row["num_tokens"])
             losses.append(output.loss.detach())
             mark("backward")
-        grad_norm = clip_grad_norm(self.model, self.mesh, self.options.optim.clip_grad)
-        self.optimizer.found_inf = self.guard.check(grad_norm, 1, [])
         set_lr(self.optimizer, self.options.optim.lr)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        optimizer_step(self.model, self.mesh, self.optimizer, self.guard, self.options.optim.clip_grad, 1, [])
         mark("optimizer")
         return torch.stack(losses).sum()
 
@@ -193,8 +178,8 @@ class Recipe:
     def step(self, mark: Callable[[str], None] = ignore) -> torch.Tensor:
         """As `Ours.step`; every micro-step counts alike."""
         losses = []
-        for micro_step, (input_ids, labels) in enumerate(self.batches):
-            begin_micro_step(self.model, self.options.parallel, is_last=micro_step == len(self.batches) - 1)
+        for number, (input_ids, labels) in enumerate(self.batches):
+            begin_micro_step(self.model, self.options.parallel, is_last=number == len(self.batches) - 1)
             with marked_head(self.model, mark):
                 loss = self.model(input_ids.to(self.device), labels.to(self.device)) / len(self.batches)
             mark("loss")

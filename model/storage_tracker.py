@@ -1,0 +1,151 @@
+"""Memory by what it is for: every storage that is allocated and freed while a piece of work runs, real or fake.
+
+`model/plan.py` runs a training step under it on tensors without values. torch has a tracker for FSDP too
+(`torch.distributed._tools.fsdp2_mem_tracker`); it takes FSDP's hooks out and puts its own in, and calls them once per
+module where modules share a group, as our norm and head do, which moves the reduction of their gradients and hides some
+of it. This one touches no hook: it sees operators and, as that one, resized storages (FSDP's gathered weights).
+"""
+
+import contextlib
+import weakref
+from collections import Counter
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch._guards import active_fake_mode
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_iter
+from torch.utils.weak import WeakIdKeyDictionary
+
+PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOSS = KINDS = (
+    "parameters", "gradients", "optimizer", "activations", "loss",
+)  # fmt: skip
+
+
+class _Storage:
+    """What is known of one live storage."""
+
+    __slots__ = ("kind", "num_bytes")
+
+    def __init__(self, kind: str, num_bytes: int) -> None:
+        self.kind, self.num_bytes = kind, num_bytes
+
+
+class StorageTracker(TorchDispatchMode):
+    """Counts bytes of live storages by kind, from when each is first seen.
+
+    `kind` is given to what operators make from now on. `now` holds the bytes by kind, `most` the largest figure of each
+    kind, `at_peak` the figures at the moment of the largest sum, and `peak_during` what `during` was then. Kinds
+    `on_host` are not in the sum, wherever their tensors are.
+
+    Kernels allocate workspaces inside, which operators without values do not show; the only large one is added by hand
+    (`_workspace`).
+    """
+
+    def __init__(self, on_host: Collection[str] = ()) -> None:
+        super().__init__()
+        self.on_host = on_host
+        self.kind, self.during = ACTIVATIONS, ""
+        self.now, self.most, self.at_peak = Counter(), Counter(), Counter()
+        self.peak, self.peak_during = 0, ""
+        self._total = 0
+        self._live = WeakIdKeyDictionary()  # storage: _Storage
+        self._fake_mode = None
+
+    @contextlib.contextmanager
+    def counting(self, kind: str) -> Iterator[None]:
+        """What is made inside is of this kind."""
+        before, self.kind = self.kind, kind
+        try:
+            yield
+        finally:
+            self.kind = before
+
+    def restart(self) -> None:
+        """Forgets the figures so far, but not what is alive."""
+        self.most, self.at_peak = Counter(self.now), Counter(self.now)
+        self.peak, self.peak_during = self._total, self.during
+
+    def mark(self, tensor: torch.Tensor, kind: str) -> None:
+        """Says what a tensor (also a sharded one) is for, and counts it if it is new."""
+        for storage in storages_of(tensor):
+            self._see(storage, kind)
+            found = self._live[storage]
+            self._change(found.kind, -found.num_bytes)
+            found.kind = kind
+            self._change(kind, found.num_bytes)
+
+    def __enter__(self) -> "StorageTracker":
+        resize, tracker = torch.UntypedStorage.resize_, self
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> None:
+            resize(storage, size)
+            tracker._see(storage, tracker.kind)
+
+        self._resize, torch.UntypedStorage.resize_ = resize, resize_
+        self._fake_mode = active_fake_mode()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # seen again as operators on local tensors
+        output = func(*args, **(kwargs or {}))
+        if active_fake_mode() is not self._fake_mode:
+            return output  # finds out shapes for a sharded tensor, in a fake mode of its own
+        for value in tree_iter(output):
+            if isinstance(value, torch.Tensor) and value.device.type != "meta":
+                for storage in storages_of(value):
+                    self._see(storage, self.kind)
+        workspace = _workspace(func, args)
+        if workspace:
+            self._change(self.kind, workspace)
+            self._change(self.kind, -workspace)
+        return output
+
+    def _see(self, storage: torch.UntypedStorage, kind: str) -> None:
+        found, num_bytes = self._live.get(storage), storage.nbytes()
+        if found is None:
+            found = self._live[storage] = _Storage(kind, 0)
+            weakref.finalize(storage, self._forget, found).atexit = False
+        self._change(found.kind, num_bytes - found.num_bytes)
+        found.num_bytes = num_bytes
+
+    def _forget(self, storage: _Storage) -> None:
+        self._change(storage.kind, -storage.num_bytes)
+
+    def _change(self, kind: str, num_bytes: int) -> None:
+        self.now[kind] += num_bytes
+        self._total += 0 if kind in self.on_host else num_bytes
+        if num_bytes > 0:
+            self.most[kind] = max(self.most[kind], self.now[kind])
+            if self._total > self.peak:
+                self.peak, self.peak_during, self.at_peak = self._total, self.during, Counter(self.now)
+
+
+def storages_of(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
+    """The storages under a plain, sharded or otherwise wrapped tensor."""
+    if isinstance(tensor, DTensor):
+        return storages_of(tensor.to_local())
+    if is_traceable_wrapper_subclass(tensor):
+        parts, _ = tensor.__tensor_flatten__()
+        return [storage for name in parts for storage in storages_of(getattr(tensor, name))]
+    return [tensor.untyped_storage()]
+
+
+def _workspace(func: Any, args: tuple[Any, ...]) -> int:
+    """Bytes that a kernel needs while it runs, beside what it returns.
+
+    The flash kernel's backward sums the gradient of the queries in fp32, and keeps one fp32 number per head and token,
+    in both cases for up to 128 more tokens per document.
+    """
+    if func.name() != "torch_attn::_varlen_attn_backward":
+        return 0
+    query, cu_seqlens = args[1], args[6]
+    num_tokens, num_heads, head_dim = query.shape
+    return 4 * (num_tokens + 128 * (cu_seqlens.numel() - 1)) * num_heads * (head_dim + 1)

@@ -1,0 +1,138 @@
+"""Trainings that cost less, each on 2 ranks from start to picture: killed, resumed, exported, drawn.
+
+Three runs hold every option of memory and of what is trained; each is killed, and goes on with the losses that it had.
+"""
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from data.item_processor import load_text_tokenizer
+from inference_solver import FlexARInferenceSolver
+from model.chameleon import build_config, build_model, init_weights
+from model.convert import export_hf, main
+from model.vqgan import VQGAN, save_vqgan
+from tests.decoder_helpers import small_config
+from tests.small_run import command, environment, losses, solver_args, train, write_small_task
+from tests.test_chaos import kill_tree, last_step
+
+NUM_STEPS, SAVED_AT = 20, 10
+LORA = {"lora_rank": 64, "train_only": "image_head", "optim": "adamw_8bit", "checkpointing_selective": True}
+RUNS = {
+    "lora": LORA | {"precision": "bf16"},
+    "image_head": {
+        "train_only": "image_head", "optim": "adamw_bf16_states", "checkpointing_every": 2, "precision": "bf16",
+    },
+    "named": {"train_only": "model.layers.1.mlp.*", "cpu_offload": True, "checkpointing": True, "dropout": 0.1},
+}  # fmt: skip
+TRAINED = {
+    "lora": ("_proj.weight",),
+    "image_head": ("lm_head.weight", "model.embed_tokens.weight"),
+    "named": (".layers.1.mlp.gate_proj.weight", ".layers.1.mlp.up_proj.weight", ".layers.1.mlp.down_proj.weight"),
+}
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """15 steps of 2 rows to an epoch, and `start`: bf16, with a VQGAN, wide enough for moments in 8 bits."""
+    folder = tmp_path_factory.mktemp("task")
+    write_small_task(folder, num_items=30)
+    torch.manual_seed(0)
+    save_vqgan(VQGAN(type(small_config().vq_config)(**vqgan_shape())), folder / "vqgan", torch.float32)
+    tokenizer = load_text_tokenizer(folder / "tokenizer")
+    shape = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "max_position_embeddings": 512}
+    config = build_config("tiny", tokenizer, **shape)
+    model = build_model(config, "cpu")
+    init_weights(model, seed=0)
+    export_hf(model, config, folder / "start", folder / "tokenizer", vqgan_dir=folder / "vqgan", dtype=torch.bfloat16)
+    return folder
+
+
+def vqgan_shape() -> dict:
+    """Of the helpers' VQGAN, with the 64 codes of the small task."""
+    return small_config().vq_config.to_dict() | {"num_embeddings": 64}
+
+
+def run_args(task: Path, out: Path, name: str, **more: object) -> list[str]:
+    changes = {"init_from": task / "start", "batch_size": 1, "lr": 2e-3, "save_interval": 0}
+    return solver_args(task, out, **changes | {"save_iteration_interval": SAVED_AT} | RUNS[name] | more)
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def finished(request, task, tmp_path_factory):
+    """(name, losses until it was killed, its folder once it went on to the end)."""
+    name, out = request.param, tmp_path_factory.mktemp(request.param) / "out"
+    process = subprocess.Popen(
+        command(2, run_args(task, out, name)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment()
+    )
+    deadline = time.monotonic() + 240
+    while last_step(out) < NUM_STEPS or not (out / f"epoch0-iter{SAVED_AT}").exists():
+        assert process.poll() is None, process.stderr.read().decode()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    kill_tree(process.pid)
+    process.wait()
+    before = losses(out)
+    said = train(2, run_args(task, out, name, max_steps=NUM_STEPS))
+    assert f"epoch0-iter{SAVED_AT} after step {SAVED_AT}" in said
+    return name, before, out
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_the_same_losses(finished):
+    _, before, out = finished
+    after = losses(out)
+    assert sorted(after) == list(range(1, NUM_STEPS + 1))
+    assert after == {step: before[step] for step in after}
+    assert min(after.values()) < after[1] - 0.05
+
+
+@pytest.mark.slow
+def test_the_checkpoint_holds_what_was_trained_and_where_the_rest_is(finished, task):
+    name, _, out = finished
+    folder = out / "epoch1-iter5"
+    assert json.loads((folder / "base_weights.json").read_text())["source"] == str(task / "start")
+    assert not (folder / "model.safetensors").exists()
+    file = "adapter_model.safetensors" if name == "lora" else "trained.safetensors"
+    trained = load_file(folder / file)
+    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
+    num_trained = sum(tensor.numel() for tensor in trained.values())
+    state_bytes = sum(path.stat().st_size for path in (folder / "training_state").iterdir())
+    per_value = state_bytes / num_trained  # 4 bytes of weight, 2, 4 or 8 of moments; names, and tables of 8 bits
+    assert per_value < {"lora": 9.5, "image_head": 11, "named": 14}[name]
+
+
+@pytest.mark.slow
+def test_export_is_the_start_with_what_was_trained_and_draws(finished, task, tmp_path, capsys):
+    """Frozen weights are those of the start to the bit, and of the image head every row but those of image tokens."""
+    name, _, out = finished
+    merged = tmp_path / "merged"
+    assert main([str(out / "epoch1-iter5"), str(merged), "--shape", "hf"]) == 0, capsys.readouterr().err
+    image_ids = build_model(build_config("tiny", load_text_tokenizer(task / "tokenizer"))).image_token_ids(
+        torch.device("cpu")
+    )
+    heads = TRAINED["image_head"]
+    with (
+        safe_open(task / "start" / "model.safetensors", "pt") as start,
+        safe_open(merged / "model.safetensors", "pt") as end,
+    ):
+        assert set(start.keys()) == set(end.keys())
+        for key in start.keys():  # noqa: SIM118
+            before, after = start.get_tensor(key), end.get_tensor(key)
+            if ("q_norm" in key or "k_norm" in key) and before.shape != after.shape:
+                before = before.expand_as(after)
+            assert before.dtype == after.dtype
+            if key in heads and name != "named":
+                is_other = (before != after).any(1)
+                assert is_other[image_ids].all() and is_other.sum() == len(image_ids)
+            else:
+                assert torch.equal(before, after) != key.endswith(TRAINED[name]), key
+    solver = FlexARInferenceSolver(str(merged), "fp32", target_size=64, vqgan_dir=task / "vqgan", device="cpu")
+    _, (image,) = solver.generate([], [["word1 word2", None]], 60, 1.0, size=(64, 32))
+    assert image.size == (64, 32)

@@ -1,0 +1,208 @@
+"""The plan of a run: equal to sums by hand and to a run with values, and what it says of the shipped scripts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.data_config import load_data_config
+from data.dataset import TokenDataset
+from data.packing import PlanOptions, plan_epoch
+from exps import plan_table
+from model.chameleon import build_config, build_model, init_weights
+from model.convert import load_config
+from model.distributed import Launch, process_group
+from model.optim import build_optimizer
+from model.options import Options, build_parser
+from model.parallelize import allocate, build_mesh
+from model.plan import GIB, count_steps, needed_gib, plan_memory
+from model.storage_tracker import ACTIVATIONS, GRADIENTS, LOSS, OPTIMIZER, PARAMETERS, StorageTracker
+from model.training import build_sharded
+from tests.small_run import ROOT, SOLVER, call_main, environment, solver_args
+
+ROW_LEN = 128
+
+
+def parse(folder: Path, **changes: object) -> Options:
+    """The options of a plan of the small task; `changes` as for `solver_args`."""
+    flags = {"plan": True, "data_config": None} | changes
+    return Options.from_namespace(build_parser().parse_args(solver_args(folder, folder / "none", **flags)))
+
+
+def plan(folder: Path, world_size: int = 1, row_len: int = ROW_LEN, document_len: int = 64, **changes: object):
+    options = parse(folder, max_seq_len=document_len, **changes)
+    config = load_config(folder / "init", dropout=options.model.dropout)
+    return plan_memory(config, options, world_size, row_len, document_len)
+
+
+def run_plan(*command: str, **env: str) -> tuple[dict, str]:
+    """A plan by a process of its own: the figures of its last line, and all that it printed."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    variables = environment() | {"PATH": path, "HF_HUB_OFFLINE": "1"} | env
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stdout
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_parameters_gradients_and_states_are_the_sums_by_hand(small_task, world_size):
+    found = plan(small_task, world_size)
+    parameters = list(build_model(load_config(small_task / "init")).parameters())
+    # fp32; rank 0 holds the first of world_size equal chunks of rows
+    shards = sum(4 * -(-p.shape[0] // world_size) * p[0].numel() for p in parameters)
+    assert found.num_parameters == found.num_trained == sum(p.numel() for p in parameters)
+    assert found.most[PARAMETERS] == shards
+    assert found.most[GRADIENTS] == shards
+    # beside both moments: a count of steps per parameter, and scalars of the clipping
+    assert 0 <= found.most[OPTIMIZER] - 2 * shards <= 32 * len(parameters)
+    assert found.checkpoint["weights"] == 4 * found.num_parameters
+    assert 0 <= found.checkpoint["training state"] - 12 * found.num_parameters <= 4 * len(parameters)
+
+
+def count_real_steps(options: Options, config, device: torch.device) -> StorageTracker:
+    """What `plan_memory` does, with values and one real rank that has joined its group."""
+    mesh = build_mesh(options.parallel, device.type, 1)
+    model = build_sharded(config, mesh, options)
+    allocate(model, device, options.parallel)
+    init_weights(model)
+    optimizer = build_optimizer(model, options.optim)
+    tracker = StorageTracker()
+    bounds = torch.arange(0, options.data.batch_size * options.data.max_seq_len + 1, options.data.max_seq_len)
+    count_steps(model.train(), mesh, optimizer, tracker, options, bounds.to(torch.int32))
+    return tracker
+
+
+@pytest.mark.parametrize("changes", [{}, {"checkpointing": True, "accum_iter": 2}], ids=["plain", "checkpointing"])
+def test_a_run_with_values_has_the_same_peak(small_task, changes):
+    """In fp32 a CPU attends as the plan does: by one call per document."""
+    options = parse(small_task, max_seq_len=64, **changes)
+    config = load_config(small_task / "init")
+    planned = plan_memory(config, options, 1, ROW_LEN, 64)
+    with process_group(Launch(), "cpu", 60) as device:
+        real = count_real_steps(options, config, device)
+    assert planned.peak == pytest.approx(real.peak, rel=0.01)
+    for kind in (PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOSS):
+        assert planned.most[kind] == pytest.approx(real.most[kind], rel=0.01), kind
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("changes", [{"checkpointing": True}, {}], ids=["checkpointing", "plain"])
+def test_peak_is_within_5_percent_of_what_a_gpu_measures(changes):
+    flags = {"model_size": "1B", "batch_size": 4, "max_seq_len": 2048, "accum_iter": 1, "dropout": 0.05} | changes
+    args = [part for name, value in flags.items() for part in (f"--{name}", str(value)) if part != "True"]
+    figures, _ = run_plan(sys.executable, str(SOLVER), "--plan", *args)
+    options = Options.from_namespace(build_parser().parse_args(["--plan", "--no_compile", *args]))
+    from model.plan import find_config
+
+    with process_group(Launch(), "cuda", 600) as device:
+        count_real_steps(options, find_config(options), device)
+        measured = torch.cuda.max_memory_allocated()
+    assert figures["peak_gib"] == pytest.approx(measured / GIB, rel=0.05)
+
+
+def test_attention_keeps_nothing_of_rows_by_rows(small_task):
+    """With the kernel of CUDA the activations of a row grow as the row, also if it is one document."""
+    short, long = (plan(small_task, row_len=n, document_len=n, precision="bf16") for n in (1024, 2048))
+    assert long.most[ACTIVATIONS] < 2.1 * short.most[ACTIVATIONS]
+
+
+def test_dropout_keeps_a_byte_per_element(small_task):
+    without, with_dropout = (plan(small_task, precision="bf16", dropout=p) for p in (0.0, 0.1))
+    hidden, branches = 32, 2 * 2  # two layers
+    kept = with_dropout.most[ACTIVATIONS] - without.most[ACTIVATIONS]
+    assert branches * ROW_LEN * hidden <= kept < 2 * branches * ROW_LEN * hidden
+
+
+def test_memory_falls_as_the_options_promise(small_task):
+    full = plan(small_task, precision="bf16", row_len=1024)
+    recomputed = plan(small_task, precision="bf16", row_len=1024, checkpointing=True)
+    assert recomputed.most[ACTIVATIONS] < full.most[ACTIVATIONS]
+    lora = plan(small_task, precision="bf16", row_len=1024, lora_rank=2)
+    assert lora.most[GRADIENTS] == 4 * lora.num_trained < full.most[GRADIENTS]
+    frozen = lora.num_parameters - lora.num_trained
+    assert lora.most[PARAMETERS] == 2 * frozen + 4 * lora.num_trained
+    assert lora.checkpoint["weights"] == 4 * lora.num_trained
+    assert 2 / 3 < lora.flops_per_token / full.flops_per_token < 1
+    rows = plan(small_task, precision="bf16", row_len=1024, train_only="image_head")
+    assert rows.num_trained == 2 * 64 * 32 and rows.most[GRADIENTS] == 4 * rows.num_trained
+    bf16_states = plan(small_task, optim="adamw_bf16_states")
+    assert bf16_states.at_peak[OPTIMIZER] == pytest.approx(full.at_peak[OPTIMIZER] / 2, rel=0.01)
+    offloaded = plan(small_task, precision="bf16", row_len=1024, cpu_offload=True)
+    assert {PARAMETERS, GRADIENTS, OPTIMIZER} == set(offloaded.on_host)
+    assert offloaded.peak <= full.peak - full.at_peak[PARAMETERS] - full.at_peak[OPTIMIZER]
+
+
+def test_states_in_8_bits(small_task):
+    pytest.importorskip("torchao")
+    config = build_config("tiny", vocab_size=1024, num_hidden_layers=2)
+    full, small = (
+        plan_memory(config, parse(small_task, optim=optim), 1, ROW_LEN, 64) for optim in ("adamw", "adamw_8bit")
+    )
+    moments = [found.checkpoint["training state"] - found.checkpoint["weights"] for found in (full, small)]
+    # a byte of code and 4 / 256 bytes of scale for every fp32 value of 4 bytes
+    assert moments[1] == pytest.approx(moments[0] * (1 + 4 / 256) / 4, rel=0.02)
+
+
+def test_steps_and_tokens_are_those_of_the_data(small_task, tmp_path, capsys):
+    flags = {"plan": True, "plan_world_size": 2, "accum_iter": 2, "plan_gpu_gib": 80}
+    code, said = call_main(solver_args(small_task, tmp_path / "out", **flags))
+    assert code == 0, said
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    dataset = TokenDataset(load_data_config(small_task / "data.yaml"), 64)
+    expected = plan_epoch(dataset.table, PlanOptions(batch_size=2, max_seq_len=64, units_per_step=4), 0)
+    assert figures["steps_per_epoch"] == expected.num_steps
+    assert figures["tokens_per_epoch"] == expected.num_tokens
+    assert expected.row_lens.max() <= figures["row_tokens"] <= 2 * 64
+    assert figures["world_size"] == 2 and figures["model_size"].endswith("init")
+    assert figures["fits"] is True and figures["fits_cards_gb"] == [24, 48, 80, 141]
+    assert not (tmp_path / "out").exists() and not torch.distributed.is_initialized()
+
+
+def test_plans_without_data_and_says_so(small_task, tmp_path, capsys):
+    args = solver_args(small_task, tmp_path / "out", plan=True, data_config=tmp_path / "none.yaml", plan_gpu_gib=1)
+    assert call_main(args)[0] == 0  # also if it does not fit
+    out = capsys.readouterr().out
+    assert "steps and tokens per epoch are not known" in out and "none.yaml does not exist" in out
+    figures = json.loads(out.splitlines()[-1])
+    assert figures["steps_per_epoch"] is None and figures["row_tokens"] == 2 * 64
+    assert figures["fits"] is False and figures["needed_gib"] == pytest.approx(needed_gib(0), abs=0.1)
+
+
+def test_data_config_is_required_without_plan(small_task, tmp_path):
+    code, said = call_main(solver_args(small_task, tmp_path, data_config=None))
+    assert code == 2 and "--data_config" in said
+
+
+def test_wrong_options_are_told_at_once(small_task, tmp_path):
+    flags = {"plan": True, "plan_world_size": 0, "lr": -1, "init_from": tmp_path / "none", "plan_gpu_gib": 0}
+    code, said = call_main(solver_args(small_task, tmp_path / "out", **flags))
+    assert code == 2
+    for name in ("--plan_world_size", "--plan_gpu_gib", "--lr", str(tmp_path / "none")):
+        assert name in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "world_size", "most_gib"), [("7B", 1, 125), ("7B", 8, 30), ("34B", 32, 65)])
+def test_shipped_scripts_fit(tmp_path, size, world_size, most_gib):
+    command = ("bash", str(ROOT / f"exps/{size}.sh"), "--plan", "--plan_world_size", str(world_size))
+    figures, out = run_plan(*command, OUTPUT_DIR=str(tmp_path / "out"))
+    assert figures["model_size"] == size and figures["row_tokens"] == 8 * 4096
+    assert 0.5 * most_gib < figures["peak_gib"] < most_gib
+    assert sum(figures["at_peak_gib"].values()) == pytest.approx(figures["peak_gib"], abs=0.05)
+    assert "steps and tokens per epoch are not known" in out  # the sample data are not there
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_table_holds_the_plans(capsys):
+    args = ["--model_sizes", "tiny", "--world_sizes", "1", "4", "--batch_size", "1", "--max_seq_len", "256"]
+    assert plan_table.main(args) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| trained | 1 rank | 4 ranks |" and len(lines) == 2 + len(plan_table.METHODS)
+    planned = plan_table.make_plan("tiny", "image head", 4, 1, 256)
+    assert lines[-1].startswith("| tiny, image head |") and lines[-1].endswith(f" {plan_table.format_cell(planned)} |")
