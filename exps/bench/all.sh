@@ -57,7 +57,7 @@ bench() {
 if [[ $SCALE == gpu ]]; then
   bench exps/bench/loss.py --num_tokens 8192 --hidden_size 4096
   bench exps/bench/attention.py --row_len 4096 --item_len 300 1100
-  bench exps/bench/train.py --model_size 7B --rows 2 --checkpointing_every 2 --baseline
+  bench exps/bench/train.py --model_size 7B --rows 2 --baseline
   bench exps/bench/generate.py --model_size 1B --batch_sizes 8 --cfg 4 --num_tokens 256 --repeats 1 --ways ours batched
   bench exps/bench/checkpoint.py --gigabytes 2 --repeats 1
   bench exps/bench/pre_tokenize.py --num_images 16 --target_size 512 --precision tf32 bf16

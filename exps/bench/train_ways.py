@@ -1,10 +1,10 @@
 """The two ways of a training step that exps/bench/train.py compares, on the same made-up items.
 
-`Ours` is built and stepped by what `finetune_solver.py` calls (model/training.py). `Recipe` is what the recipe does: the decoder of stock
-`transformers` (its forward would mask the logits of images, so its parts are called), one batch padded to the longest
-item, layers not compiled, an fp32 copy of the logits for the cross-entropy and another for the z-loss, AdamW that is
-not fused, activations of all layers kept or computed again. Attention is torch's sdpa, sharding and mixed precision
-are ours.
+`Ours` is built and stepped by what `finetune_solver.py` calls (model/training.py). `Recipe` is what the recipe does:
+the decoder of stock `transformers` (its forward would mask the logits of images, so its parts are called), one batch
+padded to the longest item, layers not compiled, an fp32 copy of the logits for the cross-entropy and another for the
+z-loss, AdamW that is not fused, activations of all layers kept or computed again. Attention is torch's sdpa, sharding
+and mixed precision are ours.
 """
 
 import contextlib
