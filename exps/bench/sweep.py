@@ -4,13 +4,14 @@
 
 Each variant runs in its own process with the items of the command, or as many rows as it says; the compiler's cache is
 shared, so that the same graph is compiled once. What does not fit is a line that says so, and what there is no time for
-another. Variants come in the order of what is expected of them (exps/bench/NOTES.md). `baseline` of the JSON object is
-the first variant, what exps/7B.sh does; `ours` is the fastest.
+another; `--skip` goes on from there. Variants come in the order of what is expected of them (exps/bench/NOTES.md).
+`baseline` of the JSON object is the first variant measured (without `--skip` what exps/7B.sh does), `ours` the fastest.
 """
 
 import dataclasses
 import json
 import os
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -69,9 +70,13 @@ CPU_VARIANTS = (
 )
 
 
-def run_sweep(task: Task, work: Work, minutes: float) -> int:
-    """Measures the variants of the task's device within so many minutes, and prints table and JSON object."""
-    variants = GPU_VARIANTS if task.device == "cuda" else CPU_VARIANTS
+def run_sweep(task: Task, work: Work, minutes: float, skip: int = 0) -> int:
+    """Measures the variants of the task's device, after the first `skip`, within so many minutes, and prints table and
+    JSON object. Returns the exit code."""
+    variants = (GPU_VARIANTS if task.device == "cuda" else CPU_VARIANTS)[max(skip, 0) :]
+    if not variants:
+        print(f"--skip {skip} leaves nothing to measure", file=sys.stderr)
+        return 2
     started, longest = time.monotonic(), 0.0
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as cache_dir:

@@ -76,6 +76,7 @@ def add_bench_flags(group: argparse.ArgumentParser | argparse._ArgumentGroup) ->
     add("--loss_chunk", type=int, help="logits that our loss makes at once (default: see model/loss.py)")
     add("--baseline", action="store_true", help="measure the recipe's way too")
     add("--sweep", action="store_true", help="measure ours with one option after another instead (exps/bench/sweep.py)")
+    add("--skip", type=int, default=0, help="variants of --sweep to leave out at its start (default 0)")
     add("--minutes", type=float, default=8.0, help="that --sweep may take (default 8)")
 
 
@@ -101,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.sweep:
         from exps.bench.sweep import run_sweep  # which measures by what stands here
 
-        return run_sweep(tasks[0], work, args.minutes)
+        return run_sweep(tasks[0], work, args.minutes, args.skip)
     load_before = os.getloadavg()[0]
     rows = [compare(task, work, args.baseline) for task in tasks]
     summary = {
