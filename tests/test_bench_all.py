@@ -109,6 +109,15 @@ def test_a_bench_that_is_killed_leaves_no_temporary_folder(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux")
+def test_the_peak_of_a_measurement_is_not_that_of_the_process_that_started_it():
+    large = bytearray(b"x") * (1 << 30)
+    code = "from exps.bench.common import peak_host_gib; print(peak_host_gib())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 0.05 < float(done.stdout) < 1, "GiB: torch and transformers, imported"
+    del large
+
+
 def test_ways_of_a_baseline_are_compared_one_by_one():
     result = {"ratio": 2.5, "ours": {"speed": 5}, "baseline": {"batched": {"speed": 2}, "one by one": {"speed": 1}}}
     assert list(figures(result)) == [
