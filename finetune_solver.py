@@ -431,4 +431,4 @@ if __name__ == "__main__":
     except Exception:
         traceback.print_exc()
         exit_code = 1
-    end_process(exit_code)
+    end_process(exit_code or 0)  # `record` gives None where --help ends

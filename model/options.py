@@ -13,6 +13,7 @@ from data.dataset import OVERLONG_CHOICES
 from model.chameleon import MODEL_SIZES
 from model.checkpoint import CheckpointOptions
 from model.distributed import detect_launch, stop_at_start
+from model.float8 import Float8Options
 from model.image_head import IMAGE_HEAD_INITS
 from model.optim import OPTIMIZERS, OptimOptions
 from model.parallelize import ParallelOptions
@@ -81,6 +82,7 @@ class Options:
     data: DataOptions
     optim: OptimOptions
     parallel: ParallelOptions
+    float8: Float8Options
     checkpoint: CheckpointOptions
     guard: GuardOptions
     trackers: TrackerOptions
@@ -246,6 +248,7 @@ def _add_parallel_flags(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     _add_switch(group, "cpu_offload", None, "weights, gradients and optimizer on the host; its step is taken there")
     _add_switch(group, "compile", "no_compile", "torch.compile of the decoder's layers; None: on CUDA only")
+    _add_switch(group, "float8", None, "matrix products of the layers in fp8, by torchao (GPUs from Ada and Hopper on)")
     group.add_argument("--device", choices=("auto", "cuda", "cpu"), help="auto: cuda if there is one")
     group.add_argument("--dist_timeout_s", type=float, help="seconds that a rank waits for the others")
 

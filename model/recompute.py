@@ -14,7 +14,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 # Operators by "namespace::name", whatever their overload: most of a layer's work, in few of its activations.
-MATRIX_PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear"})
+MATRIX_PRODUCTS = frozenset(
+    {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::_scaled_mm"}
+)
 ATTENTION = frozenset(
     {
         "aten::_scaled_dot_product_flash_attention_for_cpu",

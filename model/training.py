@@ -7,7 +7,7 @@ without values, to count the memory of a run before there is one. They read no f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from model.chameleon import ChameleonXLLMXConfig, ChameleonXLLMXOutput, build_model
+from model.float8 import use_float8
 from model.parallelize import DTYPES, ParallelOptions, begin_micro_step, clip_grad_norm, parallelize
 from model.step_guard import StepGuard
 from model.trainable import choose_trainable
@@ -23,14 +24,21 @@ if TYPE_CHECKING:
     from model.options import Options
 
 
-def build_sharded(config: ChameleonXLLMXConfig, mesh: DeviceMesh, options: Options) -> nn.Module:
+def build_sharded(
+    config: ChameleonXLLMXConfig,
+    mesh: DeviceMesh,
+    options: Options,
+    compile_backend: str | Callable = "inductor",
+) -> nn.Module:
     """The decoder that a run trains, with what is trained chosen, spread over the ranks of `mesh`; still on meta.
 
-    `model.parallelize.allocate` gives it memory. Raises what `choose_trainable` raises.
+    `model.parallelize.allocate` gives it memory. Raises what `use_float8` and `choose_trainable` raise.
     """
     model = build_model(config, device="meta")
+    if options.float8.float8:
+        use_float8(model)
     model = choose_trainable(model, options.trainable, DTYPES[options.parallel.precision])
-    return parallelize(model, mesh, options.parallel)
+    return parallelize(model, mesh, options.parallel, compile_backend)
 
 
 def micro_step(

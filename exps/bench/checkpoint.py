@@ -22,7 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 
-from exps.bench.common import choose_device, device_name, peak_host_gib, run_alone, versions  # noqa: E402
+from exps.bench.common import (  # noqa: E402
+    build_bench_parser,
+    choose_device,
+    device_name,
+    exit_on_sigterm,
+    find_too_small,
+    peak_host_gib,
+    run_alone,
+    versions,
+)
 from model.async_checkpoint import CheckpointSaver  # noqa: E402
 from model.chameleon import build_config, build_model, init_weights, reset_rotary_buffers  # noqa: E402
 from model.checkpoint import CheckpointOptions, Position, TrainerState, read_state  # noqa: E402
@@ -38,14 +47,11 @@ NUM_PLAIN_STEPS = 3  # before each save
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_bench_parser(__doc__, repeats="saves measured, after one to warm up")
     add = parser.add_argument
     add("--gigabytes", type=float, default=0.5, help="size of a checkpoint, by the number of layers (default 0.5)")
     add("--num_tokens", type=int, default=256, help="of a training step (default 256)")
-    add("--repeats", type=int, default=3, help="saves measured, after one to warm up (default 3)")
     add("--output_dir", type=Path, help="folder on the disk to measure (default: a temporary one)")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default auto: cuda if there is one")
-    add("--task", help=argparse.SUPPRESS)  # one measurement as JSON: how this script calls itself
     return parser
 
 
@@ -54,10 +60,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.task:
         print(json.dumps(measure(**json.loads(args.task))))
         return 0
-    for name in ("num_tokens", "repeats"):
-        if getattr(args, name) < 1:
-            print(f"--{name} must be at least 1, got {getattr(args, name)}", file=sys.stderr)
-            return 2
+    problem = find_too_small(args, "num_tokens", "repeats")
+    if problem:
+        print(problem, file=sys.stderr)
+        return 2
+    exit_on_sigterm()
     device, load_before = choose_device(args.device), os.getloadavg()[0]
     task = {name: getattr(args, name) for name in ("gigabytes", "num_tokens", "repeats")} | {"device": device}
     results = {}

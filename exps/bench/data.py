@@ -45,7 +45,7 @@ from data.plan_cache import load_plan, save_plan  # noqa: E402
 from data.record_index import open_index  # noqa: E402
 from data.rows import EpochRows, build_loader  # noqa: E402
 from data.vocab import IGNORE_INDEX  # noqa: E402
-from exps.bench.common import device_name, run_alone, versions  # noqa: E402
+from exps.bench.common import device_name, exit_on_sigterm, run_alone, versions  # noqa: E402
 from exps.bench.synthetic import VOCAB_SIZE, Pool, write_index, write_placeholder, write_pool, write_record  # noqa: E402
 
 MAX_RECORD_ITEMS = 20_000_000
@@ -95,6 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     if problems := find_problems(args):
         print("; ".join(problems), file=sys.stderr)
         return 2
+    exit_on_sigterm()
     with tempfile.TemporaryDirectory() as work_dir:
         pool = write_pool(Path(work_dir) / "pool", *args.lengths)
         rows = [compare(num_items, pool, Path(work_dir), args) for num_items in args.num_items]

@@ -22,8 +22,11 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 from exps.bench.common import (  # noqa: E402
+    build_bench_parser,
     choose_device,
     device_name,
+    exit_on_sigterm,
+    find_too_small,
     peak_device_gib,
     peak_host_gib,
     run_alone,
@@ -40,14 +43,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_bench_parser(__doc__, repeats="measured, if several after one to warm up")
     add = parser.add_argument
     add("--num_tokens", type=int, default=4096, help="positions, 30%% of them without a target (default 4096)")
     add("--hidden_size", type=int, default=512, help="width of the hidden states (default 512)")
     add("--precision", nargs="+", choices=tuple(DTYPES), help="default: fp32 on a CPU, bf16 on CUDA")
-    add("--repeats", type=int, default=3, help="measured, if several after one to warm up (default 3)")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default auto: cuda if there is one")
-    add("--task", help=argparse.SUPPRESS)  # one measurement as JSON: how this script calls itself
     return parser
 
 
@@ -56,10 +56,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.task:
         print(json.dumps(measure(**json.loads(args.task))))
         return 0
-    for name in ("num_tokens", "hidden_size", "repeats"):
-        if getattr(args, name) < 1:
-            print(f"--{name} must be at least 1, got {getattr(args, name)}", file=sys.stderr)
-            return 2
+    problem = find_too_small(args, "num_tokens", "hidden_size", "repeats")
+    if problem:
+        print(problem, file=sys.stderr)
+        return 2
+    exit_on_sigterm()
     device = choose_device(args.device)
     precisions = args.precision or (["bf16"] if device == "cuda" else ["fp32"])
     rows = [compare(precision, device, args) for precision in precisions]

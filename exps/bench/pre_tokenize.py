@@ -33,7 +33,17 @@ from data.item_processor import ItemProcessor, build_text_encode, load_text_toke
 from data.json_stream import iter_json_values  # noqa: E402
 from data.token_file import load_token_file, save_token_file  # noqa: E402
 from data.vocab import ChameleonVocab  # noqa: E402
-from exps.bench.common import choose_device, device_name, peak_device_gib, peak_host_gib, run_alone, versions  # noqa: E402
+from exps.bench.common import (  # noqa: E402
+    build_bench_parser,
+    choose_device,
+    device_name,
+    exit_on_sigterm,
+    find_too_small,
+    peak_device_gib,
+    peak_host_gib,
+    run_alone,
+    versions,
+)
 from model.vqgan import VQGAN, image_to_pixels, load_vqgan, save_vqgan  # noqa: E402
 from pre_tokenize import pre_tokenize  # noqa: E402
 
@@ -71,17 +81,15 @@ class Result:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_bench_parser(__doc__)
     add = parser.add_argument
     add("--num_images", type=int, default=16, help="per measurement (default 16)")
     add("--target_size", type=int, nargs="+", default=[512, 768], help="sides in pixels (default 512 768)")
     add("--precision", nargs="+", help="of ours (default: tf32 fp32 bf16 on CUDA, fp32 bf16 on a CPU)")
     add("--vqgan_dir", type=Path, help="of images (default: Chameleon's size with seeded weights)")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default auto: cuda if there is one")
     add("--batch_size", type=int, help="of ours (default: what pre_tokenize.py takes)")
     add("--num_workers", type=int, default=2, help="of ours, loaders beside the encoder (default 2)")
     add("--compile", action="store_true", help="also measure ours with --compile")
-    add("--task", help=argparse.SUPPRESS)  # one measurement as JSON: how this script calls itself
     return parser
 
 
@@ -91,9 +99,11 @@ def main(argv: list[str] | None = None) -> int:
         task = Task(**json.loads(args.task))
         print(json.dumps(asdict(measure_recipe(task) if task.way == RECIPE else measure_ours(task))))
         return 0
-    if args.num_images < 1:
-        print(f"--num_images must be at least 1, got {args.num_images}", file=sys.stderr)
+    problem = find_too_small(args, "num_images")
+    if problem:
+        print(problem, file=sys.stderr)
         return 2
+    exit_on_sigterm()
     device = choose_device(args.device)
     precisions = args.precision or (["tf32", "fp32", "bf16"] if device == "cuda" else ["fp32", "bf16"])
     with tempfile.TemporaryDirectory() as work_dir:
