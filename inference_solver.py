@@ -2,6 +2,7 @@
 Generation from a checkpoint: text to image, image to text, image to image, several turns.
 
     python inference_solver.py --model_path output/7B/epoch1 --prompt "Draw a cat." --size 768x512 --out cat.png
+    python inference_solver.py --model_path output/7B/epoch1 --serve    # the same on a page in the browser
 
 Where it stands: the end of the road. Conversations become token ids as in pre-tokenizing (`data/item_processor.py`),
 `model/generation.py` continues them, and what comes out is decoded here, images by the VQGAN's decoder half.
@@ -10,8 +11,8 @@ Where it stands: the end of the road. Conversations become token ids as in pre-t
 import argparse
 import logging
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,20 +21,21 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from data.conversation import Turn
 from data.image_transform import crop_sizes, open_image
 from data.item_processor import ItemProcessor, build_text_encode, load_text_tokenizer
 from data.vocab import GRID_PIXELS, IMAGE_SYMBOL, ChameleonVocab
+from model import serve
 from model.convert import load_config, load_pretrained, resolve_checkpoint
 from model.generation import Generation, SamplingOptions, generate_batch
+from model.progress import GenerationMeter, ProgressDisplay
 from model.vqgan import VQGAN, load_vqgan, pixels_to_image
-from pre_tokenize.image_encoder import ImageEncoder, group_by_size
+from pre_tokenize.image_encoder import ImageEncoder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 DEFAULT_VQGAN_DIR = "ckpts/chameleon/tokenizer"
-DECODE_BATCH_SIZE = 16
+MAX_SEED = 2**63 - 1  # of PyTorch's generators
 
 logger = logging.getLogger(__name__)
 
@@ -181,25 +183,28 @@ class FlexARInferenceSolver:
         *,
         batch_size: int = 64,
         desc: str | None = None,
+        on_progress: Callable[[GenerationMeter], None] | None = None,
     ) -> list[Answer]:
-        """`generate_many` with all that is known of each answer; a progress bar only with `desc`."""
-        prompts = [self.encode_request(request.get("qas"), request.get("images", ())) for request in requests]
-        starts = [self.image_start(request.get("size")) for request in requests]
-        with _Progress(desc, len(prompts), _expected_tokens(requests, self.vocab, max_gen_len)) as progress:
+        """`generate_many` with all that is known of each answer.
+
+        Progress is shown on stderr under the name `desc`, or handed to `on_progress` after every forward; what that
+        raises ends the generation.
+        """
+        encoded: dict[int, list[int]] = {}
+        for request in requests:  # the same request several times is encoded once
+            if id(request) not in encoded:
+                encoded[id(request)] = self.encode_request(request.get("qas"), request.get("images", ()))
+        prompts = [encoded[id(request)] for request in requests]
+        sizes = [request.get("size") for request in requests]
+        starts = [self.image_start(size) for size in sizes]
+        with ProgressDisplay(desc) if desc else nullcontext() as display:
+            meter = GenerationMeter(sizes, batch_size, max_gen_len, display.show if display else on_progress)
             generations = generate_batch(
-                self.model, prompts, self.vocab, options, max_gen_len, starts, batch_size, progress.update
+                self.model, prompts, self.vocab, options, max_gen_len, starts, batch_size, meter.update
             )
         answers = self._decode(generations)
-        num_cut = sum(answer.is_cut_off for answer in answers)
-        if num_cut:
-            num_images = sum(answer.is_image_cut_off for answer in answers)
-            logger.warning(
-                "%d of %d answers were cut off at max_gen_len=%d tokens, %d of them within an image, which is left out",
-                num_cut,
-                len(answers),
-                max_gen_len,
-                num_images,
-            )
+        if any(answer.is_cut_off for answer in answers):
+            logger.warning("%s", describe_cuts(answers, max_gen_len))
         return answers
 
     def encode_request(
@@ -237,14 +242,12 @@ class FlexARInferenceSolver:
         return ImageEncoder(self.vqgan, "fp32")(images)
 
     def _decode(self, generations: Sequence[Generation]) -> list[Answer]:
-        """Texts and images of all answers; images of one size are decoded together."""
-        layouts = [self._layout(generation.tokens) for generation in generations]
-        codes = [image for _, images, _ in layouts for image in images]
-        pictures = iter(self._decode_images(codes))
-        return [
-            Answer(text, [next(pictures) for _ in images], not generation.finished, is_image_cut_off)
-            for generation, (text, images, is_image_cut_off) in zip(generations, layouts, strict=True)
-        ]
+        answers = []
+        for generation in generations:
+            text, codes, is_image_cut_off = self._layout(generation.tokens)
+            images = [self._decode_image(one) for one in codes]
+            answers.append(Answer(text, images, not generation.finished, is_image_cut_off))
+        return answers
 
     def _layout(self, tokens: list[int]) -> tuple[str, list[np.ndarray], bool]:
         """Text (with image symbols), codes [h, w] of the complete images, and whether an image was cut off."""
@@ -262,13 +265,9 @@ class FlexARInferenceSolver:
     def _decode_text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False) if tokens else ""
 
-    def _decode_images(self, codes: list[np.ndarray]) -> list[Image.Image]:
-        pictures: list[Image.Image | None] = [None] * len(codes)
-        for batch in group_by_size([image.shape for image in codes], DECODE_BATCH_SIZE):
-            pixels = self.vqgan.decode(torch.from_numpy(np.stack([codes[index] for index in batch])))
-            for index, one in zip(batch, pixels, strict=True):
-                pictures[index] = pixels_to_image(one)
-        return pictures
+    def _decode_image(self, codes: np.ndarray) -> Image.Image:
+        # One at a time: in a batch the convolutions may round differently, and the same seed gives the same picture.
+        return pixels_to_image(self.vqgan.decode(torch.from_numpy(codes)[None])[0])
 
 
 def choose_device(device: str) -> torch.device:
@@ -280,44 +279,12 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-class _Progress:
-    """A bar of answers, or of tokens if there is only one; without a name, or outside of a terminal, nothing."""
-
-    def __init__(self, desc: str | None, num_answers: int, num_tokens: int):
-        self.is_single = num_answers == 1
-        self.start, self.num_tokens = time.monotonic(), 0
-        self.bar = tqdm(
-            desc=desc,
-            total=num_tokens if self.is_single else num_answers,
-            unit="token" if self.is_single else "answer",
-            disable=None if desc else True,  # None: silent unless on a terminal
-            dynamic_ncols=True,
-        )
-        self.desc = desc
-
-    def update(self, num_tokens: int, num_finished: int) -> None:
-        self.num_tokens += num_tokens
-        if not self.is_single:
-            self.bar.set_postfix_str(f"{self._rate():.0f} tokens/s", refresh=False)
-        self.bar.update(num_tokens if self.is_single else num_finished)
-
-    def _rate(self) -> float:
-        return self.num_tokens / max(time.monotonic() - self.start, 1e-9)
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self.bar.close()
-        if self.desc and self.bar.disable and self.num_tokens:
-            seconds = time.monotonic() - self.start
-            print(f"{self.desc}: {self.num_tokens:,} tokens in {seconds:.1f} s", file=sys.stderr)
-
-
-def _expected_tokens(requests: Sequence[Mapping[str, Any]], vocab: ChameleonVocab, max_gen_len: int) -> int:
-    """Tokens of a single answer: of an image of the given size and its end, else at most `max_gen_len`."""
-    size = requests[0].get("size") if len(requests) == 1 else None
-    return min(max_gen_len, vocab.num_image_tokens(*size) - 2) if size else max_gen_len
+def describe_cuts(answers: Sequence[Answer], max_gen_len: int) -> str:
+    """How many of the answers were cut off, in one sentence."""
+    num_images = sum(answer.is_image_cut_off for answer in answers)
+    within = f", {num_images} of them within an image, which is left out" if num_images else ""
+    num_cut = sum(answer.is_cut_off for answer in answers)
+    return f"{num_cut} of {len(answers)} answers were cut off at max_gen_len={max_gen_len} tokens{within}"
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -332,10 +299,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Generate text and images from a checkpoint.")
     add = parser.add_argument
     # what to answer
-    add("--prompt", required=True, help=f"what is asked; {IMAGE_SYMBOL} marks where images stand (default: first)")
+    add("--prompt", help=f"what is asked; {IMAGE_SYMBOL} marks where images stand (default: first)")
     add("--image", nargs="*", type=Path, default=[], help="pictures of the prompt, in order")
     add("--size", type=parse_size, help="draw a picture of WIDTHxHEIGHT pixels first (default: as the model likes)")
     add("--out", type=Path, help="PNG to write; further pictures get -2, -3, ... (default: pictures are not kept)")
+    add("--serve", action="store_true", help="a page in the browser instead; the flags below are its first settings")
+    add("--host", default="127.0.0.1", help="address of the page; any other than %(default)s has no password")
+    add("--port", type=int, default=7860, help="of the page, 0 for any that is free (default: %(default)s)")
     # with what
     add("--model_path", required=True, help="checkpoint folder or hub id")
     add("--tokenizer", help="folder or hub id (default: that of the checkpoint)")
@@ -366,12 +336,31 @@ def validate(args: argparse.Namespace) -> SamplingOptions:
         problems.append(f"--target_size: {error}")
     if args.max_gen_len < 1:
         problems.append(f"--max_gen_len is {args.max_gen_len}; it must be at least 1")
-    problems += [f"--image {path} does not exist" for path in args.image if not path.is_file()]
-    num_symbols = args.prompt.count(IMAGE_SYMBOL)
+    if not 0 <= args.seed <= MAX_SEED:
+        problems.append(f"--seed is {args.seed}; it must be from 0 to {MAX_SEED}")
+    if (args.image or args.size or args.out or args.serve) and not args.vqgan_dir.is_dir():
+        problems.append(f"--vqgan_dir {args.vqgan_dir} is not a folder; TRAIN.md says where to get the VQGAN")
+    problems += _serve_problems(args) if args.serve else _answer_problems(args)
+    if problems:
+        raise ValueError("\n".join(problems))
+    return options
+
+
+def _serve_problems(args: argparse.Namespace) -> list[str]:
+    given = [flag for flag in ("prompt", "image", "size", "out") if getattr(args, flag)]
+    problems = [f"--{flag} is asked for on the page; leave it out with --serve" for flag in given]
+    if not 0 <= args.port < 2**16:
+        problems.append(f"--port is {args.port}; it must be from 0 (any that is free) to 65535")
+    return problems
+
+
+def _answer_problems(args: argparse.Namespace) -> list[str]:
+    problems = [f"--image {path} does not exist" for path in args.image if not path.is_file()]
+    if args.prompt is None:
+        problems.append("--prompt is missing: say what to draw or to answer (or open a page with --serve)")
+    num_symbols = (args.prompt or "").count(IMAGE_SYMBOL)
     if num_symbols and num_symbols != len(args.image):
         problems.append(f"--prompt has {num_symbols} {IMAGE_SYMBOL}, but --image gives {len(args.image)}")
-    if (args.image or args.size or args.out) and not args.vqgan_dir.is_dir():
-        problems.append(f"--vqgan_dir {args.vqgan_dir} is not a folder; TRAIN.md says where to get the VQGAN")
     if args.out and not args.out.parent.is_dir():
         problems.append(f"--out {args.out}: the folder {args.out.parent} does not exist")
     if args.out and args.out.is_dir():
@@ -380,9 +369,7 @@ def validate(args: argparse.Namespace) -> SamplingOptions:
         problems.append(f"--out {args.out} must end in .png")
     if args.size and not args.out:
         problems.append("--size draws a picture, so say where to write it: --out")
-    if problems:
-        raise ValueError("\n".join(problems))
-    return options
+    return problems
 
 
 def save_images(images: Sequence[Image.Image], out_path: Path) -> list[Path]:
@@ -398,9 +385,11 @@ def save_images(images: Sequence[Image.Image], out_path: Path) -> list[Path]:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     logging.basicConfig(format="%(message)s")
-    request = {"qas": [[args.prompt, None]], "images": args.image, "size": args.size}
     try:
         options = validate(args)
+        if args.serve:
+            serve.import_gradio()
+            serve.free_port(args.host, args.port)
         solver = FlexARInferenceSolver(
             args.model_path,
             args.precision,
@@ -409,20 +398,36 @@ def main(argv: list[str] | None = None) -> int:
             vqgan_dir=args.vqgan_dir,
             device=args.device,
         )
-        solver.image_start(args.size)
-        if args.image or args.out:
-            solver.check_vqgan(with_decoder=args.out is not None)
-        answer = solver.answer_many([request], args.max_gen_len, options, desc="generating")[0]
-    except (ValueError, OSError) as error:
+        if args.image or args.out or args.serve:
+            solver.check_vqgan(with_decoder=args.out is not None or args.serve)
+        if args.serve:
+            serve.serve(solver, options, args.max_gen_len, args.host, args.port, title=args.model_path)
+            return 0
+        return answer_once(solver, args, options)
+    except (ValueError, OSError, ImportError) as error:
         print(f"inference_solver.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("inference_solver.py: interrupted", file=sys.stderr)
+        return 130
+
+
+def answer_once(solver: FlexARInferenceSolver, args: argparse.Namespace, options: SamplingOptions) -> int:
+    """One answer on the command line: its text on stdout, its pictures in files. Returns the exit code."""
+    request = {"qas": [[args.prompt, None]], "images": args.image, "size": args.size}
+    answer = solver.answer_many([request], args.max_gen_len, options, desc="generating")[0]
     print(answer.text)
-    if answer.images and args.out is None:
-        print(f"{len(answer.images)} pictures were drawn and not kept; give --out to keep them.", file=sys.stderr)
-    elif args.out is not None:
-        for path in save_images(answer.images, args.out):
-            print(path, file=sys.stderr)
-    return 3 if args.out is not None and not answer.images else 0
+    if args.out is None:
+        if answer.images:
+            print(f"{len(answer.images)} pictures were drawn and not kept; give --out to keep them.", file=sys.stderr)
+        return 0
+    for path in save_images(answer.images, args.out):
+        print(path, file=sys.stderr)
+    if not answer.images:
+        advice = "give a larger --max_gen_len" if answer.is_cut_off else "--size makes it draw one"
+        print(f"inference_solver.py: no whole picture in the answer, so no {args.out}; {advice}.", file=sys.stderr)
+        return 3
+    return 0
 
 
 if __name__ == "__main__":

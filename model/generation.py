@@ -1,52 +1,29 @@
 """
-Generation: which token is drawn, and the loop over a key/value cache.
+Generation: the loop over a key/value cache.
 
 Where it stands: `inference_solver.py` turns conversations into token ids and calls `generate_batch`;
-`model/image_grammar.py` says what may come next. Sampling is a pure function of logits, state and generators; rows of a
-batch do not influence one another.
+`model/image_grammar.py` says what may come next, `model/sampling.py` draws it, `model/decode_step.py` is the forward of
+one token. Rows of a batch do not influence one another.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 
 from data.vocab import ChameleonVocab
 from model.chameleon import ChameleonXLLMXConfig, ChameleonXLLMXForConditionalGeneration
+from model.decode_step import DecodeStep
 from model.image_grammar import GrammarState, ImageGrammar, Kind, open_image_start
+from model.kv_cache import KVCache
+from model.sampling import SamplingOptions, draw_noise, guide, sample_codes, sample_tokens
 
-_DONE_CHECK_INTERVAL = 16  # on CUDA, asking whether all rows are done waits for the device: ask seldom
+__all__ = ["Generation", "SamplingOptions", "generate_batch"]
 
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """
-    How tokens are drawn.
-
-    Attributes:
-        temperature: 0 is greedy.
-        image_top_k, text_top_k: only the k most probable tokens are drawn from, inside and outside of images.
-        cfg: classifier-free guidance inside images, `u + cfg * (c - u)` with the logits u of a branch that has seen
-            nothing before the image; 1 is without.
-        seed: prompt i draws with a generator seeded by seed + i.
-    """
-
-    temperature: float = 1.0
-    image_top_k: int = 2000
-    text_top_k: int = 10
-    cfg: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        problems = []
-        if not 0 <= self.temperature < float("inf"):
-            problems.append(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
-        if not abs(self.cfg) < float("inf"):
-            problems.append(f"cfg is {self.cfg}; it must be a number, 1 for no guidance")
-        if min(self.image_top_k, self.text_top_k) < 1:
-            problems.append(f"top-k is {self.image_top_k} (image), {self.text_top_k} (text); both must be at least 1")
-        if problems:
-            raise ValueError("; ".join(problems) + ".")
+_CUDA_CHECK_INTERVAL = 16  # steps: asking whether rows are done waits for the device
+_CUDA_SLOTS = 512  # on CUDA a step attends to a multiple of so many slots: each number is one graph
+_FOREVER = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -63,101 +40,6 @@ class Generation:
     finished: bool
 
 
-class KVCache:
-    """
-    Keys and values of a batch whose rows have their own lengths, allocated once.
-
-    A row's token at position p lies in slot p, whatever the other rows do; slots beyond a row's position hold padding
-    or what is left from before, and are masked.
-    """
-
-    def __init__(self, model: ChameleonXLLMXForConditionalGeneration, num_rows: int, num_slots: int):
-        config: ChameleonXLLMXConfig = model.config
-        head_dim = config.hidden_size // config.num_attention_heads
-        shape = (num_rows, config.num_key_value_heads, num_slots, head_dim)
-        weight = model.lm_head.weight
-        layers = range(config.num_hidden_layers)
-        self.keys = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in layers]
-        self.values = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in layers]
-        self._rows: slice | torch.Tensor = slice(None)
-        self._positions: torch.Tensor | None = None
-        self._num_visible = 0
-
-    def begin_prefill(self, rows: slice) -> None:
-        """The next forward fills slots 0, 1, ... of these rows."""
-        self._rows, self._positions = rows, None
-
-    def begin_step(self, positions: torch.Tensor, num_visible: int) -> torch.Tensor:
-        """
-        The next forward adds one token to every row, at `positions` [B] < `num_visible`.
-
-        Returns its attention mask, bool [B, 1, 1, num_visible].
-        """
-        self._rows = torch.arange(len(positions), device=positions.device)
-        self._positions, self._num_visible = positions, num_visible
-        return (torch.arange(num_visible, device=positions.device) <= positions[:, None])[:, None, None]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0  # positions and masks are always given
-
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_unused: object):
-        """Store new keys and values [B, H_kv, T, head_dim]; returns those to attend to."""
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
-        if self._positions is None:
-            keys[self._rows, :, : key.shape[2]] = key
-            values[self._rows, :, : key.shape[2]] = value
-            return key, value
-        keys[self._rows, :, self._positions] = key[:, :, 0]
-        values[self._rows, :, self._positions] = value[:, :, 0]
-        return keys[:, :, : self._num_visible], values[:, :, : self._num_visible]
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Keep these rows only."""
-        self.keys = [keys.index_select(0, rows) for keys in self.keys]
-        self.values = [values.index_select(0, rows) for values in self.values]
-
-
-def guide(logits: torch.Tensor, unconditional: torch.Tensor, state: GrammarState, cfg: float) -> torch.Tensor:
-    """Guided logits [B, V]: `u + cfg * (c - u)` in the rows of an image, as they are elsewhere."""
-    in_rows = (state.since_begin >= 3)[:, None]
-    return torch.where(in_rows, unconditional + cfg * (logits - unconditional), logits)
-
-
-def sample_tokens(
-    logits: torch.Tensor,
-    kind: torch.Tensor,
-    allowed: torch.Tensor,
-    options: SamplingOptions,
-    generators: Sequence[torch.Generator] = (),
-) -> torch.Tensor:
-    """
-    Draw one token per row.
-
-    Args:
-        logits: [B, V].
-        kind: int64 [B], what each token must be.
-        allowed: bool [kinds, V].
-        options: temperature and top-k.
-        generators: one per row; not used if greedy.
-
-    Returns:
-        int64 [B].
-    """
-    logits = logits.float().masked_fill(~allowed[kind], -torch.inf)
-    if options.temperature == 0:
-        return logits.argmax(-1)
-    top_k = torch.where(kind == Kind.TEXT, options.text_top_k, options.image_top_k)[:, None]
-    num_kept = min(max(options.text_top_k, options.image_top_k), logits.shape[1])
-    values, ids = logits.topk(num_kept, dim=-1)
-    values = values.masked_fill(torch.arange(num_kept, device=logits.device) >= top_k, -torch.inf)
-    # The largest of p_i / e_i, e_i drawn from an exponential distribution, is i with probability p_i: one draw of
-    # noise per row and step, from the row's own generator, so that the batch plays no part.
-    noise = torch.stack([logits.new_empty(num_kept).exponential_(generator=generator) for generator in generators])
-    noise = noise.clamp(min=torch.finfo(noise.dtype).tiny)
-    choice = (torch.softmax(values / options.temperature, -1) / noise).argmax(-1, keepdim=True)
-    return ids.gather(1, choice)[:, 0]
-
-
 @torch.inference_mode()
 def generate_batch(
     model: ChameleonXLLMXForConditionalGeneration,
@@ -168,12 +50,15 @@ def generate_batch(
     forced_starts: Sequence[Sequence[int]] | None = None,
     batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    cuda_graph: bool | None = None,
+    compile_step: bool = False,
 ) -> list[Generation]:
     """
     Answers to many prompts, in batches.
 
     Args:
-        model: a plain model in evaluation mode, on any device.
+        model: a plain model in evaluation mode, on any device. Its projections are moved in memory (`DecodeStep`).
         prompts: token ids, each ending where the answer begins.
         vocab: of the tokenizer that the model was trained with.
         options: how tokens are drawn.
@@ -181,22 +66,38 @@ def generate_batch(
         forced_starts: tokens that each answer must begin with (e.g. an image of a given size); part of the answer.
         batch_size: prompts at a time; affects speed and memory only.
         progress: called with (new tokens, finished answers) of every forward.
+        cuda_graph: replay each step as a CUDA graph; None: where there is CUDA.
+        compile_step: fuse a step's small operations with `torch.compile`, which takes a minute at first.
 
     Raises:
-        ValueError: an empty prompt, one that leaves no room, or a vocabulary that is larger than the model's.
+        ValueError: an empty prompt, one that leaves no room, a vocabulary that is larger than the model's, or CUDA
+            graphs on another device.
     """
+    device = model.lm_head.weight.device
+    if cuda_graph and device.type != "cuda":
+        raise ValueError(f"cuda_graph is on, but the model is on {device}; it needs CUDA. Leave it at None.")
     forced_starts = forced_starts or [()] * len(prompts)
     rows = [
         _Row(index, list(prompt), list(forced))
         for index, (prompt, forced) in enumerate(zip(prompts, forced_starts, strict=True))
     ]
     _check_rows(rows, model.config, vocab, max_gen_len)
-    grammar = ImageGrammar(vocab, model.config.vocab_size, model.lm_head.weight.device)
+    if not rows:
+        return []
+    grammar = ImageGrammar(vocab, model.config.vocab_size, device)
+    step = DecodeStep(model, compile_step)
+    use_graphs = device.type == "cuda" and cuda_graph is not False
     answers: dict[int, Generation] = {}
     rows.sort(key=lambda row: len(row.prompt) + len(row.forced))  # neighbours of like length: little padding
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        answers |= _generate_rows(model, grammar, batch, options, max_gen_len, progress)
+        contexts = [row.prompt + row.forced for row in batch]
+        max_len = model.config.max_position_embeddings
+        room = [min(max_gen_len - len(r.forced), max_len - len(c)) for r, c in zip(batch, contexts, strict=True)]
+        noise = draw_noise([options.seed + row.index for row in batch], max_len) if options.temperature else None
+        decoder = _Decoder(model, step, grammar, contexts, room, options, noise, use_graphs)
+        for row, new in zip(batch, _decode_all(decoder, progress), strict=True):
+            answers[row.index] = _finish(row, new, vocab)
     return [answers[index] for index in range(len(prompts))]
 
 
@@ -231,56 +132,134 @@ def _check_rows(rows: list[_Row], config: ChameleonXLLMXConfig, vocab: Chameleon
 
 class _Decoder:
     """
-    The model, its cache and where each living row stands: the logits of the next token, one forward per token.
+    The model, its cache and where each living row stands. One step feeds the last tokens and draws the next.
 
-    With guidance the cache has a second half, the unconditional branches. Such a branch holds the tokens since the
-    begin-image token, which is its position 0; outside of images it is fed all the same, and what it holds is never
-    looked at.
+    With guidance the cache has a second half, the unconditional branches. Such a branch sees the slots since the
+    begin-image token, which is its position 0; outside of images it is fed all the same, and what it gives is dropped.
+
+    Everything that a step reads or changes lies in tensors that stay where they are, so that a step can be replayed as
+    a CUDA graph: `index` counts the tokens drawn, and a step's tokens go to the slot behind the longest context.
     """
 
     def __init__(
         self,
         model: ChameleonXLLMXForConditionalGeneration,
+        step: DecodeStep,
         grammar: ImageGrammar,
         contexts: list[list[int]],
-        num_slots: int,
-        cfg: float,
+        room: list[int],
+        options: SamplingOptions,
+        noise: torch.Tensor | None,
+        use_graphs: bool,
     ):
-        self.model, self.grammar, self.cfg = model, grammar, cfg
-        self.is_guided = cfg != 1
-        self.state = grammar.start(contexts)
-        self.cache = KVCache(model, len(contexts) * (1 + self.is_guided), num_slots)
-        self.num_visible = max(map(len, contexts))
-        self.positions = torch.tensor([len(context) for context in contexts], device=grammar.allowed.device)
-        self.logits = self._prefill(contexts, 0)
+        """`room`: most new tokens of each row; `noise`: fp32 [B, at least the largest room], None if greedy."""
+        self.model, self.forward_step, self.grammar, self.options = model, step, grammar, options
+        self.use_graphs, self.is_guided = use_graphs, options.cfg != 1
+        device, num_rows = grammar.allowed.device, len(contexts)
+        self.is_cuda = device.type == "cuda"
+        self.num_steps, self.width = max(room), max(map(len, contexts))
+        self.room = torch.tensor(room, device=device)
+        self.noise = torch.zeros(num_rows, self.num_steps) if noise is None else noise[:, : self.num_steps]
+        self.noise = self.noise.to(device)
+        self.code_ids, self.code_weight, self.code_bias = _code_head(model, grammar)
+        self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self.cache = KVCache(model, num_rows * (1 + self.is_guided), self._round_up(self.width + self.num_steps))
+        self.state = GrammarState(*(tensor.clone() for tensor in _tensors(grammar.start(contexts))))
+        self.index = torch.zeros(1, dtype=torch.int64, device=device)
+        self.new_tokens = torch.zeros(num_rows, self.num_steps, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.positions = torch.tensor([len(context) for context in contexts], device=device)
+        logits, lens = self._prefill(contexts, 0), list(map(len, contexts))
         if self.is_guided:
             vocab = grammar.vocab
             tails = [context[open_image_start(context, vocab) :] or [vocab.begin_image_id] for context in contexts]
-            self.logits = guide(self.logits, self._prefill(tails, len(contexts)), self.state, cfg)
+            logits = guide(logits, self._prefill(tails, num_rows), self.state, options.cfg)
+            lens += map(len, tails)
+        is_context = (
+            torch.arange(self.cache.keys[0].shape[2], device=device) < torch.tensor(lens, device=device)[:, None]
+        )
+        self.mask = torch.zeros(is_context.shape, dtype=model.lm_head.weight.dtype, device=device)
+        self.mask.masked_fill_(~is_context, -torch.inf)
+        self._draw(logits, is_image=False)
 
-    def advance(self, tokens: torch.Tensor) -> None:
-        """Note the tokens [B] that were drawn."""
-        self.state = self.grammar.advance(self.state, tokens)
+    def step(self, index: int, is_image: bool) -> None:
+        """
+        Draw token `index`.
 
-    def forward(self, tokens: torch.Tensor) -> None:
-        """Feed the tokens [B] of the last `advance`; sets `logits` [B, V]."""
-        positions = self.positions
-        self.positions, self.num_visible = self.positions + 1, self.num_visible + 1
+        Args:
+            index: how many were drawn, the first (of the prompts' forward) included.
+            is_image: the host knows that every row is done or draws what belongs to the grid of an image: then logits
+                are computed of the image codes only.
+        """
+        num_visible = self._round_up(self.width + index)
+        if not self.use_graphs:
+            self._step(num_visible, is_image)
+            return
+        key = (num_visible, is_image)
+        if key not in self.graphs:
+            self.graphs[key] = capture_graph(lambda: self._step(*key), self._changing())
+        self.graphs[key].replay()
+
+    def look(self, index: int) -> tuple[list[int], int]:
+        """Rows that still draw after token `index`, and for how many steps all rows are within an image."""
+        is_alive = ~self.state.done & (index + 1 < self.room)
+        left = torch.where(is_alive, self.grammar.num_left(self.state), _FOREVER)
+        num_left = left.tolist()  # the host waits for the device here
+        return [row for row, alive in enumerate(is_alive.tolist()) if alive], min(num_left)
+
+    def select(self, rows: list[int]) -> None:
+        """Keep these rows only."""
+        self.graphs.clear()  # they hold the tensors that are replaced
+        kept = torch.tensor(rows, device=self.index.device)
+        cache_rows = torch.cat([kept, kept + len(self.tokens)]) if self.is_guided else kept
+        self.cache.select(cache_rows)
+        self.mask = self.mask[cache_rows]
+        self.state = GrammarState(*(tensor[kept] for tensor in _tensors(self.state)))
+        for name in ("room", "noise", "new_tokens", "tokens", "positions"):
+            setattr(self, name, getattr(self, name)[kept])
+
+    def _step(self, num_visible: int, is_image: bool) -> None:
+        tokens, positions, slot = self.tokens, self.positions, self.index + (self.width - 1)
         if self.is_guided:
+            num_rows = len(tokens)
+            if not is_image:  # an image that begins is all that its unconditional branch sees
+                begins = (self.state.since_begin == 1)[:, None]
+                self.mask[num_rows:].masked_fill_(begins, -torch.inf)
             tokens = tokens.repeat(2)
             positions = torch.cat([positions, (self.state.since_begin - 1).clamp(min=0)])
-        mask = self.cache.begin_step(positions, self.num_visible)
-        logits = self.model(
-            tokens[:, None], position_ids=positions[:, None], attention_mask=mask, past_key_values=self.cache
-        ).logits[:, -1]
-        self.logits = guide(*logits.float().chunk(2), self.state, self.cfg) if self.is_guided else logits
+        self.mask.index_fill_(1, slot, 0.0)
+        hidden_states = self.forward_step(tokens, positions, self.cache, slot, self.mask[:, :num_visible])
+        if is_image:
+            logits = F.linear(hidden_states, self.code_weight, self.code_bias).float()
+        else:
+            logits = self.model.lm_head(hidden_states).float()
+        if self.is_guided:
+            logits = guide(*logits.chunk(2), self.state, self.options.cfg)
+        self.positions += 1
+        self._draw(logits, is_image)
 
-    def select(self, rows: torch.Tensor) -> None:
-        """Keep these rows [B'] only; `logits` are stale until the next `forward`."""
-        self.state = GrammarState(*(getattr(self.state, field.name)[rows] for field in fields(GrammarState)))
-        cache_rows = torch.cat([rows, rows + len(self.positions)]) if self.is_guided else rows
-        self.cache.select(cache_rows)
-        self.positions = self.positions[rows]
+    def _draw(self, logits: torch.Tensor, is_image: bool) -> None:
+        """Draw the next token of every row from logits [B, V] (of the image codes: [B, num_codes]), and note it."""
+        grammar = self.grammar
+        kind = torch.where(self.index < self.room, grammar.kind(self.state), Kind.PADDING)
+        noise = self.noise.index_select(1, self.index)[:, 0]
+        if is_image:
+            codes = self.code_ids[sample_codes(logits, self.options, noise)]
+            tokens = torch.where(kind == Kind.CODE, codes, grammar.only_token[kind])
+        else:
+            tokens = sample_tokens(logits, kind, grammar.allowed, self.options, noise)
+        self.tokens.copy_(tokens)
+        self.new_tokens.index_copy_(1, self.index, tokens[:, None])
+        for old, new in zip(_tensors(self.state), _tensors(grammar.advance(self.state, tokens)), strict=True):
+            old.copy_(new)
+        self.index += 1
+
+    def _changing(self) -> list[torch.Tensor]:
+        """What a step changes, but for the cache: a step that is run again writes the same there."""
+        return [self.index, self.new_tokens, self.tokens, self.positions, self.mask, *_tensors(self.state)]
+
+    def _round_up(self, num_slots: int) -> int:
+        return -(-num_slots // _CUDA_SLOTS) * _CUDA_SLOTS if self.is_cuda else num_slots
 
     def _prefill(self, contexts: list[list[int]], first_row: int) -> torch.Tensor:
         """Logits [B, V] after each context; fills the cache from row `first_row` on. Padding is on the right."""
@@ -293,57 +272,80 @@ class _Decoder:
         return self.model(input_ids, past_key_values=self.cache, logits_to_keep=last).logits[:, 0].float()
 
 
-def _generate_rows(
-    model: ChameleonXLLMXForConditionalGeneration,
-    grammar: ImageGrammar,
-    batch: list[_Row],
-    options: SamplingOptions,
-    max_gen_len: int,
-    progress: Callable[[int, int], None] | None,
-) -> dict[int, Generation]:
-    """One batch, all rows in step; rows that are done make way once half of them are."""
-    device = grammar.allowed.device
-    contexts = [row.prompt + row.forced for row in batch]
-    max_len = model.config.max_position_embeddings
-    room = [min(max_gen_len - len(r.forced), max_len - len(c)) for r, c in zip(batch, contexts, strict=True)]
-    num_steps = max(room)
-    decoder = _Decoder(model, grammar, contexts, max(map(len, contexts)) + num_steps, options.cfg)
-    generators = [torch.Generator(device).manual_seed(options.seed + row.index) for row in batch]
-    last_step = torch.tensor(room, device=device) - 1
-    alive, columns = list(range(len(batch))), []  # the rows of the cache, and their new tokens step by step
-    new_tokens: list[list[int]] = [[] for _ in batch]
-    interval = _DONE_CHECK_INTERVAL if device.type == "cuda" else 1
+def capture_graph(step: Callable[[], None], changing: list[torch.Tensor]) -> torch.cuda.CUDAGraph:
+    """
+    A CUDA graph of one step, and nothing done.
 
-    for step in range(num_steps):
-        kind = torch.where(step <= last_step, grammar.kind(decoder.state), Kind.PADDING)
-        tokens = sample_tokens(decoder.logits, kind, grammar.allowed, options, [generators[row] for row in alive])
-        columns.append(tokens)
-        decoder.advance(tokens)
-        if progress is not None:
-            progress(len(alive), 0)
-        if (step + 1) % interval == 0 or step + 1 == num_steps:
-            keep = (~decoder.state.done & (step < last_step)).nonzero()[:, 0]
-            if not len(keep):
+    Args:
+        step: works on tensors that stay where they are, without waiting for the device.
+        changing: tensors that it changes and that are put back, since it is run before it is captured (as libraries
+            set themselves up, and compiled code is made, at the first run).
+    """
+    before = [tensor.clone() for tensor in changing]
+
+    def put_back() -> None:
+        for tensor, old in zip(changing, before, strict=True):
+            tensor.copy_(old)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+            put_back()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def _code_head(
+    model: ChameleonXLLMXForConditionalGeneration, grammar: ImageGrammar
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Sorted ids of the image codes, int64 [num_codes], and their part of the head (no copy if they lie in a row)."""
+    ids = sorted(grammar.vocab.image_token_ids.tolist())
+    head, code_ids = model.lm_head, torch.tensor(ids, device=model.lm_head.weight.device)
+    in_a_row = ids[-1] - ids[0] == len(ids) - 1
+    part = slice(ids[0], ids[-1] + 1) if in_a_row else code_ids
+    return code_ids, head.weight[part], None if head.bias is None else head.bias[part]
+
+
+def _tensors(state: GrammarState) -> list[torch.Tensor]:
+    return [getattr(state, field.name) for field in fields(GrammarState)]
+
+
+def _decode_all(decoder: _Decoder, progress: Callable[[int, int], None] | None) -> list[list[int]]:
+    """New tokens of every row, in step; rows that are done make way once half of them are."""
+    alive = list(range(len(decoder.tokens)))  # the row that each row of the decoder was at first
+    new_tokens: list[list[int]] = [[] for _ in alive]
+    report = progress or (lambda _num_tokens, _num_finished: None)
+    interval = _CUDA_CHECK_INTERVAL if decoder.is_cuda else 1
+    num_image_steps = next_look = 0
+
+    for index in range(decoder.num_steps):  # token `index` is drawn
+        report(len(alive), 0)
+        if index >= next_look and index + 1 < decoder.num_steps:
+            keep, num_image_steps = decoder.look(index)
+            if not keep:
                 break
             if 2 * len(keep) <= len(alive):
-                _hand_out(columns, alive, new_tokens)
-                if progress is not None:
-                    progress(0, len(alive) - len(keep))
+                _hand_out(decoder, index + 1, alive, new_tokens)
+                report(0, len(alive) - len(keep))
                 decoder.select(keep)
-                tokens, last_step, columns = tokens[keep], last_step[keep], []
-                alive = [alive[row] for row in keep.tolist()]
-        decoder.forward(tokens)
-    _hand_out(columns, alive, new_tokens)
-    if progress is not None:
-        progress(0, len(alive))
-    return {row.index: _finish(row, new, grammar.vocab) for row, new in zip(batch, new_tokens, strict=True)}
+                alive = [alive[row] for row in keep]
+            next_look = index + max(interval, min(num_image_steps, decoder.num_steps))
+            num_image_steps += index
+        if index + 1 < decoder.num_steps:
+            decoder.step(index + 1, is_image=index < num_image_steps)
+    _hand_out(decoder, index + 1, alive, new_tokens)
+    report(0, len(alive))
+    return new_tokens
 
 
-def _hand_out(columns: list[torch.Tensor], alive: list[int], new_tokens: list[list[int]]) -> None:
-    """Append the steps' tokens, [B] each, to those of their rows."""
-    if columns:
-        for row, tokens in zip(alive, torch.stack(columns, 1).tolist(), strict=True):
-            new_tokens[row] += tokens
+def _hand_out(decoder: _Decoder, num_tokens: int, alive: list[int], new_tokens: list[list[int]]) -> None:
+    for row, tokens in zip(alive, decoder.new_tokens[:, :num_tokens].tolist(), strict=True):
+        new_tokens[row] = tokens
 
 
 def _finish(row: _Row, new_tokens: list[int], vocab: ChameleonVocab) -> Generation:

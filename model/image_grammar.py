@@ -46,7 +46,12 @@ class ImageGrammar:
     """The layout of sequences as a state machine over a batch: image = begin, height, width, rows of codes, end."""
 
     def __init__(self, vocab: ChameleonVocab, vocab_size: int, device: str | torch.device = "cpu"):
-        """`vocab_size`: the number of logits, at least that of the vocabulary."""
+        """
+        `vocab_size`: the number of logits, at least that of the vocabulary.
+
+        `allowed`, bool [kinds, vocab_size], are the tokens of each kind; `only_token`, int64 [kinds], is the token of a
+        kind that has but one, else -1.
+        """
         self.vocab = vocab
         ids = {
             Kind.GRID_SIZE: list(vocab.grid_size_ids.values()),
@@ -63,7 +68,9 @@ class ImageGrammar:
         side_of_token = torch.zeros(vocab_size, dtype=torch.int64)
         for grids, token_id in vocab.grid_size_ids.items():
             side_of_token[token_id] = grids * CODES_PER_GRID
+        only_token = [kind_ids[0] if len(kind_ids := ids.get(kind, [])) == 1 else -1 for kind in Kind]
         self.allowed = allowed.to(device)
+        self.only_token = torch.tensor(only_token, device=device)
         self._side_of_token = side_of_token.to(device)
 
     def start(self, prompts: Sequence[Sequence[int]]) -> GrammarState:
@@ -85,6 +92,11 @@ class ImageGrammar:
         kind = torch.where(body < 0, Kind.GRID_SIZE, kind)
         kind = torch.where(state.since_begin == 0, Kind.TEXT, kind)
         return torch.where(state.done, Kind.PADDING, kind)
+
+    def num_left(self, state: GrammarState) -> torch.Tensor:
+        """How many tokens of the grid of its image and the end each row has yet to draw, int64 [B]; 0 elsewhere."""
+        num_left = state.height * (state.width + 1) + 4 - state.since_begin
+        return torch.where(state.since_begin >= 3, num_left, 0)
 
     def advance(self, state: GrammarState, tokens: torch.Tensor) -> GrammarState:
         """The state after one more token per row, int64 [B]; -1 leaves a row as it is."""

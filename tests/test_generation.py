@@ -8,8 +8,9 @@ from transformers import ChameleonForConditionalGeneration, LogitsProcessor, Log
 
 from data.vocab import ChameleonVocab
 from model.convert import export_hf
-from model.generation import SamplingOptions, generate_batch, sample_tokens
+from model.generation import SamplingOptions, generate_batch
 from model.image_grammar import ImageGrammar, Kind
+from model.sampling import draw_noise, sample_codes, sample_tokens
 from model.vqgan import VQGAN, save_vqgan
 from tests.decoder_helpers import small_config, small_model, small_vocabulary
 from tests.test_image_grammar import plain_allowed
@@ -170,9 +171,9 @@ def test_sampling_follows_the_softmax_of_the_top_k():
     logits = torch.randn(VOCAB.vocab_size, generator=torch.Generator().manual_seed(1))
     num = 4000
     kind = torch.full((num,), Kind.CODE)
-    generators = [torch.Generator().manual_seed(seed) for seed in range(num)]
     options = SamplingOptions(temperature=0.7, image_top_k=5, text_top_k=9)
-    drawn = sample_tokens(logits.expand(num, -1), kind, grammar.allowed, options, generators)
+    noise = draw_noise(range(num), 16)[:, 3]
+    drawn = sample_tokens(logits.expand(num, -1), kind, grammar.allowed, options, noise)
     codes = torch.from_numpy(VOCAB.image_token_ids)
     best = logits[codes].topk(5)
     frequencies = torch.stack([(drawn == token).float().mean() for token in codes[best.indices]])
@@ -184,10 +185,9 @@ def test_top_k_differs_inside_and_outside_of_images():
     grammar = ImageGrammar(VOCAB, VOCAB.vocab_size)
     logits = torch.randn(2, VOCAB.vocab_size, generator=torch.Generator().manual_seed(1))
     kind = torch.tensor([Kind.TEXT, Kind.CODE])
-    greedy = sample_tokens(logits, kind, grammar.allowed, GREEDY)
-    drawn = []
-    for seed in range(200):
-        generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
-        drawn.append(sample_tokens(logits, kind, grammar.allowed, SamplingOptions(5.0, 3, 1), generators))
+    noise = draw_noise([0, 1], 200)
+    greedy = sample_tokens(logits, kind, grammar.allowed, GREEDY, noise[:, 0])
+    options = SamplingOptions(5.0, 3, 1)
+    drawn = [sample_tokens(logits, kind, grammar.allowed, options, step) for step in noise.unbind(1)]
     text, codes = torch.stack(drawn).unbind(1)
     assert (text == greedy[0]).all() and len(codes.unique()) == 3

@@ -1,0 +1,296 @@
+"""The page about a run: `report.html` in its output folder, at the end of a training and on demand, also while it runs.
+
+    python model/report.py output/7B
+
+It reads what lies in the folder and nothing else: `metrics.jsonl`, the newest checkpoint's `trainer_state.json`,
+`bad_items.jsonl`, `bad_steps.jsonl` and `samples/`. Every number of `metrics.jsonl` becomes a curve, also one that this
+module does not know. Here is what the page says; model/report_page.py lays it out, model/charts.py draws the curves.
+"""
+
+import argparse
+import dataclasses
+import fcntl
+import math
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from model.checkpoint import LOCK_NAME, STATE_NAME, TrainerState, find_newest, read_state  # noqa: E402
+from model.metrics import METRICS_NAME, read_metrics  # noqa: E402
+from model.options import Options, build_parser  # noqa: E402
+from model.report_page import RunPage, build_page, option_text  # noqa: E402
+from model.samples_format import SAMPLES_DIR_NAME, SampleStep, read_samples  # noqa: E402
+from pre_tokenize.page import write_page  # noqa: E402
+
+REPORT_NAME = "report.html"
+BAD_NAMES = BAD_ITEMS_NAME, BAD_STEPS_NAME = "bad_items.jsonl", "bad_steps.jsonl"  # as finetune_solver.py names them
+MAX_NAMED_STEPS = 8  # in a warning
+
+Curve = tuple[np.ndarray, np.ndarray]  # steps int64 [n], values float64 [n] with nan for null
+
+
+@dataclass(frozen=True)
+class Run:
+    """What an output folder says about its run. `curves`: by key of `metrics.jsonl`; `checkpoint`: the newest, if any.
+
+    `left_out` and `skipped`: the lines of bad_items.jsonl and bad_steps.jsonl; `notes`: what could not be read.
+    """
+
+    output_dir: Path
+    curves: Mapping[str, Curve]
+    written_at: float | None  # seconds since 1970, when metrics.jsonl was last written
+    checkpoint: Path | None
+    state: TrainerState | None
+    left_out: Sequence[Mapping[str, Any]]
+    skipped: Sequence[Mapping[str, Any]]
+    samples: Sequence[SampleStep]
+    notes: Sequence[str]
+
+    @property
+    def last_step(self) -> int:
+        """Optimizer steps done, as far as they were logged or saved."""
+        logged = max((int(steps[-1]) for steps, _ in self.curves.values()), default=0)
+        return max(logged, self.state.position.global_step if self.state else 0)
+
+    @property
+    def num_steps(self) -> int | None:
+        """Optimizer steps of the whole run, None if nothing tells; from the steps per epoch so far."""
+        if self.state is None:
+            return None
+        max_steps, num_epochs, total = *map(self.state.options.get, ("max_steps", "epochs")), None
+        if num_epochs and "epoch" in self.curves and self.curves["epoch"][1][-1] > 0:
+            steps, epochs = self.curves["epoch"]
+            total = round(num_epochs * steps[-1] / epochs[-1])
+        known = [number for number in (max_steps, total) if number is not None]
+        # Fewer than are done: the run goes on with other options than those of its last checkpoint.
+        return min(known) if known and min(known) >= self.last_step else None
+
+    @property
+    def is_finished(self) -> bool:
+        if self.state is None:
+            return False
+        position, options = self.state.position, self.state.options
+        done = {"epochs": position.epoch, "max_steps": position.global_step}
+        is_at_end = any(options.get(name) is not None and done[name] >= options[name] for name in done)
+        return is_at_end and position.global_step >= self.last_step
+
+
+def write_report(output_dir: Path, out: Path | None = None, is_running: bool = False) -> Path:
+    """Writes the page about the run in `output_dir` to `out` (default: report.html there), whole, and returns its path.
+
+    `is_running`: what the page says about it. Raises ValueError if the folder holds no run or a file cannot be read.
+    """
+    run = read_run(output_dir)
+    out = output_dir / REPORT_NAME if out is None else out
+    write_page(build_page(describe(run, is_running)), out)
+    return out
+
+
+def report_at_end(output_dir: Path) -> str:
+    """Writes the page at the end of a run and returns what to say about it: a page that fails must not fail the run."""
+    try:
+        return f"{write_report(output_dir)} shows this run"
+    except Exception as error:  # what was trained and saved is worth more than the page
+        return f"no {REPORT_NAME}: {error!r}; python model/report.py {output_dir} writes it later"
+
+
+def read_run(output_dir: Path) -> Run:
+    """Reads an output folder. Raises ValueError if there is none, if no run wrote to it, or if a file is damaged."""
+    if not output_dir.is_dir():
+        raise ValueError(f"there is no folder {output_dir}: give the --output_dir of a training run")
+    metrics_path = output_dir / METRICS_NAME
+    marks = (metrics_path.is_file(), (output_dir / LOCK_NAME).is_file(), any(output_dir.glob(f"epoch*/{STATE_NAME}")))
+    if not any(marks):
+        raise ValueError(
+            f"{output_dir} is no output folder of a run: it has no {METRICS_NAME}, no epoch*/{STATE_NAME} and no "
+            f"{LOCK_NAME}; give the --output_dir of a training run"
+        )
+    try:
+        curves = collect_curves(read_metrics(metrics_path))
+        left_out, skipped = (list(filter(_has_step, read_metrics(output_dir / name))) for name in BAD_NAMES)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"a .jsonl file of {output_dir} is no text: {error}") from error
+    checkpoint, notes = find_newest(output_dir)
+    samples: list[SampleStep] = []
+    try:
+        samples = read_samples(output_dir)
+    except ValueError as error:  # the curves are worth a page without them
+        notes.append(f"{SAMPLES_DIR_NAME} are not shown: {error}")
+    return Run(
+        output_dir=output_dir,
+        curves=curves,
+        written_at=metrics_path.stat().st_mtime if curves else None,
+        checkpoint=checkpoint,
+        state=read_state(checkpoint) if checkpoint else None,
+        left_out=left_out,
+        skipped=skipped,
+        samples=samples,
+        notes=notes,
+    )
+
+
+def collect_curves(lines: Iterable[Any]) -> dict[str, Curve]:
+    """Every number of lines of metrics, by key, over their steps; `{"a": {"b": 1}}` becomes `a/b`, null becomes nan."""
+    columns: dict[str, tuple[list[int], list[float]]] = {}
+    for line in lines:
+        if not _has_step(line):
+            continue
+        for key, value in line.items():
+            parts = {f"{key}/{name}": part for name, part in value.items()} if isinstance(value, dict) else {key: value}
+            for name, part in parts.items():
+                if part is None or (isinstance(part, int | float) and not isinstance(part, bool)):
+                    steps, values = columns.setdefault(name, ([], []))
+                    steps.append(line["step"])
+                    values.append(float(part) if part is not None and math.isfinite(part) else np.nan)
+    return {key: (np.array(steps, np.int64), np.array(values)) for key, (steps, values) in columns.items()}
+
+
+def _has_step(line: Any) -> bool:
+    return isinstance(line, dict) and isinstance(line.get("step"), int)
+
+
+def describe(run: Run, is_running: bool = False) -> RunPage:
+    """What the page says about a run."""
+    state = run.state
+    named = run.output_dir.resolve()
+    return RunPage(
+        name="/".join(named.parts[-2:]),
+        status=find_status(run, is_running),
+        last_step=run.last_step,
+        num_steps=run.num_steps,
+        epoch=float(run.curves["epoch"][1][-1]) if "epoch" in run.curves else None,
+        num_epochs=state.options.get("epochs") if state else None,
+        written_at=run.written_at,
+        curves={key: curve for key, curve in run.curves.items() if key != "step"},
+        warnings=[*find_warnings(run), *run.notes],
+        left_out=[f"step {line['step']}: {line.get('reason')}" for line in run.left_out],
+        skipped=[f"step {line['step']}: {', '.join(map(str, line.get('items', [])))}" for line in run.skipped],
+        samples=run.samples,
+        options=group_options(state.options) if state else {},
+        facts=list_facts(run),
+        command=command_to_go_on(state) if state else None,
+    )
+
+
+def find_status(run: Run, is_running: bool) -> str:
+    """A key of `model.report_page.STATUS_TEXTS`."""
+    if run.is_finished:
+        return "finished"
+    return "running" if is_running else "stopped" if run.last_step else "empty"
+
+
+def find_warnings(run: Run) -> list[str]:
+    """What a person should know who looks at nothing else, one sentence each."""
+    found = []
+    for prefix, name in (("", "loss"), ("val_", "validation loss")):
+        steps, values = run.curves.get(f"{prefix}loss", ((), np.array([])))
+        num_targets = dict(zip(*run.curves.get(f"{prefix}num_valid_tokens", ((), ())), strict=True))
+        lost = [step for step, value in zip(steps, values, strict=True) if np.isnan(value) and num_targets.get(step, 1)]
+        if lost:
+            lines = f"{len(lost):,} log line{'s' if len(lost) > 1 else ''}"
+            where = f"{', first' if len(lost) > 1 else ''} at step {lost[0]:,}"
+            found.append(f"The {name} was not finite in {lines}{where}.")
+    num_skipped = int(np.nansum(run.curves["skipped_steps"][1])) if "skipped_steps" in run.curves else 0
+    if num_skipped:
+        steps = sorted({line["step"] for line in run.skipped if line["step"] <= run.last_step})
+        named = ", ".join(f"{step:,}" for step in steps[:MAX_NAMED_STEPS])
+        named += ", …" if len(steps) > MAX_NAMED_STEPS else ""
+        found.append(
+            f"{num_skipped:,} step{'s were' if num_skipped > 1 else ' was'} skipped: the gradient was not finite or "
+            f"above --skip_grad_norm{f' (step {named})' if named else ''}. {BAD_STEPS_NAME} lists the items."
+        )
+    num_left_out = int(np.nanmax(run.curves["bad_items"][1], initial=0)) if "bad_items" in run.curves else 0
+    num_left_out = max(num_left_out, len({line.get("place") for line in run.left_out}))
+    if num_left_out:
+        found.append(
+            f"{num_left_out:,} item{'s' if num_left_out > 1 else ''} could not be read and "
+            f"{'were' if num_left_out > 1 else 'was'} left out. {BAD_ITEMS_NAME} says why."
+        )
+    return found
+
+
+def group_options(options: Mapping[str, Any]) -> dict[str, list[tuple[str, str, str | None]]]:
+    """(name, value, default if it is another) of the options, in the groups of model/options.py; unknown ones last."""
+    parser = build_parser()
+    groups: dict[str, list[tuple[str, str, str | None]]] = {}
+    rest = dict(options)
+    for part in dataclasses.fields(Options):
+        if not dataclasses.is_dataclass(part.type):
+            continue
+        for field in dataclasses.fields(part.type):
+            if field.name in rest:
+                value, default = option_text(rest.pop(field.name)), option_text(parser.get_default(field.name))
+                groups.setdefault(part.name, []).append((field.name, value, None if value == default else default))
+    for name, value in rest.items():  # `only_save_trainable`, and those of another version of this code
+        shown, default = option_text(value), option_text(parser.get_default(name))
+        groups.setdefault("other", []).append((name, shown, None if shown == default else default))
+    return groups
+
+
+def list_facts(run: Run) -> dict[str, str]:
+    """Versions, data and checkpoint, by name."""
+    facts = {"output folder": str(run.output_dir)}
+    if run.state is None:
+        return facts
+    state = run.state
+    facts |= {"newest checkpoint": f"{run.checkpoint.name}, after step {state.position.global_step:,}"}
+    facts |= {"data config": str(state.options.get("data_config")), "fingerprint of the data": state.data_fingerprint}
+    facts |= {"ranks": f"{state.world_size:,}", "rows per step": f"{state.units_per_step:,}"}
+    return facts | {name: str(version or "unknown") for name, version in state.versions.items()}
+
+
+def command_to_go_on(state: TrainerState) -> str:
+    """The command line of the run, options that differ from the defaults; on one node, as the state knows no other."""
+    parser = build_parser()
+    python = ["python", "-u"] if state.world_size == 1 else ["torchrun", f"--nproc_per_node={state.world_size}"]
+    lines = [shlex.join([*python, "finetune_solver.py"])]
+    for name, value in state.options.items():
+        if option_text(value) == option_text(parser.get_default(name)) or value is None:
+            continue
+        if isinstance(value, bool):
+            lines.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            lines.append(shlex.join([f"--{name}", str(value)]))
+    return " \\\n  ".join(lines)
+
+
+def holds_lock(output_dir: Path) -> bool:
+    """Whether a run writes to the folder now. Not for the run's own process: it would lose its lock by asking."""
+    try:
+        with (output_dir / LOCK_NAME).open() as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:  # no such file, or a file system without locks
+        return False
+    return False
+
+
+def build_arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Write the page about a training run.")
+    parser.add_argument("output_dir", type=Path, help="the --output_dir of the run, ended or still going")
+    parser.add_argument("--out", type=Path, help=f"file to write (default: {REPORT_NAME} in OUTPUT_DIR)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_arguments().parse_args(argv)
+    try:
+        out = write_report(args.output_dir, args.out, is_running=holds_lock(args.output_dir))
+    except (ValueError, OSError) as error:
+        print(f"report.py: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {out} ({out.stat().st_size / 2**20:.1f} MiB)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""Samples of a run by step: `output_dir/samples/step{STEP}/samples.json` and the pictures that it names. Owner of both.
+
+`samples.json` is a list of `{"prompt", "text", "files"}` in the order of the prompts: `text` is the answer without its
+pictures, `files` are names of PNG files beside it, none or more. A step's folder is whole or absent. `model/report.py`
+shows them.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from data.whole_file import sync_path
+
+SAMPLES_DIR_NAME = "samples"
+SAMPLES_NAME = "samples.json"
+_FOLDER = re.compile(r"step(\d+)")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the model answered to a prompt; `image_paths` are PNG files."""
+
+    prompt: str
+    text: str
+    image_paths: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class SampleStep:
+    """The samples after `step` optimizer steps."""
+
+    step: int
+    samples: tuple[Sample, ...]
+
+
+def write_samples(output_dir: Path, step: int, samples: Iterable[tuple[str, str, Sequence[Image.Image]]]) -> Path:
+    """Writes the (prompt, text, images) after `step` and returns the folder; an older one of that step is replaced."""
+    parent = output_dir / SAMPLES_DIR_NAME
+    final = parent / f"step{step:08d}"
+    writing, replaced = (parent / f".{kind}-{final.name}" for kind in ("writing", "replaced"))
+    for debris in (writing, replaced):
+        shutil.rmtree(debris, ignore_errors=True)
+    writing.mkdir(parents=True)
+    entries = []
+    for index, (prompt, text, images) in enumerate(samples):
+        names = [f"{index:03d}-{number}.png" for number in range(len(images))]
+        for name, image in zip(names, images, strict=True):
+            image.save(writing / name)
+        entries.append({"prompt": prompt, "text": text, "files": names})
+    (writing / SAMPLES_NAME).write_text(json.dumps(entries, indent=1) + "\n")
+    for path in (*writing.iterdir(), writing):
+        sync_path(path)
+    if final.exists():
+        final.rename(replaced)
+    writing.rename(final)
+    sync_path(parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return final
+
+
+def read_samples(output_dir: Path) -> list[SampleStep]:
+    """All samples of a run, by step; none if there is no folder of them. Raises ValueError, with file and reason."""
+    folders = (output_dir / SAMPLES_DIR_NAME).glob("step*")
+    steps = {int(match[1]): folder for folder in folders if (match := _FOLDER.fullmatch(folder.name))}
+    return [SampleStep(step, _read_folder(steps[step])) for step in sorted(steps)]
+
+
+def _read_folder(folder: Path) -> tuple[Sample, ...]:
+    path = folder / SAMPLES_NAME
+    try:
+        entries = json.loads(path.read_text())
+        samples = tuple(
+            Sample(str(e["prompt"]), str(e["text"]), tuple(folder / n for n in e["files"])) for e in entries
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read: {error!r}; remove {folder} or write it again") from error
+    for image_path in (image_path for sample in samples for image_path in sample.image_paths):
+        if image_path.parent != folder or not image_path.is_file():
+            raise ValueError(f"{path} names {image_path.name}, but {folder} holds no such file")
+    return samples

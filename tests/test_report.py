@@ -1,0 +1,376 @@
+"""The page about a run: what it says, what its curves keep, and how a real browser takes it."""
+
+import base64
+import hashlib
+import html
+import json
+import math
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from model.charts import MAX_POINTS, log_ticks, nice_ticks, smooth, thin, tick_label
+from model.checkpoint import find_newest, lock_output_dir, read_state
+from model.options import build_parser
+from model.report import command_to_go_on, holds_lock, main, report_at_end, write_report
+from model.report_page import build_charts
+from model.samples_format import read_samples, write_samples
+from tests.small_run import ROOT, environment, solver_args, train
+from tests.test_inspect_record import CHROMIUM, browse
+
+NASTY = "a cat <script>document.title='taken'</script> \"'><img src=x onerror=\"document.title='taken'\"> &\x00"
+# Takes every chart through hovering, both scales and raw curves, and notes what goes wrong and what was fetched.
+PROBE = """
+const wrong = [];
+addEventListener("error", event => wrong.push(String(event.message || event.target)), true);
+addEventListener("securitypolicyviolation", event => wrong.push(event.violatedDirective + " " + event.blockedURI));
+addEventListener("load", () => {
+  const count = selector => document.querySelectorAll(selector).length;
+  const tip = document.querySelector(".tip"), charts = [];
+  document.querySelectorAll("details").forEach(one => { one.open = true; });
+  const overflow = document.documentElement.scrollWidth - innerWidth;
+  for (const chart of document.querySelectorAll(".chart")) {
+    const shown = () => [...chart.querySelectorAll(".scale")].filter(one => getComputedStyle(one).display !== "none");
+    const scales = [shown().map(one => one.className)];
+    chart.querySelectorAll("button").forEach(one => { one.click(); scales.push(shown().map(one => one.className)); });
+    const area = chart.querySelector(".area"), box = area.getBoundingClientRect();
+    area.dispatchEvent(new PointerEvent("pointermove", {clientX: box.right - 1, clientY: box.top + 9, bubbles: true}));
+    const paths = [...shown()[0].querySelectorAll(".line, .dots")].map(one => one.getTotalLength());
+    const tips = tip.style.display === "block" ? tip.innerText : "";
+    charts.push({title: chart.querySelector("h2").firstChild.textContent.trim(), scales, tip: tips, paths,
+      size: [box.width, box.height], cursor: getComputedStyle(chart.querySelector(".cursor")).display,
+      labels: [...shown()[0].querySelectorAll(".y")].map(one => one.textContent)});
+    area.dispatchEvent(new PointerEvent("pointerleave"));
+  }
+  const smoothed = count(".smoothed");
+  document.getElementById("smoothed").click();
+  const other = performance.getEntriesByType("resource").filter(entry => !entry.name.startsWith("data:"));
+  document.body.dataset.seen = JSON.stringify({wrong, charts, overflow, title: document.title, tip: tip.style.display,
+    other: other.map(entry => entry.name), smoothed: [smoothed, count(".smoothed")],
+    images: [...document.images].map(image => image.naturalWidth + "x" + image.naturalHeight),
+    prompts: [...document.querySelectorAll(".samples tbody th")].map(one => one.textContent)});
+});
+"""
+
+
+@pytest.fixture(scope="module")
+def real_run(small_task, tmp_path_factory) -> Path:
+    """The output folder of a short training, 24 steps of 2 epochs."""
+    output_dir = tmp_path_factory.mktemp("report") / "runs" / "first"
+    train(0, solver_args(small_task, output_dir))
+    return output_dir
+
+
+@pytest.fixture
+def full_run(real_run, tmp_path) -> Path:
+    """A copy of it with what a longer run of all options has: validation, types, memory, waiting, samples, bad data."""
+    folder = tmp_path / "full"
+    shutil.copytree(real_run, folder)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    with (folder / "metrics.jsonl").open("w") as file:
+        for line in lines:
+            line |= {"memory_gib": 61.25, "data_wait": 0.01, "data_wait_ms": 2.0, "step_ms": 200.0, "mfu": 0.41}
+            line |= {"loss_by_type": {"captions": line["loss"] * 0.9, "<b>edits": line["loss"] * 1.1}, "new figure": 3}
+            file.write(json.dumps(line) + "\n")
+            if line["step"] % 8 == 0:
+                part = {
+                    "val_text_loss": line["loss"],
+                    "val_image_loss": line["loss"],
+                    "val_loss_by_type": {"captions": 5},
+                }
+                file.write(json.dumps({"step": line["step"], "epoch": line["epoch"], "val_loss": 5.0, **part}) + "\n")
+                write_samples(folder, line["step"], [(NASTY, "plain", [Image.new("RGB", (64, 32), "red")])])
+    (folder / "bad_items.jsonl").write_text(json.dumps({"step": 3, "place": "7.pkl", "reason": NASTY}) + "\n")
+    return folder
+
+
+def write_lines(folder: Path, lines) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def line_at(step: int, **changes) -> dict:
+    line = {
+        "step": step,
+        "epoch": step / 1000,
+        "lr": 1e-5,
+        "loss": 2 + 5 / step,
+        "num_valid_tokens": 10,
+        "grad_norm": 1.0,
+    }
+    return line | {"tokens_per_s": 1000.0, "skipped_steps": 0, "bad_items": 0, "fill": 0.99} | changes
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium in the PATH; `apt-get install chromium` as root brings it")
+@pytest.mark.parametrize("width", [1400, 500])
+def test_a_browser_draws_the_page_of_a_real_run(full_run, width):
+    text = write_report(full_run).read_text()
+    probe_hash = base64.b64encode(hashlib.sha256(PROBE.encode()).digest()).decode()
+    probed = text.replace("script-src ", f"script-src 'sha256-{probe_hash}' ", 1)
+    probed = probed.replace("<style>", f"<script>{PROBE}</script><style>", 1)
+    (full_run / "probed.html").write_text(probed)
+    dom = browse(full_run, "probed.html", "--dump-dom", f"--window-size={width},900", "--virtual-time-budget=3000")
+    seen = json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', dom)[1]))
+    assert seen["wrong"] == [] and seen["other"] == [] and seen["overflow"] <= 0
+    assert seen["title"] == "/".join(full_run.parts[-2:])
+    assert seen["smoothed"] == [1, 0] and seen["tip"] == "none"
+    assert seen["images"] == ["64x32"] * 3 and seen["prompts"] == [NASTY.replace("\x00", "\u2400")]
+
+    charts = {chart["title"]: chart for chart in seen["charts"]}
+    assert {"Loss", "Text and image", "Loss by type of data", "Learning rate", "Norm of the gradient"} <= set(charts)
+    assert {"Speed", "MFU", "Memory", "Time of a step", "Waiting for data", "Filled", "new figure"} <= set(charts)
+    for chart in charts.values():
+        assert max(chart["paths"]) > 400 and len(chart["labels"]) >= 2, chart
+        assert min(chart["size"]) > 150 and chart["tip"].startswith("step 24"), chart
+        assert chart["cursor"] == "block" and all(len(shown) == 1 for shown in chart["scales"]), chart
+    assert charts["Loss"]["scales"][1:] == [["scale linear"], ["scale log"]]
+    assert "train" in charts["Loss"]["tip"] and "validation 5" in charts["Loss"]["tip"]
+    assert "<b>edits" in charts["Loss by type of data"]["tip"] and "41.0%" in charts["MFU"]["tip"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium in the PATH; `apt-get install chromium` as root brings it")
+@pytest.mark.parametrize("is_dark", [False, True])
+def test_curves_are_seen_in_light_and_dark(full_run, is_dark):
+    write_report(full_run)
+    dark = ["--blink-settings=preferredColorScheme=0"] if is_dark else []
+    browse(full_run, "report.html", "--screenshot=shot.png", "--window-size=1400,2400", *dark)
+    shot = np.asarray(Image.open(full_run / "shot.png").convert("RGB"))
+    colors = ("#12181c", "#f5a04c", "#6ea3ff") if is_dark else ("#f5f7f9", "#d06a00", "#2f6fde")
+    for name, color in zip(("page", "text", "image"), colors, strict=True):
+        drawn = (shot == [int(color[i : i + 2], 16) for i in (1, 3, 5)]).all(-1).sum()
+        assert drawn > 300, f"{name} {color} is not on the page"
+
+
+@pytest.mark.slow
+def test_what_a_finished_run_says(real_run, tmp_path):
+    assert main([str(real_run), "--out", str(tmp_path / "page.html")]) == 0
+    text = (tmp_path / "page.html").read_text()
+    state = read_state(find_newest(real_run)[0])
+    assert '<span class="status finished">finished</span>' in text
+    last = state.position.global_step
+    assert f"step <b>{last}</b> of {last} · epoch <b>2.00</b> of 2" in text
+    for value in (*state.versions.values(), state.data_fingerprint, "runs/first"):
+        assert str(value) in text
+    assert '<div class="changed" title="default: 2e-05"><dt>lr</dt><dd>0.01</dd></div>' in text
+    assert "<div><dt>packing</dt><dd>no</dd></div>" in text
+    assert "No step was skipped" in text and "The command of this run" in text
+    assert not (real_run / "report.html").exists(), "--out is where it goes"
+
+
+@pytest.mark.slow
+def test_the_command_shown_is_the_run(real_run):
+    """Parsing what the page shows gives the options of the run."""
+    state = read_state(find_newest(real_run)[0])
+    words = shlex.split(command_to_go_on(state).replace("\\\n", " "))
+    assert words[:3] == ["python", "-u", "finetune_solver.py"]
+    again = vars(build_parser().parse_args(words[3:]))
+    assert {name: str(value) for name, value in again.items()} == {
+        name: str(value) for name, value in state.options.items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["spike", "dip"])
+def test_thinning_keeps_spikes_ends_and_order(kind):
+    rng = np.random.default_rng(0)
+    steps, values = np.arange(100_000) * 10, rng.normal(size=100_000)
+    values[54_321] = 1e6 if kind == "spike" else -1e6
+    kept_steps, kept_values = thin(steps, values)
+    assert len(kept_steps) <= MAX_POINTS and (np.diff(kept_steps) > 0).all()
+    assert kept_values[kept_steps == 543_210] == values[54_321]
+    assert (kept_steps[0], kept_steps[-1]) == (0, 999_990)
+    assert (kept_values == values[kept_steps // 10]).all()
+    assert len(thin(steps[:MAX_POINTS], values[:MAX_POINTS])[0]) == MAX_POINTS
+
+
+def test_thinning_keeps_gaps():
+    values = np.ones(50_000)
+    values[20_000] = values[30_000:40_000] = np.nan
+    steps, kept = thin(np.arange(50_000), values)
+    gaps = steps[np.isnan(kept)]
+    assert 20_000 in gaps and ((gaps >= 30_000) & (gaps < 40_000)).sum() >= 99  # of 499 buckets a fifth
+    assert np.isin(gaps, np.flatnonzero(np.isnan(values))).all()
+
+
+def test_smoothing_is_a_mean_taken_twice():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=400)
+    values[[7, 200]] = np.nan
+    half = max(len(values) // 30 // 4, 1)
+
+    def plain(old: np.ndarray) -> np.ndarray:
+        windows = [old[i - min(i, half) : min(i + min(i, half), len(old) - 1) + 1] for i in range(len(old))]
+        return np.array([np.nan if np.isnan(v) else np.nanmean(w) for v, w in zip(old, windows, strict=True)])
+
+    np.testing.assert_allclose(smooth(values), plain(plain(values)), rtol=1e-12)
+    assert smooth(values)[0] == values[0] and np.isnan(smooth(np.full(50, np.nan))).all()
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (0, 1120), (2.31, 2.34), (-5, 12), (0, 3e-5), (0.97, 1.0), (0, 2e9)])
+def test_ticks_are_few_round_and_inside(low, high):
+    ticks = nice_ticks(low, high, 5)
+    assert 2 <= len(ticks) <= 7 and low <= ticks[0] and ticks[-1] <= high * (1 + 1e-9)
+    assert len({tick_label(tick) for tick in ticks}) == len(ticks), "labels tell them apart"
+    assert all(len(tick_label(tick)) <= 7 for tick in ticks)
+
+
+@pytest.mark.parametrize("low, high", [(0.03, 8), (2.1, 2.9), (1e-9, 1e9), (0.5, 40), (1, 1.001)])
+def test_log_ticks_are_few_and_inside(low, high):
+    ticks = log_ticks(low, high)
+    assert 2 <= len(ticks) <= 7 and low * 0.99 <= ticks[0] and ticks[-1] <= high * 1.01 and ticks == sorted(set(ticks))
+
+
+def test_labels_are_short():
+    labels = {20_000: "20k", 1_500_000: "1.5M", 2e-5: "2e-5", 1_500: "1,500", 0.3: "0.3", 0: "0", 12_500: "12.5k"}
+    assert {value: tick_label(value) for value in labels} == labels
+    assert tick_label(0.415, is_share=True) == "41.5%"
+
+
+def test_a_null_breaks_the_curve_and_is_told_as_not_finite(tmp_path):
+    lines = [line_at(step) for step in range(1, 11)]
+    lines[4]["loss"] = None
+    lines[7] |= {"loss": None, "num_valid_tokens": 0}  # a step without any target is no fault
+    validation = [{"step": 5, "epoch": 0.1, "val_loss": 3.0}, {"step": 9, "epoch": 0.1, "val_loss": None}]
+    text = write_report(write_lines(tmp_path, lines + validation)).read_text()
+    curve = re.search(r'<path class="line c-train" d="([^"]*)"', text)[1]
+    points = [1 + part.count("L") for part in curve.split("M")[1:]]
+    assert points == [4, 2, 2]  # broken at 5 and at 8
+    assert "The loss was not finite in 1 log line at step 5." in text
+    assert "The validation loss was not finite in 1 log line at step 9." in text
+
+
+def test_warnings_count_skipped_steps_and_items_left_out(tmp_path):
+    folder = write_lines(tmp_path, [line_at(1), line_at(10, skipped_steps=2, bad_items=1), line_at(20, bad_items=1)])
+    steps = [{"step": step, "items": ["7.pkl"]} for step in (4, 5, 5, 70)]  # noted again, and after a cut: not counted
+    (folder / "bad_steps.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    (folder / "bad_items.jsonl").write_text(json.dumps({"step": 2, "place": "3.pkl", "reason": NASTY}) + "\n")
+    text = write_report(folder).read_text()
+    assert "2 steps were skipped" in text and "(step 4, 5)" in text and "1 item could not be read and was" in text
+    assert NASTY.split(" ")[2] not in text and "onerror=&quot;" in text
+    assert text.lower().count("<script") == 2 and "<img" not in text
+
+
+@pytest.mark.slow
+def test_100000_lines_give_a_page_of_a_sane_size(tmp_path):
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(100_000, 3)).tolist()
+    lines = (
+        line_at(10 * i, loss=2 + a / 10, text_loss=2 + b / 10, image_loss=4 + c / 10, mfu=0.4 + a / 100, z_loss=100 + b)
+        for i, (a, b, c) in enumerate(noise, 1)
+    )
+    out = write_report(write_lines(tmp_path, lines))
+    assert out.stat().st_size < 1_500_000
+    longest = max(len(re.findall("[ML]", d)) for d in re.findall(r'class="line[^"]*" d="([^"]*)"', out.read_text()))
+    assert MAX_POINTS * 0.9 < longest <= MAX_POINTS
+
+
+@pytest.mark.parametrize("lines, said", [([], "Nothing was logged yet"), ([line_at(1)], "step <b>1</b>")])
+def test_young_runs_have_a_page(tmp_path, lines, said):
+    text = write_report(write_lines(tmp_path, lines)).read_text()
+    assert said in text and ("<svg" in text) == bool(lines)
+
+
+def test_a_torn_line_and_a_damaged_folder_of_samples_leave_a_page(tmp_path):
+    folder = write_lines(tmp_path, [line_at(1), line_at(2)])
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"loss": 3}\n[1]\n{"step": 3, "loss": NaN, "lr": Infinity}\n{"step": 4, "lo')
+    write_samples(folder, 2, [("a", "b", [])])
+    (folder / "samples" / "step00000002" / "samples.json").write_text("[{}]")
+    text = write_report(folder).read_text()
+    assert "step <b>3</b>" in text and "samples are not shown" in text and "samples.json cannot be read" in text
+
+
+def test_a_page_that_fails_is_one_line_to_say_and_no_error(tmp_path):
+    folder = write_lines(tmp_path / "run", [line_at(1)])
+    assert report_at_end(folder) == f"{folder / 'report.html'} shows this run"
+    (folder / "report.html").unlink()
+    (folder / "report.html").mkdir()
+    said = report_at_end(folder)
+    assert said.startswith("no report.html: IsADirectoryError") and "\n" not in said
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "report.html"]
+
+
+@pytest.mark.parametrize("has_folder", [True, False])
+def test_a_folder_that_is_no_run_is_one_clear_error(tmp_path, capsys, has_folder):
+    folder = tmp_path if has_folder else tmp_path / "gone"
+    assert main([str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("report.py: ") and error.count("\n") == 1 and str(folder) in error
+    assert "give the --output_dir" in error and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_run_that_is_still_going_is_known_by_its_lock(tmp_path):
+    folder = write_lines(tmp_path / "run", [line_at(1), line_at(2)])
+    script = "from pathlib import Path; import sys; from model.report import main; sys.exit(main(sys.argv[1:]))"
+    with lock_output_dir(folder):
+        write_report(folder)  # as the run's own process does: it keeps its lock
+        done = subprocess.run([sys.executable, "-c", script, str(folder)], env=environment(), cwd=ROOT, check=False)
+        assert done.returncode == 0 and '<span class="status running">' in (folder / "report.html").read_text()
+    assert not holds_lock(folder)
+    assert main([str(folder)]) == 0
+    assert '<span class="status stopped">' in (folder / "report.html").read_text()
+
+
+def test_every_number_becomes_a_curve_and_empty_ones_none():
+    steps, ones, nothing = np.arange(3), np.ones(3), np.full(3, np.nan)
+    keys = ("loss", "val_loss", "loss_by_type/a", "loss_by_type/b", "my_figure", "memory_gib", "data_wait")
+    curves = {key: (steps, ones) for key in keys} | {"mfu": (steps, nothing), "skipped_steps": (steps, 0 * ones)}
+    main_charts, more = build_charts(curves | {"epoch": (steps, ones)})
+    names = {chart.title: [one.name for one in chart.series] for chart in (*main_charts, *more)}
+    assert names == {
+        "Loss": ["train", "validation"], "Loss by type of data": ["a", "b"], "Memory": ["memory"],
+        "Waiting for data": ["data wait"], "my_figure": ["my_figure"],
+    }  # fmt: skip
+
+
+def test_text_and_image_have_one_colour_each():
+    keys = ("text_loss", "image_loss", "val_text_loss", "val_image_loss")
+    (chart,), _ = build_charts({key: (np.arange(3), np.ones(3)) for key in keys})
+    assert [one.color for one in chart.series] == ["c-text", "c-image", "c-text", "c-image"]
+    assert [one.style for one in chart.series] == ["noisy", "noisy", "sparse", "sparse"]
+
+
+def test_samples_come_back_as_they_were_written(tmp_path):
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (32, 64, 3), np.uint8)) for _ in range(2)]
+    write_samples(tmp_path, 20, [("two", "", images), (NASTY, "words\n", [])])
+    write_samples(tmp_path, 5, [("old", "x", images)])
+    write_samples(tmp_path, 5, [("two", "y", images[:1])])  # a run that was cut back comes by once more
+    early, late = read_samples(tmp_path)
+    assert (early.step, late.step) == (5, 20)
+    assert [(sample.prompt, sample.text) for sample in late.samples] == [("two", ""), (NASTY, "words\n")]
+    assert [(sample.prompt, sample.text) for sample in early.samples] == [("two", "y")]
+    for path, image in zip(late.samples[0].image_paths, images, strict=True):
+        assert Image.open(path).tobytes() == image.tobytes()
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step00000005", "step00000020"]
+    assert len(early.samples[0].image_paths) == 1 and not late.samples[1].image_paths
+    assert read_samples(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize("name", ["../../secret.png", "gone.png", "/etc/hostname"])
+def test_samples_name_only_files_of_their_folder(tmp_path, name):
+    (tmp_path / "secret.png").touch()
+    folder = write_samples(tmp_path, 1, [("a", "b", [])])
+    (folder / "samples.json").write_text(json.dumps([{"prompt": "a", "text": "b", "files": [name]}]))
+    with pytest.raises(ValueError, match="holds no such file"):
+        read_samples(tmp_path)
+
+
+def test_many_steps_of_samples_are_thinned_to_both_ends(tmp_path):
+    folder = write_lines(tmp_path, [line_at(30)])
+    for step in range(1, 31):
+        write_samples(folder, step, [("a", f"answer {step}", [])])
+    text = write_report(folder).read_text()
+    columns = [int(step) for step in re.findall(r"<th>step (\d+)</th>", text)]
+    assert len(columns) == 8 and columns[0] == 1 and columns[-1] == 30 and columns == sorted(columns)
+    assert math.isclose(np.diff(columns).mean(), 29 / 7) and "22 of 30 steps" in text
