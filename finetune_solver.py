@@ -12,10 +12,12 @@ micro-steps.
 import contextlib
 import dataclasses
 import itertools
+import json
 import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -61,27 +63,38 @@ from model.parallelize import (
     begin_micro_step,
     build_mesh,
     clip_grad_norm,
+    forward_row,
     parallelize,
     set_matmul_precision,
 )
-from model.run_log import RunLog
+from model.run_log import RunLog, describe_losses
 from model.step_guard import StepGuard
 from model.stop_signal import SIGNALS, StopSignal, requeue_on_slurm
+from model.validation import Validator
+from model.watch import HangWatch, StepProfiler
 
 
 class Solver:
     """One training run on one rank: finds where to start, builds model and optimizer, trains to the end."""
 
-    def __init__(self, options: Options, launch: Launch, dataset: TokenDataset, device: torch.device) -> None:
+    def __init__(
+        self,
+        options: Options,
+        launch: Launch,
+        dataset: TokenDataset,
+        device: torch.device,
+        val_dataset: TokenDataset | None = None,
+    ) -> None:
         self.options, self.launch, self.dataset, self.device = options, launch, dataset, device
-        found = None
+        self.val_dataset = val_dataset
+        found, eval_only = None, options.validation.eval_only
         if launch.is_main:
-            start, notes = find_start(options.checkpoint)
+            start, notes = find_start(options.start_options)
             found = start, notes, read_state(start) if start else None
         self.start, notes, state = from_main(found)
         self.position = state.position if state else Position()
         units_per_step = options.data.accum_iter * launch.world_size
-        if state:
+        if state and not eval_only:
             notes.append(f"going on from {self.start} after step {self.position.global_step}")
             if state.units_per_step != units_per_step:
                 units_per_step = self._settle_units_per_step(state.units_per_step, units_per_step, notes)
@@ -131,7 +144,7 @@ class Solver:
                 print(f"nothing left to train: step {self.position.global_step} is the end of this run", flush=True)
             return
         self.build()
-        with self.stop_signal:
+        with self.stop_signal, closing(self.run_log), closing(self.hang_watch), closing(self.profiler):
             try:
                 while not self.is_finished and not self.stopped_by:
                     self.run_epoch()
@@ -141,10 +154,21 @@ class Solver:
             self.saver.wait()
         if not self.stopped_by:
             self.plans.close()
-        self.run_log.close()
 
-    def build(self) -> None:
-        """Builds the sharded model, its optimizer and the logs, and fills them from a checkpoint or a start."""
+    def evaluate(self) -> int:
+        """`--eval_only`: prints the figures of validation, the last line as JSON. Returns the exit code."""
+        weights = self.build_model()
+        load_checkpoint_weights(self.model, weights)
+        figures, bad_items = self.validator.run(self.model)
+        if self.launch.is_main:
+            print("\n".join(f"left out: {bad.reason}" for bad in bad_items), end="\n" if bad_items else "")
+            print(f"validation of {weights}: {describe_losses(figures)} in {figures['val_s']:.1f} s")
+            place = {"checkpoint": weights, "step": self.position.global_step}
+            print(json.dumps(place | figures | {"val_bad_items": len(bad_items)}), flush=True)
+        return 3 if len(bad_items) > self.options.data.max_bad_items else 0
+
+    def build_model(self) -> str | None:
+        """Builds the sharded model, still empty; returns where its weights are, None for a fresh one."""
         options = self.options
         set_matmul_precision(options.parallel.precision)
         weights, tokenizer = self._find_weights()
@@ -155,11 +179,20 @@ class Solver:
             self.config = build_config(options.model.model_size, self.tokenizer, **changes)
         else:
             self.config = load_config(weights, **changes)
-
         self.mesh = build_mesh(options.parallel, self.device.type, self.launch.local_world_size)
         self.model = parallelize(build_model(self.config, device="meta"), self.mesh, options.parallel)
         self.model.to_empty(device=self.device)
         reset_rotary_buffers(self.model)
+        if self.val_dataset is not None:
+            self.validator = Validator(
+                self.val_dataset, self.plan_options, self.launch.rank, self.launch.world_size, self.pad_id, self.device,
+                options.model.z_loss_weight, options.data.num_workers,
+            )  # fmt: skip
+        return weights
+
+    def build(self) -> None:
+        """Builds the model, its optimizer and the logs, and fills them from a checkpoint or a start."""
+        options, weights = self.options, self.build_model()
         self.optimizer = build_optimizer(self.model, options.optim)
         if self.start is not None:
             load_checkpoint(self.start, self.model, self.optimizer)
@@ -176,6 +209,9 @@ class Solver:
         self.say = self.run_log.progress.say
         self.bad_data = BadData(options, self.bad_items, self.dataset.place, self.say, self.launch.is_main)
         self.guard = StepGuard(options.guard, self.device)
+        output_dir, rank = options.checkpoint.output_dir, self.launch.rank
+        self.profiler = StepProfiler(options.watch.profiled_steps, output_dir, rank)
+        self.hang_watch = HangWatch(options.watch.hang_timeout_s, output_dir, rank)
         # The tokenizer is written from memory: the folder that it came from may be gone by then.
         self.saver = CheckpointSaver(
             options.checkpoint, self.model, self.optimizer, self.config, self.tokenizer.save_pretrained, self.say
@@ -195,9 +231,11 @@ class Solver:
         loader = iter(build_loader(rows, data.num_workers, data.pin_mem, start_step=self.position.step))
         for step in range(self.position.step, plan.num_steps):
             lr = lr_at(epoch + step / plan.num_steps, self.options.optim)
-            with self.run_log.waiting():
-                rows_of_step = list(itertools.islice(loader, rows.micro_steps))
-            self.train_step(rows_of_step, lr)
+            self.hang_watch.expect(f"step {self.position.global_step + 1}")
+            with self.profiler.step(self.position.global_step + 1):
+                with self.run_log.waiting():
+                    rows_of_step = list(itertools.islice(loader, rows.micro_steps))
+                self.train_step(rows_of_step, lr)
 
             done = step + 1
             ended = done == plan.num_steps
@@ -206,8 +244,13 @@ class Solver:
                 self.options.checkpoint, epoch, done, plan.num_steps, rows.micro_steps,
                 is_last=self.is_finished or bool(self.stopped_by), is_first=self.position.global_step == 1,
             )  # fmt: skip
-            if checkpoint or self.position.global_step % self.options.run.log_interval == 0:
+            validates = self.options.validation.is_due(self.position.global_step, self.is_finished)
+            if checkpoint or validates or self.position.global_step % self.options.run.log_interval == 0:
+                self.hang_watch.expect(f"what the device had to do up to step {self.position.global_step}")
                 self.log(epoch + done / plan.num_steps, lr, plan.fill)
+            self.hang_watch.rest()
+            if validates and not self.stopped_by:  # who ends a run grants it seconds
+                self.validate(epoch + done / plan.num_steps)
             if checkpoint:
                 self.save(checkpoint)
             if self.is_finished or self.stopped_by:
@@ -235,15 +278,7 @@ class Solver:
             divisor = num_valid
             if self.options.run.loss_norm == "micro_batch":
                 divisor = row["num_valid_tokens"] * len(rows) * self.launch.world_size
-            output = self.model(
-                input_ids=row["input_ids"].to(self.device, non_blocking=True),
-                labels=row["labels"].to(self.device, non_blocking=True),
-                position_ids=row["position_ids"].to(self.device, non_blocking=True),
-                cu_seqlens=row["cu_seqlens"],
-                max_seqlen=self.dataset.max_seq_len,
-                num_valid=row["num_valid_tokens"],
-                loss_scale=1.0 / max(divisor, 1),
-            )
+            output = forward_row(self.model, row, self.device, self.dataset.max_seq_len, 1.0 / max(divisor, 1))
             output.loss.backward()
             self.run_log.sums.add(output, row["num_tokens"], row["type_id"])
         self.grad_norm = clip_grad_norm(self.model, self.mesh, self.options.optim.clip_grad)
@@ -264,6 +299,14 @@ class Solver:
         self.run_log.write(line)
         if skipped:
             self.bad_data.report_skipped(skipped, is_too_many)
+
+    def validate(self, epoch: float) -> None:
+        """One line of the loss on the validation set, right after `log`."""
+        with self.run_log.paused():
+            figures, bad_items = self.validator.run(self.model)
+        self.run_log.write_validation({"step": self.position.global_step, "epoch": round(epoch, 6), **figures})
+        if bad_items:
+            self.bad_data.leave_out(bad_items, self.position.global_step)
 
     def save(self, name: str) -> None:
         """Saves a checkpoint under that name; the lines of `metrics.jsonl` up to it are on disk before it is.
@@ -287,7 +330,8 @@ class Solver:
         weights, tokenizer = resolve_model(options)
         image_head_init = options.image_head_init or ("keep" if options.init_from else "zero")
         # The recipe's weights are always taken from a copy of the run's own, which one rank makes.
-        if weights is not None and (options.init_from is None or image_head_init != "keep"):
+        is_copied = options.init_from is None or image_head_init != "keep"
+        if weights is not None and is_copied and not self.options.validation.eval_only:
             folder, problem = self.options.checkpoint.output_dir / "starting_point", None
             if self.launch.is_main:
                 try:
@@ -317,16 +361,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = Options.from_namespace(build_parser().parse_args(argv))
     launch = detect_launch()
     try:
-        dataset = prepare(options, launch)
-        lock = lock_output_dir(options.checkpoint.output_dir) if launch.is_main else contextlib.nullcontext()
+        dataset, val_dataset = prepare(options, launch)
+        writes = launch.is_main and not options.validation.eval_only
+        lock = lock_output_dir(options.checkpoint.output_dir) if writes else contextlib.nullcontext()
     except (ValueError, OSError) as error:
         return stop_at_start(launch, f"finetune_solver.py: {error}")
     has_cuda = options.run.device == "cuda" or (options.run.device == "auto" and torch.cuda.is_available())
     if not has_cuda:
         keep_freed_memory()
     with lock, process_group(launch, "cuda" if has_cuda else "cpu", options.run.dist_timeout_s) as device:
-        solver = Solver(options, launch, dataset, device)
+        solver = Solver(options, launch, dataset, device, val_dataset)
         try:
+            if options.validation.eval_only:
+                return solver.evaluate()
             solver.run()
         except (RunError, SaveError) as error:
             return end_together(launch, f"finetune_solver.py: {error}", error.exit_code)

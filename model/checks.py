@@ -13,7 +13,7 @@ from data.dataset import TokenDataset
 from data.item_processor import hash_tokenizer, load_text_tokenizer
 from data.manifest import MANIFEST_NAME, load_manifest
 from data.vocab import ChameleonVocab
-from model.checkpoint import find_changes
+from model.checkpoint import find_changes, find_start, read_state
 from model.convert import check_weights
 from model.distributed import Launch
 from model.options import Options, find_number_problems, resolve_model
@@ -21,32 +21,31 @@ from model.options import Options, find_number_problems, resolve_model
 INDEX_DIR = "data_index"  # of --cache_ann_on_disk, in --output_dir
 
 
-def prepare(options: Options, launch: Launch) -> TokenDataset:
-    """Checks everything that can be checked before the ranks meet, and opens the dataset.
+def prepare(options: Options, launch: Launch) -> tuple[TokenDataset, TokenDataset | None]:
+    """Checks everything that can be checked before the ranks meet; opens the dataset and that of validation, if any.
 
     Raises one ValueError that lists every problem found.
     """
+    eval_only = options.validation.eval_only
     problems = [
         *find_number_problems(options),
         *options.optim.problems(),
         *options.parallel.problems(launch.world_size, launch.local_world_size),
-        *options.checkpoint.problems(),
+        *(_find_eval_problems(options) if eval_only else options.checkpoint.problems()),
         *options.trackers.problems(),
+        *options.watch.problems(),
     ]
     if options.run.device == "cuda" and not torch.cuda.is_available():
         problems.append("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
-    sources, dataset = [], None
-    try:
-        sources = load_data_config(options.data.data_config)
-        cache_dir = options.checkpoint.output_dir / INDEX_DIR if options.data.cache_ann_on_disk else None
-        say = print if launch.is_main else lambda message: None
-        dataset = TokenDataset(sources, options.data.max_seq_len, options.data.overlong, cache_dir, say)
-    except (ValueError, OSError) as error:
-        problems.append(f"--data_config: {error}")
-    problems += _find_model_problems(options, sources, dataset)
+    sources, dataset = _open_dataset("data_config", options, launch, problems)
+    val_sources, val_dataset = [], None
+    if options.validation.val_data_config is not None:
+        val_sources, val_dataset = _open_dataset("val_data_config", options, launch, problems)
+    datasets = [found for found in (dataset, val_dataset) if found is not None]
+    problems += _find_model_problems(options, [*sources, *val_sources], datasets)
     if dataset is not None and options.data.context_dropout and not dataset.has_images:
         problems.append("--context_dropout: no record says that an item ends in a generated image (image_len)")
-    if not problems and not options.checkpoint.resume_anyway:
+    if not problems and not options.checkpoint.resume_anyway and not eval_only:
         changes = find_changes(options.checkpoint, options.resolved, dataset.fingerprint)
         if changes:
             problems.append(
@@ -55,11 +54,43 @@ def prepare(options: Options, launch: Launch) -> TokenDataset:
             )
     if problems:
         raise ValueError("\n  - ".join(["training cannot start:", *problems]))
-    return dataset
+    return dataset, val_dataset
+
+
+def _open_dataset(
+    name: str, options: Options, launch: Launch, problems: list[str]
+) -> tuple[list[DataSource], TokenDataset | None]:
+    """The sources and the items of `--{name}`; what is wrong with them is added to `problems`."""
+    sources: list[DataSource] = []
+    try:
+        sources = load_data_config(options.resolved[name])
+        cache_dir = options.checkpoint.output_dir / INDEX_DIR if options.data.cache_ann_on_disk else None
+        say = print if launch.is_main else lambda message: None
+        return sources, TokenDataset(sources, options.data.max_seq_len, options.data.overlong, cache_dir, say)
+    except (ValueError, OSError) as error:
+        problems.append(f"--{name}: {error}")
+        return sources, None
+
+
+def _find_eval_problems(options: Options) -> list[str]:
+    """What keeps `--eval_only` from starting, one sentence each."""
+    found, checkpoint = [], options.checkpoint
+    if options.validation.val_data_config is None:
+        found.append("--eval_only needs items to validate on: --val_data_config")
+    if checkpoint.resume_path is not None:
+        try:
+            read_state(checkpoint.resume_path)
+        except ValueError as error:
+            found.append(f"--resume_path: {error}; to validate weights alone use --init_from")
+    elif options.model.init_from is None and find_start(checkpoint)[0] is None:
+        found.append(
+            f"--eval_only needs weights: --init_from, --resume_path, or a checkpoint in {checkpoint.output_dir}"
+        )
+    return found
 
 
 def _find_model_problems(
-    all_options: Options, sources: Sequence[DataSource], dataset: TokenDataset | None
+    all_options: Options, sources: Sequence[DataSource], datasets: Sequence[TokenDataset]
 ) -> list[str]:
     found, options = [], all_options.model
     if options.model_parallel_size != 1:
@@ -77,7 +108,7 @@ def _find_model_problems(
         found += _find_foreign_records(sources, loaded, tokenizer)
         vocab = ChameleonVocab.from_tokenizer(loaded)
         vocab_size = vocab.vocab_size
-        if dataset is not None:
+        for dataset in datasets:
             dataset.use_vocabulary(num_rows or vocab_size, vocab.begin_image_id)
             dataset.check_first_items(all_options.data.max_bad_items)
     except (ValueError, OSError) as error:

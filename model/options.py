@@ -18,6 +18,8 @@ from model.optim import OptimOptions
 from model.parallelize import ParallelOptions
 from model.step_guard import GuardOptions
 from model.trackers import TrackerOptions
+from model.validation import ValidationOptions
+from model.watch import WatchOptions
 
 # What the recipe starts from when no --init_from is given.
 DEFAULT_STARTS = {"7B": "Alpha-VLLM/Chameleon_7B_mGPT", "34B": "Alpha-VLLM/Chameleon_34B_mGPT"}
@@ -79,6 +81,8 @@ class Options:
     checkpoint: CheckpointOptions
     guard: GuardOptions
     trackers: TrackerOptions
+    validation: ValidationOptions
+    watch: WatchOptions
     run: RunOptions
     resolved: Mapping[str, Any]
 
@@ -91,6 +95,13 @@ class Options:
             if dataclasses.is_dataclass(field.type)
         }
         return cls(**parts, resolved=values)
+
+    @property
+    def start_options(self) -> CheckpointOptions:
+        """How to find the checkpoint to start from; with `--eval_only`, `--resume_path` goes before any newer one."""
+        if self.validation.eval_only and self.checkpoint.resume_path is not None:
+            return dataclasses.replace(self.checkpoint, auto_resume=False)
+        return self.checkpoint
 
 
 def resolve_model(options: ModelOptions) -> tuple[str | None, str | None]:
@@ -108,7 +119,7 @@ def find_number_problems(options: Options) -> list[str]:
     """What is wrong with the plain numbers, one sentence each."""
     least = {"batch_size": 1, "accum_iter": 1, "max_seq_len": 1, "log_interval": 1, "max_steps": 1, "dist_timeout_s": 1}
     least |= {"seed": 0, "num_workers": 0, "max_bad_items": 0}
-    least |= {"max_bad_steps": 1}
+    least |= {"max_bad_steps": 1, "val_interval": 0}
     given = [(name, low, options.resolved[name]) for name, low in least.items() if options.resolved[name] is not None]
     found = [f"--{name} must be at least {low}, got {value}" for name, low, value in given if value < low]
     if not 0 <= options.data.context_dropout <= 1:
@@ -142,6 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_checkpoint_flags(parser.add_argument_group("checkpoints"))
     _add_run_flags(parser.add_argument_group("run"))
     _add_watch_flags(parser.add_argument_group("watching"))
+    _add_validation_flags(parser.add_argument_group("validation"))
     for part in dataclasses.fields(Options):
         fields = dataclasses.fields(part.type) if dataclasses.is_dataclass(part.type) else ()
         parser.set_defaults(**{f.name: f.default for f in fields if f.default is not dataclasses.MISSING})
@@ -227,6 +239,16 @@ def _add_watch_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--log_interval", type=int, help="optimizer steps between lines of metrics.jsonl")
     group.add_argument("--log_with", help="trackers beside it: tensorboard, wandb, trackio, with commas between them")
     group.add_argument("--log_project", help="project under which wandb and trackio file the run")
+    group.add_argument("--profile", metavar="START:END", help="first and last step of a torch profile, counted from 1")
+    group.add_argument("--hang_timeout_s", type=float, help="write all stacks if a step takes longer; 0 switches off")
+
+
+def _add_validation_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--val_data_config", type=Path, help="YAML of items that are not trained on; None: no validation"
+    )
+    group.add_argument("--val_interval", type=int, help="optimizer steps between validations; 0: only at the end")
+    group.add_argument("--eval_only", action="store_true", help="validate a checkpoint, or --init_from, and end")
 
 
 def _add_switch(group: argparse._ArgumentGroup, name: str, off: str | None, help_text: str) -> None:

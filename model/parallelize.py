@@ -5,8 +5,9 @@ FSDP2 with fp32 master weights, layer by layer; the caller then allocates (`to_e
 gradient's norm and the switches between micro-steps live here too, since they depend on the sharding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -110,6 +111,31 @@ def parallelize(
             # A plain sum: gloo has no premultiplied one, and NCCL's mean is not to be trusted with a single rank.
             module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def forward_row(
+    model: nn.Module, row: Mapping[str, Any], device: torch.device, max_document_len: int, loss_scale: float = 1.0
+) -> Any:
+    """The model's output for one row (as `data.rows.EpochRows` gives it), its loss the sum over targets times a scale.
+
+    Everything goes through the forward of the root, which gathers what the ranks share.
+    """
+    return model(
+        input_ids=row["input_ids"].to(device, non_blocking=True),
+        labels=row["labels"].to(device, non_blocking=True),
+        position_ids=row["position_ids"].to(device, non_blocking=True),
+        cu_seqlens=row["cu_seqlens"],
+        max_seqlen=max_document_len,
+        num_valid=row["num_valid_tokens"],
+        loss_scale=loss_scale,
+    )
+
+
+def reshard(model: nn.Module) -> None:
+    """Lets go of gathered parameters, which a forward without a backward leaves behind."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def begin_micro_step(model: nn.Module, options: ParallelOptions, is_last: bool) -> None:

@@ -98,6 +98,12 @@ class RunLog:
         self.progress.show(line)
         self._append(line)
 
+    def write_validation(self, line: Mapping[str, Any]) -> None:
+        """Tells a line of validation, as `Validator.run` gives it with `step` and `epoch`."""
+        losses = describe_losses(line)
+        self.progress.say(f"validation after step {line['step']}: {losses} in {line['val_s']:.1f} s")
+        self._append(line)
+
     def _append(self, line: Mapping[str, Any]) -> None:
         if self._file is not None:
             self._file.append(line)
@@ -113,6 +119,12 @@ class RunLog:
             self._file.close()
             self.trackers.close()
         self.progress.close()
+
+
+def describe_losses(line: Mapping[str, Any]) -> str:
+    """The losses of a line of validation, for people."""
+    names = {"loss": "val_loss", "text": "val_text_loss", "image": "val_image_loss"}
+    return ", ".join(f"{name} {line[key]:.4f}" for name, key in names.items() if line[key] is not None)
 
 
 def memory_bytes(device: torch.device) -> tuple[int, int]:

@@ -145,8 +145,8 @@ def read_lines(output_dir: Path) -> list[dict]:
 
 
 def losses(output_dir: Path) -> dict[int, float]:
-    """Loss by step, every step once."""
-    lines = read_lines(output_dir)
+    """Loss by step, every step once; lines of validation are left out."""
+    lines = [line for line in read_lines(output_dir) if "loss" in line]
     by_step = {line["step"]: line["loss"] for line in lines}
     assert len(by_step) == len(lines), "a step was logged twice"
     return by_step

@@ -1,0 +1,180 @@
+"""Validation: against a plain computation, on several ranks, beside a training that must not notice, and alone."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_run import call_main, losses, read_lines, solver_args, train
+
+from data.data_config import load_data_config
+from data.dataset import TokenDataset
+from data.packing import PlanOptions
+from model.convert import load_pretrained
+from model.validation import ValidationOptions, build_rows
+
+
+def evaluate(args, capsys):
+    """The last line that `--eval_only` prints."""
+    capsys.readouterr()
+    assert call_main(args) == (0, "")
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def plain_losses(task, checkpoint):
+    """Cross-entropy item by item, from the logits: of all targets, of text, of images, and by type."""
+    model = load_pretrained(checkpoint).eval()
+    image_ids = model.image_token_ids(torch.device("cpu"))
+    found = {"loss": [], "text_loss": [], "image_loss": [], "text": [], "images": []}
+    for source in load_data_config(task / "data.yaml"):
+        dataset = TokenDataset([source], 64)
+        for number in range(len(dataset)):
+            token, label = (
+                torch.from_numpy(part.copy()).long() for part in (dataset[number].token, dataset[number].label)
+            )
+            with torch.no_grad():
+                logits = model(token[None]).logits[0, :-1].double()
+            ce = F.cross_entropy(logits, label[1:], reduction="none", ignore_index=-100)
+            is_target, is_image = label[1:] != -100, torch.isin(label[1:], image_ids)
+            for name, chosen in (("loss", is_target), ("text_loss", is_target & ~is_image), ("image_loss", is_image)):
+                found[name].append(ce[chosen & is_target])
+            found[source.type].append(ce[is_target])
+    return {name: torch.cat(parts).mean().item() for name, parts in found.items() if parts}
+
+
+def test_eval_only_gives_the_plain_loss_and_writes_nothing(two_types, tmp_path, capsys):
+    out = tmp_path / "out"
+    changes = {"eval_only": True, "val_data_config": two_types / "data.yaml", "z_loss_weight": 0}
+    found = evaluate(solver_args(two_types, out, dropout=0.5, **changes), capsys)
+    expected = plain_losses(two_types, two_types / "init")
+    for name in ("loss", "text_loss", "image_loss"):
+        assert found[f"val_{name}"] == pytest.approx(expected[name], rel=1e-5)
+    by_type = {name: pytest.approx(expected[name], rel=1e-5) for name in ("text", "images")}
+    assert found["val_loss_by_type"] == by_type
+    assert found["checkpoint"] == str(two_types / "init") and found["step"] == 0 and found["val_bad_items"] == 0
+    assert not out.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [None, True])
+def test_any_number_of_ranks_gives_the_same(two_types, tmp_path, capsys, packing):
+    """Five rows on one rank, and on three, two of which take an empty row at the end."""
+    changes = {"eval_only": True, "val_data_config": two_types / "data.yaml", "batch_size": 5, "packing": packing}
+    one = evaluate(solver_args(two_types, tmp_path / "out", **changes), capsys)
+    three = json.loads(train(3, solver_args(two_types, tmp_path / "out", **changes)).splitlines()[-1])
+    for name in ("val_loss", "val_text_loss", "val_image_loss", "val_num_valid_tokens", "val_loss_by_type"):
+        assert three[name] == pytest.approx(one[name], rel=1e-6), name
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_rows_are_the_same_whoever_takes_them(two_types, world_size):
+    dataset = TokenDataset(load_data_config(two_types / "data.yaml"), 64)
+
+    def rows_of(options, ranks):
+        dealt = [build_rows(dataset, options, rank, ranks, pad_id=0) for rank in range(ranks)]
+        units = [rows.unit(index).items.tolist() for index in range(len(dealt[0])) for rows in dealt]
+        return [items for items in units if items]
+
+    options = PlanOptions(batch_size=5, max_seq_len=64, units_per_step=4, seed=3, context_dropout=0.5)
+    expected = rows_of(PlanOptions(batch_size=5, max_seq_len=64, units_per_step=1), 1)
+    assert rows_of(options, world_size) == expected
+    assert sorted(item for items in expected for item in items) == list(range(24))
+
+
+def test_due_at_its_interval_and_at_the_end():
+    options = ValidationOptions("val.yaml", val_interval=3)
+    assert [step for step in range(1, 9) if options.is_due(step, is_finished=step == 8)] == [3, 6, 8]
+    assert [step for step in range(1, 9) if ValidationOptions("v", 0).is_due(step, step == 8)] == [8]
+    assert not ValidationOptions(None, 1).is_due(1, True)
+
+
+# Beside a training
+
+CHANGES = {"max_steps": 8, "dropout": 0.2, "save_iteration_interval": 4, "num_workers": 1}
+
+
+def validations(out):
+    return {line["step"]: line for line in read_lines(out) if "val_loss" in line}
+
+
+def test_the_training_does_not_notice(small_task, tmp_path, capsys):
+    """Losses and weights bit for bit; the last line is that of the checkpoint, and a resumed run has the same lines."""
+    assert call_main(solver_args(small_task, tmp_path / "plain", **CHANGES)) == (0, "")
+    validated = CHANGES | {"val_data_config": small_task / "data.yaml", "val_interval": 3}
+    out = tmp_path / "out"
+    assert call_main(solver_args(small_task, out, **validated | {"max_steps": 5})) == (0, "")
+    assert "validation after step 5: loss " in capsys.readouterr().out
+    assert call_main(solver_args(small_task, out, **validated)) == (0, "")
+    assert losses(out) == losses(tmp_path / "plain")
+    weights = [(folder / "epoch0-iter8" / "model.safetensors").read_bytes() for folder in (out, tmp_path / "plain")]
+    assert weights[0] == weights[1]
+
+    lines = validations(out)
+    assert list(lines) == [3, 5, 6, 8]
+    assert lines[8].keys() == {
+        *("step", "epoch", "val_loss", "val_text_loss", "val_image_loss", "val_num_valid_tokens", "val_s")
+    }
+    assert lines[3]["val_loss"] > lines[8]["val_loss"] and lines[8]["epoch"] == pytest.approx(8 / 12, abs=1e-6)
+    found = evaluate(solver_args(small_task, out, **validated, eval_only=True), capsys)
+    assert found["step"] == 8 and found["checkpoint"].endswith("epoch0-iter8")
+    assert found["val_loss"] == pytest.approx(lines[8]["val_loss"], rel=1e-6)
+    older = evaluate(
+        solver_args(small_task, out, **validated, eval_only=True, resume_path=out / "epoch0-iter5"), capsys
+    )
+    assert older["step"] == 5 and older["val_loss"] == pytest.approx(lines[5]["val_loss"], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data_parallel", ["fsdp", "sdp"])
+def test_real_ranks_do_not_notice_either(small_task, tmp_path, data_parallel):
+    """Parameters that validation gathered are let go of: a step after it computes with the new ones."""
+    changes = CHANGES | {"batch_size": 1, "data_parallel": data_parallel, "max_steps": 5, "num_workers": 0}
+    train(2, solver_args(small_task, tmp_path / "plain", **changes))
+    validated = changes | {"val_data_config": small_task / "data.yaml", "val_interval": 1}
+    train(2, solver_args(small_task, tmp_path / "out", **validated))
+    assert losses(tmp_path / "out") == losses(tmp_path / "plain")
+    assert list(validations(tmp_path / "out")) == [1, 2, 3, 4, 5]
+
+
+# Bad input
+
+
+@pytest.fixture
+def with_bad_item(small_task, tmp_path):
+    """A validation set in which one item is torn."""
+    for path in (small_task / "files").iterdir():
+        (tmp_path / "files").mkdir(exist_ok=True)
+        (tmp_path / "files" / path.name).write_bytes(path.read_bytes()[: 20 if path.name == "5.pkl" else None])
+    (tmp_path / "record.json").write_bytes((small_task / "record.json").read_bytes())
+    (tmp_path / "val.yaml").write_text("META:\n  - path: record.json\n")
+    return tmp_path / "val.yaml"
+
+
+def test_an_item_that_cannot_be_read_is_counted(small_task, tmp_path, with_bad_item, capsys):
+    changes = {"eval_only": True, "val_data_config": with_bad_item}
+    assert call_main(solver_args(small_task, tmp_path / "out", **changes))[0] == 3
+    printed = capsys.readouterr().out
+    assert "left out: token file" in printed and json.loads(printed.splitlines()[-1])["val_bad_items"] == 1
+    assert call_main(solver_args(small_task, tmp_path / "out", **changes, max_bad_items=1))[0] == 0
+    code, message = call_main(solver_args(small_task, tmp_path / "run", val_data_config=with_bad_item, max_steps=1))
+    assert code == 3 and "1 items cannot be read (--max_bad_items 0)" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"eval_only": True}, "--eval_only needs items to validate on: --val_data_config"),
+        ({"val_data_config": "missing.yaml"}, "--val_data_config: data config missing.yaml does not exist"),
+        ({"val_interval": -1}, "--val_interval must be at least 0, got -1"),
+        ({"eval_only": True, "init_from": None}, "--eval_only needs weights: --init_from, --resume_path, or a"),
+        ({"eval_only": True, "resume_path": "nowhere"}, "there is no checkpoint folder nowhere"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_told_before_anything_starts(small_task, tmp_path, changes, said):
+    changes = {"val_data_config": small_task / "data.yaml", "tokenizer": small_task / "tokenizer"} | changes
+    if said.startswith("--eval_only needs items"):
+        changes["val_data_config"] = None
+    code, message = call_main(solver_args(small_task, tmp_path / "out", **changes))
+    assert code == 2 and said in message, message
+    assert not (tmp_path / "out").exists()
