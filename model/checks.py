@@ -108,6 +108,7 @@ def _find_model_problems(
         found += _find_foreign_records(sources, loaded, tokenizer)
         vocab = ChameleonVocab.from_tokenizer(loaded)
         vocab_size = vocab.vocab_size
+        found += all_options.samples.problems(vocab, options.mask_image_logits)
         for dataset in datasets:
             dataset.use_vocabulary(num_rows or vocab_size, vocab.begin_image_id)
             dataset.check_first_items(all_options.data.max_bad_items)

@@ -16,6 +16,7 @@ from model.distributed import detect_launch, stop_at_start
 from model.image_head import IMAGE_HEAD_INITS
 from model.optim import OptimOptions
 from model.parallelize import ParallelOptions
+from model.samples import SampleOptions
 from model.step_guard import GuardOptions
 from model.trackers import TrackerOptions
 from model.validation import ValidationOptions
@@ -83,6 +84,7 @@ class Options:
     trackers: TrackerOptions
     validation: ValidationOptions
     watch: WatchOptions
+    samples: SampleOptions
     run: RunOptions
     resolved: Mapping[str, Any]
 
@@ -154,6 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run_flags(parser.add_argument_group("run"))
     _add_watch_flags(parser.add_argument_group("watching"))
     _add_validation_flags(parser.add_argument_group("validation"))
+    _add_sample_flags(parser.add_argument_group("samples"))
     for part in dataclasses.fields(Options):
         fields = dataclasses.fields(part.type) if dataclasses.is_dataclass(part.type) else ()
         parser.set_defaults(**{f.name: f.default for f in fields if f.default is not dataclasses.MISSING})
@@ -249,6 +252,16 @@ def _add_validation_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--val_interval", type=int, help="optimizer steps between validations; 0: only at the end")
     group.add_argument("--eval_only", action="store_true", help="validate a checkpoint, or --init_from, and end")
+
+
+def _add_sample_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--sample_interval", type=int, help="optimizer steps between samples; 0 switches off")
+    group.add_argument("--sample_prompts", type=Path, help="JSON or YAML list of prompts, or a text with one per line")
+    group.add_argument("--sample_cfg", type=float, help="guidance inside their pictures; 1 switches it off")
+    group.add_argument("--sample_temperature", type=float, help="of their tokens; 0 is greedy")
+    group.add_argument("--sample_max_gen_len", type=int, help="most new tokens of an answer")
+    group.add_argument("--vqgan_dir", type=Path, help="of pictures in prompts and answers")
+    group.add_argument("--target_size", type=int, help="pixels of pictures in prompts, as in pre-tokenizing")
 
 
 def _add_switch(group: argparse._ArgumentGroup, name: str, off: str | None, help_text: str) -> None:

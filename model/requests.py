@@ -105,24 +105,19 @@ class RequestCodec:
         if size is None:
             return []
         width, height = size
-        for side in size:
-            if side % GRID_PIXELS or side // GRID_PIXELS not in self.vocab.grid_size_ids:
-                raise ValueError(
-                    f"the size {width}x{height} is not possible: sides must be multiples of {GRID_PIXELS} pixels, from "
-                    f"{min(self.vocab.grid_size_ids) * GRID_PIXELS} to {max(self.vocab.grid_size_ids) * GRID_PIXELS}."
-                )
+        self.vocab.check_image_size(width, height)
         ids = self.vocab.grid_size_ids
         return [self.vocab.begin_image_id, ids[height // GRID_PIXELS], ids[width // GRID_PIXELS]]
 
     def _encode_images(self, images: list[Image.Image]) -> list[np.ndarray]:
         return ImageEncoder(self.vqgan, "fp32")(images)
 
-    def decode(self, generations: Sequence[Generation]) -> list[Answer]:
-        """What the generations say and show."""
+    def decode(self, generations: Sequence[Generation], with_images: bool = True) -> list[Answer]:
+        """What the generations say and show; without images none is drawn."""
         answers = []
         for generation in generations:
             text, codes, is_image_cut_off = self._layout(generation.tokens)
-            images = [self._decode_image(one) for one in codes]
+            images = [self._decode_image(one) for one in codes] if with_images else []
             answers.append(Answer(text, images, not generation.finished, is_image_cut_off))
         return answers
 
