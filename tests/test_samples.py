@@ -52,8 +52,9 @@ def test_the_whole_model_s_forward_draws_what_the_lean_step_draws(overrides, opt
     assert any(VOCAB.end_image_id in generation.tokens for generation in found)
 
 
-def test_training_notices_nothing_and_the_report_shows_them(small_task, folder, tmp_path):
-    changes = sample_flags(folder, 5, max_steps=12, dropout=0.1)
+@pytest.mark.parametrize("way", [{}, {"data_parallel": "sdp", "checkpointing": True, "precision": "bf16"}], ids=str)
+def test_training_notices_nothing_and_the_report_shows_them(small_task, folder, tmp_path, way):
+    changes = sample_flags(folder, 5, max_steps=12, dropout=0.1, **way)
     plain = solver_args(small_task, tmp_path / "plain", **changes | {"sample_interval": None})
     sampled = solver_args(small_task, tmp_path / "sampled", **changes)
     assert call_main(plain) == call_main(sampled) == (0, "")
@@ -72,10 +73,9 @@ def test_training_notices_nothing_and_the_report_shows_them(small_task, folder, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"data_parallel": "sdp", "checkpointing": True}], ids=str)
-def test_samples_of_two_ranks_are_those_of_the_checkpoint(small_task, folder, tmp_path, changes):
+def test_samples_of_two_ranks_are_those_of_the_checkpoint(small_task, folder, tmp_path):
     out = tmp_path / "out"
-    flags = sample_flags(folder, 4, max_steps=8, save_iteration_interval=4, dropout=0.1, **changes)
+    flags = sample_flags(folder, 4, max_steps=8, save_iteration_interval=4, dropout=0.1)
     said = train(2, solver_args(small_task, out, **flags))
     assert "samples of step 4 in" in said and "samples of step 8 in" in said
     assert losses(out) == losses_without(small_task, tmp_path / "plain", flags)
