@@ -102,9 +102,11 @@ class Solver:
                 units_per_step = self._settle_units_per_step(state.units_per_step, units_per_step, notes)
             changes = find_changes(options.checkpoint, options.resolved, dataset.fingerprint) if launch.is_main else []
             notes += [f"careful: {change}" for change in changes]
-        if dataset.num_overlong:
-            done = {"drop": "left out", "truncate": "cut"}[options.data.overlong]
-            notes.append(f"{dataset.num_overlong} items above --max_seq_len {options.data.max_seq_len} are {done}")
+        for name, items in (("data_config", dataset), ("val_data_config", val_dataset)):
+            if items is not None and items.num_overlong:
+                done = {"drop": "left out", "truncate": "cut"}[options.data.overlong]
+                above = f"above --max_seq_len {options.data.max_seq_len}"
+                notes.append(f"{items.num_overlong} items of --{name} {above} are {done}")
         self.stop_signal, self.stopped_by = StopSignal(), 0
         self.bad_items = state.bad_items if state else {}
         self.plan_options = PlanOptions(

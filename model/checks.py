@@ -64,7 +64,8 @@ def _open_dataset(
     sources: list[DataSource] = []
     try:
         sources = load_data_config(options.resolved[name])
-        cache_dir = options.checkpoint.output_dir / INDEX_DIR if options.data.cache_ann_on_disk else None
+        is_kept = options.data.cache_ann_on_disk and not options.validation.eval_only  # which writes nothing there
+        cache_dir = options.checkpoint.output_dir / INDEX_DIR if is_kept else None
         say = print if launch.is_main else lambda message: None
         return sources, TokenDataset(sources, options.data.max_seq_len, options.data.overlong, cache_dir, say)
     except (ValueError, OSError) as error:
