@@ -48,6 +48,7 @@ class FlexARInferenceSolver(RequestCodec):
         tokenizer: str | None = None,
         vqgan_dir: str | Path | None = None,
         device: str = "auto",
+        compile_step: bool = False,
     ):
         """
         Args:
@@ -57,10 +58,11 @@ class FlexARInferenceSolver(RequestCodec):
             tokenizer: folder or hub id; by default that of the checkpoint.
             vqgan_dir: needed once an image is put in or comes out.
             device: "auto" (CUDA where there is one), "cuda", "cpu".
+            compile_step: fuse the small operations of a token with `torch.compile`, which takes a minute at first.
         """
         if precision not in DTYPES:
             raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(DTYPES)}.")
-        device = choose_device(device)
+        device, self.compile_step = choose_device(device), compile_step
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         folder = resolve_checkpoint(model_path)
         super().__init__(load_text_tokenizer(tokenizer or folder), vqgan_dir, device, target_size)
@@ -154,8 +156,9 @@ class FlexARInferenceSolver(RequestCodec):
         with ProgressDisplay(desc) if desc else nullcontext() as display:
             meter = GenerationMeter(sizes, batch_size, max_gen_len, display.show if display else on_progress)
             generations = generate_batch(
-                self.model, prompts, self.vocab, options, max_gen_len, starts, batch_size, meter.update
-            )
+                self.model, prompts, self.vocab, options, max_gen_len, starts, batch_size, meter.update,
+                compile_step=self.compile_step,
+            )  # fmt: skip
         answers = self.decode(generations)
         if any(answer.is_cut_off for answer in answers):
             logger.warning("%s", describe_cuts(answers, max_gen_len))
@@ -204,6 +207,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--image_top_k", type=int, default=2000, help="tokens drawn from inside pictures (default: %(default)s)")
     add("--text_top_k", type=int, default=10, help="tokens drawn from in text (default: %(default)s)")
     add("--seed", type=int, default=0, help="same seed, same answer (default: %(default)s)")
+    add("--compile", action="store_true", help="fuse the small operations of a token (a minute at first; on CUDA)")
     return parser
 
 
@@ -272,21 +276,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options = validate(args)
         if args.serve:
-            serve.import_gradio()
-            serve.free_port(args.host, args.port)
-        solver = FlexARInferenceSolver(
-            args.model_path,
-            args.precision,
-            args.target_size,
-            tokenizer=args.tokenizer,
-            vqgan_dir=args.vqgan_dir,
-            device=args.device,
-        )
-        if args.image or args.out or args.serve:
-            solver.check_vqgan(with_decoder=args.out is not None or args.serve)
-        if args.serve:
-            serve.serve(solver, options, args.max_gen_len, args.host, args.port, title=args.model_path)
+            serve.serve(
+                lambda: build_solver(args), options, args.max_gen_len, args.host, args.port, title=args.model_path
+            )
             return 0
+        solver = build_solver(args)
         return answer_once(solver, args, options)
     except (ValueError, OSError, ImportError) as error:
         print(f"inference_solver.py: {error}", file=sys.stderr)
@@ -294,6 +288,22 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("inference_solver.py: interrupted", file=sys.stderr)
         return 130
+
+
+def build_solver(args: argparse.Namespace) -> FlexARInferenceSolver:
+    """The solver of the command line; what is wrong with the VQGAN is told now if it is needed."""
+    solver = FlexARInferenceSolver(
+        args.model_path,
+        args.precision,
+        args.target_size,
+        tokenizer=args.tokenizer,
+        vqgan_dir=args.vqgan_dir,
+        device=args.device,
+        compile_step=args.compile,
+    )
+    if args.image or args.out or args.serve:
+        solver.check_vqgan(with_decoder=args.out is not None or args.serve)
+    return solver
 
 
 def answer_once(solver: FlexARInferenceSolver, args: argparse.Namespace, options: SamplingOptions) -> int:

@@ -42,6 +42,8 @@ CONTENT_POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
 CSS = """
 .gradio-container { max-width: 1400px !important; }
 #pictures .grid-wrap { max-height: none; overflow: visible; }
+#pictures .thumbnail-item { aspect-ratio: auto; height: auto; }
+#images .grid-container { grid-template-columns: repeat(auto-fill, 100px) !important; }
 #pictures .grid-container { grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); }
 #status p { margin: 0; padding: 2px 0; }
 #status .bad { color: var(--error-text-color); font-weight: 600; }
@@ -98,7 +100,7 @@ class Page:
             try:
                 values = {"seed": seed, "guidance": cfg, "temperature": temperature, "longest answer": max_gen_len}
                 values |= {"top-k (pictures)": image_top_k, "top-k (text)": text_top_k}
-                check_inputs(prompt, bool(pictures), values)
+                check_inputs(prompt, len(pictures or ()), values)
                 options = SamplingOptions(temperature, image_top_k, text_top_k, cfg, seed)
                 request = {
                     "qas": [[prompt, None]],
@@ -160,11 +162,14 @@ def valid_sizes(vocab: ChameleonVocab, target_size: int) -> list[tuple[int, int]
     return sorted(sizes, key=lambda size: (size[0] != size[1], size[0] < size[1], -size[0] * size[1], -size[0]))
 
 
-def check_inputs(prompt: str, has_pictures: bool, values: dict[str, float | None]) -> None:
-    """Raises ValueError with every problem of what was typed."""
+def check_inputs(prompt: str, num_given: int, values: dict[str, float | None]) -> None:
+    """Raises ValueError with every problem of what was typed; `num_given`: pictures that were put in."""
     problems = [f"{name} is empty; give a number" for name, value in values.items() if value is None]
-    if not prompt.strip() and not has_pictures:
+    if not prompt.strip() and not num_given:
         problems.append("the prompt is empty; say what to draw or to answer")
+    num_symbols = prompt.count(IMAGE_SYMBOL)
+    if num_symbols and num_symbols != num_given:
+        problems.append(f"the prompt has {num_symbols} {IMAGE_SYMBOL}, but {num_given} pictures are put in")
     if values["seed"] is not None and not 0 <= values["seed"] <= MAX_PAGE_SEED:
         problems.append(f"the seed is {values['seed']}; it must be from 0 to {MAX_PAGE_SEED}")
     if values["longest answer"] is not None and values["longest answer"] < 1:
@@ -308,44 +313,62 @@ class _ContentPolicy:
         await self.app(scope, receive, send_with_policy)
 
 
-def serve(solver: Any, options: SamplingOptions, max_gen_len: int, host: str, port: int, title: str) -> None:
+def serve(
+    build_solver: Callable[[], Any], options: SamplingOptions, max_gen_len: int, host: str, port: int, title: str
+) -> None:
     """
     Open the page, and return once SIGINT or SIGTERM has come.
+
+    Args:
+        build_solver: gives the FlexARInferenceSolver; called once Gradio and the address have been found good.
+        options, max_gen_len, title: see `build_page`.
+        host, port: where the page is; port 0 takes any that is free.
 
     Raises:
         ImportError: no Gradio.
         OSError: the address is taken or not this machine's.
     """
-    gradio = import_gradio()
+    with _upload_folder():  # from the import on: Gradio would make a folder for all users of the machine
+        gradio = import_gradio()
+        port = free_port(host, port)
+        solver = build_solver()
+        with _until_signal() as ended:
+            blocks = build_page(solver, options, max_gen_len, title)
+            url = _launch(gradio, blocks, host, port)
+            if host not in LOCAL_HOSTS:
+                warning = "whoever reaches this machine can use the page, without a password."
+                print(f"--host {host}: {warning}", file=sys.stderr)
+            print(f"The page is at {url} (Ctrl-C ends it)", flush=True)
+            ended.wait()
+            blocks.behind.end()
+            blocks.close(verbose=False)
+
+
+def _launch(gradio, blocks, host: str, port: int) -> str:
+    """Open the page in a thread of its own; its address."""
     from starlette.middleware import Middleware
 
-    port = free_port(host, port)
-    with _until_signal() as ended, _upload_folder():
-        blocks = build_page(solver, options, max_gen_len, title)
-        system_fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-        _, url, _ = blocks.queue(max_size=32, api_open=False).launch(
-            server_name=host,
-            server_port=port,
-            theme=gradio.themes.Default(**system_fonts),
-            css=CSS,
-            app_kwargs={"middleware": [Middleware(_ContentPolicy)]},
-            footer_links=[],
-            share=False,
-            run_history=False,
-            enable_monitoring=False,
-            ssr_mode=False,
-            pwa=False,
-            mcp_server=False,
-            show_error=True,
-            quiet=True,
-            prevent_thread_lock=True,
-        )
-        if host not in LOCAL_HOSTS:
-            print(f"--host {host}: whoever reaches this machine can use the page, without a password.", file=sys.stderr)
-        print(f"The page is at {url} (Ctrl-C ends it)", flush=True)
-        ended.wait()
-        blocks.behind.end()
-        blocks.close(verbose=False)
+    for name in ("NO_PROXY", "no_proxy"):  # Gradio looks whether its page is there: not through the cluster's proxy
+        os.environ[name] = ",".join([*LOCAL_HOSTS, host, *filter(None, [os.environ.get(name)])])
+    system_fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    _, url, _ = blocks.queue(max_size=32, api_open=False).launch(
+        server_name=host,
+        server_port=port,
+        theme=gradio.themes.Default(**system_fonts),
+        css=CSS,
+        app_kwargs={"middleware": [Middleware(_ContentPolicy)]},
+        footer_links=[],
+        share=False,
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        show_error=True,
+        quiet=True,
+        prevent_thread_lock=True,
+    )
+    return url
 
 
 def free_port(host: str, port: int) -> int:

@@ -8,11 +8,13 @@ from transformers import ChameleonForConditionalGeneration, LogitsProcessor, Log
 
 from data.vocab import ChameleonVocab
 from model.convert import export_hf
+from model.decode_step import DecodeStep
 from model.generation import SamplingOptions, generate_batch
 from model.image_grammar import ImageGrammar, Kind
+from model.kv_cache import KVCache
 from model.sampling import draw_noise, sample_codes, sample_tokens
 from model.vqgan import VQGAN, save_vqgan
-from tests.decoder_helpers import small_config, small_model, small_vocabulary
+from tests.decoder_helpers import random_tokens, small_config, small_model, small_vocabulary
 from tests.test_image_grammar import plain_allowed
 
 VOCAB = ChameleonVocab.from_mapping(small_vocabulary())
@@ -103,6 +105,14 @@ def test_greedy_with_guidance_equals_two_plain_forwards(cfg):
             assert generation.tokens == plain_generate(model, prompt, start, cfg, 40)
 
 
+def test_a_compiled_step_draws_the_same_tokens(monkeypatch):
+    plain_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: plain_compile(function, backend="aot_eager"))  # no C++ here
+    model, prompts = make_model(), make_prompts()
+    plain = generate_batch(model, prompts, VOCAB, SamplingOptions(cfg=3.0), 30)
+    assert generate_batch(model, prompts, VOCAB, SamplingOptions(cfg=3.0), 30, compile_step=True) == plain
+
+
 def test_guidance_changes_images():
     results = [
         generate_batch(make_model(), make_prompts(), VOCAB, replace(GREEDY, cfg=cfg), 20, [IMAGE_START] * 5)
@@ -191,3 +201,124 @@ def test_top_k_differs_inside_and_outside_of_images():
     drawn = [sample_tokens(logits, kind, grammar.allowed, options, step) for step in noise.unbind(1)]
     text, codes = torch.stack(drawn).unbind(1)
     assert (text == greedy[0]).all() and len(codes.unique()) == 3
+
+
+def test_codes_are_drawn_as_from_all_logits():
+    grammar = ImageGrammar(VOCAB, VOCAB.vocab_size)
+    codes = torch.tensor(sorted(VOCAB.image_token_ids.tolist()))
+    logits = torch.randn(64, VOCAB.vocab_size, generator=torch.Generator().manual_seed(2)) * 3
+    kind, noise = torch.full((64,), Kind.CODE), draw_noise(range(64), 4)[:, 1]
+    for options in (SamplingOptions(0.8, image_top_k=7), SamplingOptions(1.3, image_top_k=2000), GREEDY):
+        expected = sample_tokens(logits, kind, grammar.allowed, options, noise)
+        assert codes[sample_codes(logits[:, codes], options, noise)].equal(expected)
+
+
+def test_noise_next_to_its_bounds_draws_tokens_that_are_allowed():
+    grammar = ImageGrammar(VOCAB, VOCAB.vocab_size)
+    logits = torch.randn(len(Kind), VOCAB.vocab_size, generator=torch.Generator().manual_seed(3))
+    kind = torch.arange(len(Kind))
+    for noise in (0.0, 1 - 2**-24, 1.0):
+        drawn = sample_tokens(logits, kind, grammar.allowed, SamplingOptions(), torch.full((len(Kind),), noise))
+        assert grammar.allowed[kind, drawn].all()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, dict(num_key_value_heads=2, model_parallel_size=2, swin_norm=True), dict(attention_bias=True, mlp_bias=True)],
+)
+def test_a_step_gives_the_numbers_of_the_model(overrides):
+    model = make_model(**overrides)
+    tokens = random_tokens(3 * 9).view(3, 9)
+    with torch.no_grad():
+        expected = model(tokens).logits[:, -1]
+        cache = KVCache(model, 3, 20)
+        model(tokens[:, :8], past_key_values=cache)
+        mask = torch.zeros(3, 13).index_fill_(1, torch.arange(8, 12), -torch.inf)  # the slot is not next to the others
+        hidden = DecodeStep(model)(tokens[:, 8], torch.full((3,), 8), cache, torch.tensor([12]), mask)
+        assert (model.lm_head(hidden) - expected).abs().max() < 1e-5
+        # the weights were moved, and are the same: the model computes as before, and is moved once only
+        assert (model(tokens).logits[:, -1] - expected).abs().max() < 1e-6
+        places = [parameter.data_ptr() for parameter in model.parameters()]
+        DecodeStep(model)
+        assert places == [parameter.data_ptr() for parameter in model.parameters()]
+
+
+def test_a_model_that_generated_can_be_trained_and_saved(tmp_path):
+    model = make_model()
+    tokens = random_tokens(12)[None]
+    model(tokens, labels=tokens).loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    generate_batch(model, make_prompts((3,)), VOCAB, GREEDY, 5)
+    model(tokens, labels=tokens).loss.backward()
+    assert all(torch.allclose(parameter.grad, expected[name]) for name, parameter in model.named_parameters())
+    export_hf(model, model.config, tmp_path / "moved")
+    export_hf(make_model(), model.config, tmp_path / "plain")
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("moved", "plain")]
+    assert files[0] == files[1]
+
+
+def test_long_prompts_make_logits_of_their_last_token_only():
+    model, shapes = make_model(), []
+    model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape[:-1])))
+    generate_batch(model, make_prompts((100, 90, 80)), VOCAB, replace(GREEDY, cfg=2.0), 3)
+    assert shapes[:2] == [(3, 1), (3, 1)]
+
+
+def decode_with_static_shapes(monkeypatch, prompts, options, max_gen_len, forced):
+    """`generate_batch` as on CUDA, but for the graph itself: rounded slots, seldom looks, steps run and put back."""
+    import model.generation as generation
+
+    runs = []
+
+    class Replay:
+        def __init__(self, step):
+            self.replay = step
+
+    def capture(step, changing):
+        before = [tensor.clone() for tensor in changing]
+        for _ in range(2):
+            step()
+            for tensor, old in zip(changing, before, strict=True):
+                tensor.copy_(old)
+        runs.append(len(changing))
+        return Replay(step)
+
+    class OnCuda(generation._Decoder):
+        def __init__(self, *args):
+            super().__init__(*args[:-1], True)
+
+        is_cuda = property(lambda self: True, lambda self, value: None)
+
+    monkeypatch.setattr(generation, "_Decoder", OnCuda)
+    monkeypatch.setattr(generation, "capture_graph", capture)
+    monkeypatch.setattr(generation, "_CUDA_SLOTS", 16)
+    return generate_batch(make_model(), prompts, VOCAB, options, max_gen_len, forced), runs
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_static_shapes_as_on_cuda_draw_the_same_tokens(monkeypatch, cfg):
+    prompts, forced = make_prompts() * 2, [IMAGE_START, []] * 5
+    for options in (replace(GREEDY, cfg=cfg), SamplingOptions(1.0, 20, 15, cfg=cfg, seed=5)):
+        expected = generate_batch(make_model(), prompts, VOCAB, options, 60, forced)
+        with monkeypatch.context() as patch:
+            found, runs = decode_with_static_shapes(patch, prompts, options, 60, forced)
+        assert found == expected
+        assert len(runs) >= 4, "one for each number of slots, and for images and all else"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_cuda_graphs_draw_the_same_tokens(cfg):
+    prompts, forced = make_prompts() * 2, [IMAGE_START, []] * 5
+    for options in (replace(GREEDY, cfg=cfg), SamplingOptions(1.0, 20, 15, cfg=cfg, seed=5)):
+        results = [
+            generate_batch(make_model().cuda(), prompts, VOCAB, options, 60, forced, cuda_graph=cuda_graph)
+            for cuda_graph in (True, False)
+        ]
+        assert results[0] == results[1]
+
+
+def test_cuda_graphs_elsewhere_are_refused():
+    with pytest.raises(ValueError, match="it needs CUDA"):
+        generate_batch(make_model(), make_prompts(), VOCAB, GREEDY, 5, cuda_graph=True)
