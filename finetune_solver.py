@@ -64,7 +64,9 @@ from model.optim import build_optimizer, lr_at, set_lr
 from model.options import Options, build_parser, resolve_model
 from model.parallelize import allocate, build_mesh, set_matmul_precision
 from model.plan import print_plan
+from model.report import report_at_end
 from model.run_log import RunLog, describe_losses
+from model.samples import Sampler
 from model.step_guard import StepGuard
 from model.stop_signal import SIGNALS, StopSignal, requeue_on_slurm
 from model.trainable import TrainableOptions, init_adapters
@@ -99,9 +101,11 @@ class Solver:
                 units_per_step = self._settle_units_per_step(state.units_per_step, units_per_step, notes)
             changes = find_changes(options.checkpoint, options.resolved, dataset.fingerprint) if launch.is_main else []
             notes += [f"careful: {change}" for change in changes]
-        if dataset.num_overlong:
-            done = {"drop": "left out", "truncate": "cut"}[options.data.overlong]
-            notes.append(f"{dataset.num_overlong} items above --max_seq_len {options.data.max_seq_len} are {done}")
+        for name, items in (("data_config", dataset), ("val_data_config", val_dataset)):
+            if items is not None and items.num_overlong:
+                done = {"drop": "left out", "truncate": "cut"}[options.data.overlong]
+                above = f"above --max_seq_len {options.data.max_seq_len}"
+                notes.append(f"{items.num_overlong} items of --{name} {above} are {done}")
         self.stop_signal, self.stopped_by = StopSignal(), 0
         self.bad_items = state.bad_items if state else {}
         self.plan_options = PlanOptions(
@@ -148,11 +152,17 @@ class Solver:
                 while not self.is_finished and not self.stopped_by:
                     self.run_epoch()
             except RunError:  # on all ranks at once: a save that is on its way still ends well
-                self.saver.wait()
+                self.end()
                 raise
-            self.saver.wait()
+            self.end()
         if not self.stopped_by:
             self.plans.close()
+
+    def end(self) -> None:
+        """Waits for the checkpoint that is on its way, and tells the run on one page."""
+        self.saver.wait()
+        if self.launch.is_main:
+            self.say(report_at_end(self.options.checkpoint.output_dir))
 
     def evaluate(self) -> int:
         """`--eval_only`: prints the figures of validation, the last line as JSON. Returns the exit code."""
@@ -178,6 +188,7 @@ class Solver:
             self.config = build_config(options.model.model_size, self.tokenizer, **changes)
         else:
             self.config = load_config(weights, **changes)
+        self._build_sampler()
         self.mesh = build_mesh(options.parallel, self.device.type, self.launch.local_world_size)
         if options.validation.eval_only:  # whatever was trained, the whole is what is looked at
             options = dataclasses.replace(options, trainable=TrainableOptions())
@@ -258,6 +269,8 @@ class Solver:
                 self.validate(epoch + done / plan.num_steps)
             if checkpoint:
                 self.save(checkpoint)
+            if self.options.samples.is_due(self.position.global_step, self.is_finished) and not self.stopped_by:
+                self.sample()
             if self.is_finished or self.stopped_by:
                 break
 
@@ -327,6 +340,24 @@ class Solver:
         )  # fmt: skip
         with self.run_log.paused():
             self.saver.save(name, state)
+
+    def sample(self) -> None:
+        """Answers the prompts of `--sample_prompts` with the weights as they are."""
+        trackers = self.run_log.trackers
+        with self.run_log.paused():
+            log_images = trackers.log_images if trackers else None
+            self.sampler.run(self.model, self.position.global_step, self.say, log_images)
+
+    def _build_sampler(self) -> None:
+        options = self.options
+        if options.samples.sample_interval and not options.validation.eval_only:
+            try:
+                self.sampler = Sampler(
+                    options.samples, options.parallel, self.config, self.tokenizer, self.device,
+                    options.checkpoint.output_dir, self.position.global_step, self.launch.is_main,
+                )  # fmt: skip
+            except ValueError as error:
+                raise SystemExit(stop_at_start(self.launch, f"finetune_solver.py: {error}")) from None
 
     def _find_weights(self) -> tuple[str | None, str]:
         """(folder or hub id that gives configuration and weights, or None for a fresh model; tokenizer)."""

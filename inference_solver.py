@@ -5,7 +5,8 @@ Generation from a checkpoint: text to image, image to text, image to image, seve
     python inference_solver.py --model_path output/7B/epoch1 --serve    # the same on a page in the browser
 
 Where it stands: the end of the road. Conversations become token ids as in pre-tokenizing (`data/item_processor.py`),
-`model/generation.py` continues them, and what comes out is decoded here, images by the VQGAN's decoder half.
+`model/generation.py` continues them; `model/requests.py` is the way in and out of token ids, and decodes images by the
+VQGAN's decoder half.
 """
 
 import argparse
@@ -13,52 +14,29 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
-from data.conversation import Turn
-from data.image_transform import crop_sizes, open_image
-from data.item_processor import ItemProcessor, build_text_encode, load_text_tokenizer
-from data.vocab import GRID_PIXELS, IMAGE_SYMBOL, ChameleonVocab
+from data.image_transform import crop_sizes
+from data.item_processor import load_text_tokenizer
+from data.vocab import IMAGE_SYMBOL
 from model import serve
 from model.convert import load_config, load_pretrained, resolve_checkpoint
-from model.generation import Generation, SamplingOptions, generate_batch
+from model.generation import SamplingOptions, generate_batch
 from model.progress import GenerationMeter, ProgressDisplay
-from model.vqgan import VQGAN, load_vqgan, pixels_to_image
-from pre_tokenize.image_encoder import ImageEncoder
+from model.requests import DEFAULT_VQGAN_DIR, Answer, RequestCodec, describe_cuts, parse_size
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
-DEFAULT_VQGAN_DIR = "ckpts/chameleon/tokenizer"
 MAX_SEED = 2**63 - 1  # of PyTorch's generators
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Answer:
-    """
-    What one generation gave.
-
-    Attributes:
-        text: its text, with an image symbol where each image stands.
-        images: the complete images, in order.
-        is_cut_off: the turn was longer than allowed; text is as far as it came.
-        is_image_cut_off: the cut was within an image, which is left out.
-    """
-
-    text: str
-    images: list[Image.Image]
-    is_cut_off: bool = False
-    is_image_cut_off: bool = False
-
-
-class FlexARInferenceSolver:
+class FlexARInferenceSolver(RequestCodec):
     """A model, its tokenizer and its VQGAN, with the recipe's interface."""
 
     def __init__(
@@ -84,12 +62,10 @@ class FlexARInferenceSolver:
         """
         if precision not in DTYPES:
             raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(DTYPES)}.")
-        self.device, self.compile_step = choose_device(device), compile_step
+        device, self.compile_step = choose_device(device), compile_step
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-        self.vqgan_dir = Path(vqgan_dir or DEFAULT_VQGAN_DIR)
         folder = resolve_checkpoint(model_path)
-        self.tokenizer = load_text_tokenizer(tokenizer or folder)
-        self.vocab = ChameleonVocab.from_tokenizer(self.tokenizer)
+        super().__init__(load_text_tokenizer(tokenizer or folder), vqgan_dir, device, target_size)
         num_rows = load_config(folder).vocab_size
         if self.vocab.vocab_size > num_rows:
             raise ValueError(
@@ -97,28 +73,6 @@ class FlexARInferenceSolver:
                 f"{num_rows}: they do not belong together; give the tokenizer that it was trained with."
             )
         self.model = load_pretrained(folder, DTYPES[precision], self.device, mask_image_logits=False)
-        self.item_processor = ItemProcessor(
-            build_text_encode(self.tokenizer), self.vocab, self._encode_images, target_size=target_size
-        )
-
-    @cached_property
-    def vqgan(self) -> VQGAN:
-        vqgan = load_vqgan(self.vqgan_dir, device=self.device)
-        if vqgan.num_codes > self.vocab.num_codes:
-            raise ValueError(
-                f"the VQGAN in {self.vqgan_dir} has {vqgan.num_codes} codes, but the tokenizer has tokens for "
-                f"{self.vocab.num_codes}: they do not belong together; give the VQGAN that the data was tokenized with."
-            )
-        return vqgan
-
-    def check_vqgan(self, with_decoder: bool = True) -> None:
-        """Load the VQGAN now, so that what is wrong with it (ValueError) is told before anything is generated."""
-        vqgan = self.vqgan
-        if with_decoder and not vqgan.has_decoder:
-            raise ValueError(
-                f"the VQGAN in {self.vqgan_dir} has no decoder to draw with (Hugging Face folders hold none): "
-                "give the folder of Meta's vqgan.ckpt."
-            )
 
     @staticmethod
     def create_logits_processor(cfg: float = 3.0, image_top_k: int = 2000, text_top_k: int = 10) -> SamplingOptions:
@@ -205,72 +159,10 @@ class FlexARInferenceSolver:
                 self.model, prompts, self.vocab, options, max_gen_len, starts, batch_size, meter.update,
                 compile_step=self.compile_step,
             )  # fmt: skip
-        answers = self._decode(generations)
+        answers = self.decode(generations)
         if any(answer.is_cut_off for answer in answers):
             logger.warning("%s", describe_cuts(answers, max_gen_len))
         return answers
-
-    def encode_request(
-        self,
-        qas: Sequence[Sequence[str | None]],
-        images: Sequence[Image.Image | str | Path] | Image.Image | str | Path = (),
-    ) -> list[int]:
-        """Token ids of a conversation whose last answer is open. Raises ValueError if `qas` is not of that form."""
-        if not qas or any(len(qa) != 2 or qa[0] is None for qa in qas) or any(qa[1] is None for qa in qas[:-1]):
-            raise ValueError(f"qas must be [question, answer] pairs; only the last answer may be None, got {qas!r}.")
-        if isinstance(images, Image.Image | str | Path):
-            images = [images]
-        pictures = [image if isinstance(image, Image.Image) else open_image(image) for image in images]
-        texts = [text for qa in qas for text in qa if text is not None]
-        if pictures and not any(IMAGE_SYMBOL in text for text in texts):
-            texts[0] = f"{IMAGE_SYMBOL} " * len(pictures) + texts[0]
-        turns = [Turn("gpt" if index % 2 else "human", text) for index, text in enumerate(texts)]
-        return self.item_processor.encode_prompt(turns, pictures)
-
-    def image_start(self, size: tuple[int, int] | None) -> list[int]:
-        """The tokens that begin an image of (width, height) pixels. Raises ValueError for an impossible size."""
-        if size is None:
-            return []
-        width, height = size
-        for side in size:
-            if side % GRID_PIXELS or side // GRID_PIXELS not in self.vocab.grid_size_ids:
-                raise ValueError(
-                    f"the size {width}x{height} is not possible: sides must be multiples of {GRID_PIXELS} pixels, from "
-                    f"{min(self.vocab.grid_size_ids) * GRID_PIXELS} to {max(self.vocab.grid_size_ids) * GRID_PIXELS}."
-                )
-        ids = self.vocab.grid_size_ids
-        return [self.vocab.begin_image_id, ids[height // GRID_PIXELS], ids[width // GRID_PIXELS]]
-
-    def _encode_images(self, images: list[Image.Image]) -> list[np.ndarray]:
-        return ImageEncoder(self.vqgan, "fp32")(images)
-
-    def _decode(self, generations: Sequence[Generation]) -> list[Answer]:
-        answers = []
-        for generation in generations:
-            text, codes, is_image_cut_off = self._layout(generation.tokens)
-            images = [self._decode_image(one) for one in codes]
-            answers.append(Answer(text, images, not generation.finished, is_image_cut_off))
-        return answers
-
-    def _layout(self, tokens: list[int]) -> tuple[str, list[np.ndarray], bool]:
-        """Text (with image symbols), codes [h, w] of the complete images, and whether an image was cut off."""
-        begin, end = self.vocab.begin_image_id, self.vocab.end_image_id
-        is_image_cut_off = tokens.count(begin) > tokens.count(end)
-        if is_image_cut_off:
-            tokens = tokens[: len(tokens) - 1 - tokens[::-1].index(begin)]
-        text, images, done = "", [], 0
-        for start, stop in self.vocab.find_images(tokens):
-            text += self._decode_text(tokens[done:start]) + IMAGE_SYMBOL
-            images.append(self.vocab.tokens_to_codes(tokens[start:stop]))
-            done = stop
-        return text + self._decode_text(tokens[done:]), images, is_image_cut_off
-
-    def _decode_text(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False) if tokens else ""
-
-    def _decode_image(self, codes: np.ndarray) -> Image.Image:
-        # One at a time: in a batch the convolutions may round differently, and the same seed gives the same picture.
-        return pixels_to_image(self.vqgan.decode(torch.from_numpy(codes)[None])[0])
 
 
 def choose_device(device: str) -> torch.device:
@@ -282,20 +174,12 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def describe_cuts(answers: Sequence[Answer], max_gen_len: int) -> str:
-    """How many of the answers were cut off, in one sentence."""
-    num_images = sum(answer.is_image_cut_off for answer in answers)
-    within = f", {num_images} of them within an image, which is left out" if num_images else ""
-    num_cut = sum(answer.is_cut_off for answer in answers)
-    return f"{num_cut} of {len(answers)} answers were cut off at max_gen_len={max_gen_len} tokens{within}"
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """(width, height) of "768x512"."""
-    sides = text.lower().split("x")
-    if len(sides) != 2 or not all(side.isdigit() and int(side) for side in sides):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write width x height in pixels, e.g. 768x512")
-    return int(sides[0]), int(sides[1])
+def size_argument(text: str) -> tuple[int, int]:
+    """`parse_size` for argparse, which shows no other error's message."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -304,7 +188,7 @@ def build_parser() -> argparse.ArgumentParser:
     # what to answer
     add("--prompt", help=f"what is asked; {IMAGE_SYMBOL} marks where images stand (default: first)")
     add("--image", nargs="*", type=Path, default=[], help="pictures of the prompt, in order")
-    add("--size", type=parse_size, help="draw a picture of WIDTHxHEIGHT pixels first (default: as the model likes)")
+    add("--size", type=size_argument, help="draw a picture of WIDTHxHEIGHT pixels first (default: as the model likes)")
     add("--out", type=Path, help="PNG to write; further pictures get -2, -3, ... (default: pictures are not kept)")
     add("--serve", action="store_true", help="a page in the browser instead; the flags below are its first settings")
     add("--host", default="127.0.0.1", help="address of the page; any other than %(default)s has no password")

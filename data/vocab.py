@@ -131,6 +131,15 @@ class ChameleonVocab:
         """Length of the span of a picture of width x height pixels."""
         return 4 + (height // CODE_PIXELS) * (width // CODE_PIXELS + 1)
 
+    def check_image_size(self, width: int, height: int) -> None:
+        """Raises ValueError if there are no grid size tokens for a picture of width x height pixels."""
+        for side in (width, height):
+            if side % GRID_PIXELS or side // GRID_PIXELS not in self.grid_size_ids:
+                raise ValueError(
+                    f"the size {width}x{height} is not possible: sides must be multiples of {GRID_PIXELS} pixels, from "
+                    f"{min(self.grid_size_ids) * GRID_PIXELS} to {max(self.grid_size_ids) * GRID_PIXELS}."
+                )
+
     @cached_property
     def _code_of_token(self) -> np.ndarray:
         """int64 [vocab_size]: token id -> VQGAN code, -1 where the token is none."""

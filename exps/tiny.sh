@@ -30,24 +30,31 @@ trap 'running=$(jobs -p); if [[ -n $running ]]; then kill $running; wait; fi' EX
 stage() { printf '\n[%3d s] %s\n' $((SECONDS - seconds_at_start)) "$*"; }
 
 stage "1/6 scenes and conversations"
-$PYTHON -u exps/tiny/make_data.py --out_dir "$OUT/data" --num_items "$ITEMS"
+$PYTHON -u exps/tiny/make_data.py --out_dir "$OUT/data" --num_items "$ITEMS" --num_val_items $((ITEMS / 40 + 1))
 
 stage "2/6 text tokenizer (the VQGAN is in exps/tiny/vqgan)"
 $PYTHON -u exps/tiny/train_tokenizer.py --in_filename "$OUT/data/train.json" --out_dir "$OUT/tokenizer"
 
-stage "3/6 tokens: $RANKS workers"
+stage "3/6 tokens: $RANKS workers, and one for the items to validate on"
+tokenize() { # NAME OUT_DIR SPLITS RANK, in the background: the job is the worker itself, so that the trap reaches it
+  exec $PYTHON -u pre_tokenize/pre_tokenize.py --splits="$3" --rank="$4" --in_filename "$OUT/data/$1.json" \
+    --out_dir "$2" --target_size 64 --tokenizer "$OUT/tokenizer" --vqgan_dir exps/tiny/vqgan \
+    --device cpu --precision fp32
+}
 workers=()
 for rank in $(seq 0 $((RANKS - 1))); do
-  $PYTHON -u pre_tokenize/pre_tokenize.py --splits="$RANKS" --rank="$rank" --in_filename "$OUT/data/train.json" \
-    --out_dir "$OUT/tokens" --target_size 64 --tokenizer "$OUT/tokenizer" --vqgan_dir exps/tiny/vqgan \
-    --device cpu --precision fp32 &
+  tokenize train "$OUT/tokens" "$RANKS" "$rank" &
   workers+=($!)
 done
+tokenize val "$OUT/val_tokens" 1 0 &
+workers+=($!)
 for worker in "${workers[@]}"; do wait "$worker"; done
 
 stage "4/6 one record"
 $PYTHON -u pre_tokenize/concat_record.py --sub_record_dir "$OUT/tokens" --save_path "$OUT/tokens/record.json"
+$PYTHON -u pre_tokenize/concat_record.py --sub_record_dir "$OUT/val_tokens" --save_path "$OUT/val_tokens/record.json"
 printf 'META:\n  - path: tokens/record.json\n' > "$OUT/data.yaml"
+printf 'META:\n  - path: val_tokens/record.json\n' > "$OUT/val_data.yaml"
 
 stage "5/6 training on $RANKS ranks"
 $PYTHON -m torch.distributed.run --standalone --nproc_per_node="$RANKS" finetune_solver.py \
@@ -55,9 +62,12 @@ $PYTHON -m torch.distributed.run --standalone --nproc_per_node="$RANKS" finetune
   --batch_size 8 --accum_iter 1 --epochs 2 --warmup_epochs 0.1 --lr 3e-3 --min_lr 3e-5 --wd 0.1 --clip_grad 4 \
   --max_seq_len 80 --disable_length_clustering --z_loss_weight 1e-5 --precision fp32 --data_parallel sdp \
   --num_workers 0 --save_iteration_interval 400 --ckpt_max_keep 2 --auto_resume --log_interval 20 \
+  --val_data_config "$OUT/val_data.yaml" --val_interval 400 --sample_interval 400 --vqgan_dir exps/tiny/vqgan \
+  --sample_prompts "$OUT/data/samples.json" --target_size 64 --sample_max_gen_len 80 --sample_cfg 1 \
+  --sample_temperature 0 \
   ${STEPS:+--max_steps "$STEPS"}
 
 stage "6/6 pictures and scores"
 $PYTHON -u exps/tiny/score.py --model_path "$OUT/checkpoints" --vqgan_dir exps/tiny/vqgan --out_dir "$OUT" \
   --num_prompts "$PROMPTS"
-stage "done: look at $OUT/contact_sheet.png"
+stage "done: look at $OUT/contact_sheet.png and $OUT/checkpoints/report.html"

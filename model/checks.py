@@ -75,7 +75,8 @@ def _open_dataset(
     sources: list[DataSource] = []
     try:
         sources = load_data_config(options.resolved[name])
-        cache_dir = options.checkpoint.output_dir / INDEX_DIR if options.data.cache_ann_on_disk else None
+        is_kept = options.data.cache_ann_on_disk and not options.validation.eval_only  # which writes nothing there
+        cache_dir = options.checkpoint.output_dir / INDEX_DIR if is_kept else None
         say = print if launch.is_main else lambda message: None
         return sources, TokenDataset(sources, options.data.max_seq_len, options.data.overlong, cache_dir, say)
     except (ValueError, OSError) as error:
@@ -121,6 +122,7 @@ def _find_model_problems(
         vocab = ChameleonVocab.from_tokenizer(loaded)
         vocab_size = vocab.vocab_size
         found += _find_trainable_problems(all_options, config or build_config(options.model_size, loaded))
+        found += all_options.samples.problems(vocab, options.mask_image_logits)
         for dataset in datasets:
             dataset.use_vocabulary(num_rows or vocab_size, vocab.begin_image_id)
             dataset.check_first_items(all_options.data.max_bad_items)

@@ -1,10 +1,10 @@
 """
 The decoder's forward for one new token per row: the numbers of `model/chameleon.py` in fewer and larger operations.
 
-Where it stands: called by `model/generation.py` for every token after the prompts. Around the matrix products a step
-costs calls on a CPU and kernels on a GPU, so projections of the same input are one product, norms one operation,
-residuals part of the products that they follow, and grouped heads are not repeated. No operation waits for the device
-or has a shape that depends on values: a step can be captured in a CUDA graph.
+Where it stands: `model/generation.py` calls `LeanForward`, the step and the head, for every token after the prompts.
+Around the matrix products a step costs calls on a CPU and kernels on a GPU, so projections of the same input are one
+product, norms one operation, residuals part of the products that they follow, and grouped heads are not repeated. No
+operation waits for the device or has a shape that depends on values: a step can be captured in a CUDA graph.
 """
 
 from typing import NamedTuple
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from data.vocab import ChameleonVocab
 from model.chameleon import ChameleonXLLMXDecoderLayer, ChameleonXLLMXForConditionalGeneration
 from model.kv_cache import KVCache
 
@@ -91,6 +92,38 @@ class DecodeStep:
             attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
             hidden_states = self._finish(layer, hidden_states, attended.reshape(len(attended), -1), self.act)
         return F.rms_norm(hidden_states, self.norm.weight.shape, self.norm.weight, self.norm.variance_epsilon)
+
+
+class LeanForward:
+    """Logits of one token per row: the decoding step, then the model's head."""
+
+    def __init__(self, model: ChameleonXLLMXForConditionalGeneration, vocab: ChameleonVocab, is_compiled: bool = False):
+        """`code_ids`: sorted ids of the image codes, int64 [num_codes]; their part of the head is no copy if they are
+        in a row. `is_compiled` as in `DecodeStep`."""
+        self._step, self._head = DecodeStep(model, is_compiled), model.lm_head
+        weight, bias = self._head.weight, self._head.bias
+        self.device, self.dtype = weight.device, weight.dtype
+        ids = sorted(vocab.image_token_ids.tolist())
+        self.code_ids = torch.tensor(ids, device=self.device)
+        part = slice(ids[0], ids[-1] + 1) if ids[-1] - ids[0] == len(ids) - 1 else self.code_ids
+        self._code_head = weight[part], None if bias is None else bias[part]
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        cache: KVCache,
+        slot: torch.Tensor,
+        mask: torch.Tensor,
+        is_image: bool,
+    ) -> torch.Tensor:
+        """Logits [N, V], with `is_image` of the image codes alone, [N, num_codes]; the rest as in `DecodeStep`."""
+        hidden_states = self._step(input_ids, positions, cache, slot, mask)
+        return F.linear(hidden_states, *self._code_head) if is_image else self._head(hidden_states)
+
+    def agree(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The tokens that were drawn: there is nobody to agree with."""
+        return tokens
 
 
 def _project(

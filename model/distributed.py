@@ -171,6 +171,13 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
+def broadcast_from_main(values: torch.Tensor) -> torch.Tensor:
+    """The tensor of rank 0, on every rank in the place of its own; does not wait for the device."""
+    if dist.get_world_size() > 1:
+        dist.broadcast(values, src=0)
+    return values
+
+
 def gather_lists(values: list[Any]) -> list[Any]:
     """The lists (of picklable values) of all ranks one after the other, on every rank."""
     lists: list[list[Any] | None] = [None] * dist.get_world_size()

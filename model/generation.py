@@ -3,20 +3,20 @@ Generation: the loop over a key/value cache.
 
 Where it stands: `inference_solver.py` turns conversations into token ids and calls `generate_batch`;
 `model/image_grammar.py` says what may come next, `model/sampling.py` draws it, `model/decode_step.py` is the forward of
-one token. Rows of a batch do not influence one another.
+one token, of a sharded model `model/root_forward.py`. Rows of a batch do not influence one another.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
-import torch.nn.functional as F
 
 from data.vocab import ChameleonVocab
 from model.chameleon import ChameleonXLLMXConfig, ChameleonXLLMXForConditionalGeneration
-from model.decode_step import DecodeStep
+from model.decode_step import LeanForward
 from model.image_grammar import GrammarState, ImageGrammar, Kind, open_image_start
 from model.kv_cache import KVCache
+from model.root_forward import RootForward
 from model.sampling import SamplingOptions, draw_noise, guide, sample_codes, sample_tokens
 
 __all__ = ["Generation", "SamplingOptions", "generate_batch"]
@@ -40,7 +40,6 @@ class Generation:
     finished: bool
 
 
-@torch.inference_mode()
 def generate_batch(
     model: ChameleonXLLMXForConditionalGeneration,
     prompts: Sequence[Sequence[int]],
@@ -53,12 +52,14 @@ def generate_batch(
     *,
     cuda_graph: bool | None = None,
     compile_step: bool = False,
+    root_forward: RootForward | None = None,
 ) -> list[Generation]:
     """
     Answers to many prompts, in batches.
 
     Args:
-        model: a plain model in evaluation mode, on any device. Its projections are moved in memory (`DecodeStep`).
+        model: in evaluation mode, on any device; a plain one, whose projections are moved in memory (`DecodeStep`), or
+            with `root_forward` a sharded one.
         prompts: token ids, each ending where the answer begins.
         vocab: of the tokenizer that the model was trained with.
         options: how tokens are drawn.
@@ -68,12 +69,13 @@ def generate_batch(
         progress: called with (new tokens, finished answers) of every forward.
         cuda_graph: replay each step as a CUDA graph; None: where there is CUDA.
         compile_step: fuse a step's small operations with `torch.compile`, which takes a minute at first.
+        root_forward: every step through this forward of the whole model. All ranks call with the same arguments.
 
     Raises:
         ValueError: an empty prompt, one that leaves no room, a vocabulary that is larger than the model's, or CUDA
             graphs on another device.
     """
-    device = model.lm_head.weight.device
+    device = root_forward.device if root_forward else model.lm_head.weight.device
     if cuda_graph and device.type != "cuda":
         raise ValueError(f"cuda_graph is on, but the model is on {device}; it needs CUDA. Leave it at None.")
     forced_starts = forced_starts or [()] * len(prompts)
@@ -85,19 +87,21 @@ def generate_batch(
     if not rows:
         return []
     grammar = ImageGrammar(vocab, model.config.vocab_size, device)
-    step = DecodeStep(model, compile_step)
-    use_graphs = device.type == "cuda" and cuda_graph is not False
     answers: dict[int, Generation] = {}
     rows.sort(key=lambda row: len(row.prompt) + len(row.forced))  # neighbours of like length: little padding
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        contexts = [row.prompt + row.forced for row in batch]
-        max_len = model.config.max_position_embeddings
-        room = [min(max_gen_len - len(r.forced), max_len - len(c)) for r, c in zip(batch, contexts, strict=True)]
-        noise = draw_noise([options.seed + row.index for row in batch], max_len) if options.temperature else None
-        decoder = _Decoder(model, step, grammar, contexts, room, options, noise, use_graphs)
-        for row, new in zip(batch, _decode_all(decoder, progress), strict=True):
-            answers[row.index] = _finish(row, new, vocab)
+    # What a sharded model gathers under inference_mode could not be trained with afterwards.
+    with torch.no_grad() if root_forward else torch.inference_mode():
+        forward = root_forward or LeanForward(model, vocab, compile_step)
+        use_graphs = device.type == "cuda" and cuda_graph is not False and not root_forward
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            contexts = [row.prompt + row.forced for row in batch]
+            max_len = model.config.max_position_embeddings
+            room = [min(max_gen_len - len(r.forced), max_len - len(c)) for r, c in zip(batch, contexts, strict=True)]
+            noise = draw_noise([options.seed + row.index for row in batch], max_len) if options.temperature else None
+            decoder = _Decoder(model, forward, grammar, contexts, room, options, noise, use_graphs)
+            for row, new in zip(batch, _decode_all(decoder, progress), strict=True):
+                answers[row.index] = _finish(row, new, vocab)
     return [answers[index] for index in range(len(prompts))]
 
 
@@ -144,7 +148,7 @@ class _Decoder:
     def __init__(
         self,
         model: ChameleonXLLMXForConditionalGeneration,
-        step: DecodeStep,
+        forward: LeanForward | RootForward,
         grammar: ImageGrammar,
         contexts: list[list[int]],
         room: list[int],
@@ -153,7 +157,7 @@ class _Decoder:
         use_graphs: bool,
     ):
         """`room`: most new tokens of each row; `noise`: fp32 [B, at least the largest room], None if greedy."""
-        self.model, self.forward_step, self.grammar, self.options = model, step, grammar, options
+        self.model, self.forward, self.grammar, self.options = model, forward, grammar, options
         self.use_graphs, self.is_guided = use_graphs, options.cfg != 1
         device, num_rows = grammar.allowed.device, len(contexts)
         self.is_cuda = device.type == "cuda"
@@ -161,9 +165,9 @@ class _Decoder:
         self.room = torch.tensor(room, device=device)
         self.noise = torch.zeros(num_rows, self.num_steps) if noise is None else noise[:, : self.num_steps]
         self.noise = self.noise.to(device)
-        self.code_ids, self.code_weight, self.code_bias = _code_head(model, grammar)
         self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
-        self.cache = KVCache(model, num_rows * (1 + self.is_guided), self._round_up(self.width + self.num_steps))
+        num_slots = self._round_up(self.width + self.num_steps)
+        self.cache = KVCache(model.config, num_rows * (1 + self.is_guided), num_slots, forward.dtype, device)
         self.state = GrammarState(*(tensor.clone() for tensor in _tensors(grammar.start(contexts))))
         self.index = torch.zeros(1, dtype=torch.int64, device=device)
         self.new_tokens = torch.zeros(num_rows, self.num_steps, dtype=torch.int64, device=device)
@@ -178,7 +182,7 @@ class _Decoder:
         is_context = (
             torch.arange(self.cache.keys[0].shape[2], device=device) < torch.tensor(lens, device=device)[:, None]
         )
-        self.mask = torch.zeros(is_context.shape, dtype=model.lm_head.weight.dtype, device=device)
+        self.mask = torch.zeros(is_context.shape, dtype=forward.dtype, device=device)
         self.mask.masked_fill_(~is_context, -torch.inf)
         self._draw(logits, is_image=False)
 
@@ -228,11 +232,7 @@ class _Decoder:
             tokens = tokens.repeat(2)
             positions = torch.cat([positions, (self.state.since_begin - 1).clamp(min=0)])
         self.mask.index_fill_(1, slot, 0.0)
-        hidden_states = self.forward_step(tokens, positions, self.cache, slot, self.mask[:, :num_visible])
-        if is_image:
-            logits = F.linear(hidden_states, self.code_weight, self.code_bias).float()
-        else:
-            logits = self.model.lm_head(hidden_states).float()
+        logits = self.forward(tokens, positions, self.cache, slot, self.mask[:, :num_visible], is_image).float()
         if self.is_guided:
             logits = guide(*logits.chunk(2), self.state, self.options.cfg)
         self.positions += 1
@@ -244,10 +244,11 @@ class _Decoder:
         kind = torch.where(self.index < self.room, grammar.kind(self.state), Kind.PADDING)
         noise = self.noise.index_select(1, self.index)[:, 0]
         if is_image:
-            codes = self.code_ids[sample_codes(logits, self.options, noise)]
+            codes = self.forward.code_ids[sample_codes(logits, self.options, noise)]
             tokens = torch.where(kind == Kind.CODE, codes, grammar.only_token[kind])
         else:
             tokens = sample_tokens(logits, kind, grammar.allowed, self.options, noise)
+        tokens = self.forward.agree(tokens)
         self.tokens.copy_(tokens)
         self.new_tokens.index_copy_(1, self.index, tokens[:, None])
         for old, new in zip(_tensors(self.state), _tensors(grammar.advance(self.state, tokens)), strict=True):
@@ -298,17 +299,6 @@ def capture_graph(step: Callable[[], None], changing: list[torch.Tensor]) -> tor
     with torch.cuda.graph(graph):
         step()
     return graph
-
-
-def _code_head(
-    model: ChameleonXLLMXForConditionalGeneration, grammar: ImageGrammar
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Sorted ids of the image codes, int64 [num_codes], and their part of the head (no copy if they lie in a row)."""
-    ids = sorted(grammar.vocab.image_token_ids.tolist())
-    head, code_ids = model.lm_head, torch.tensor(ids, device=model.lm_head.weight.device)
-    in_a_row = ids[-1] - ids[0] == len(ids) - 1
-    part = slice(ids[0], ids[-1] + 1) if in_a_row else code_ids
-    return code_ids, head.weight[part], None if head.bias is None else head.bias[part]
 
 
 def _tensors(state: GrammarState) -> list[torch.Tensor]:

@@ -2,11 +2,12 @@
 Keys and values of a batch, allocated once.
 
 Where it stands: filled by the decoder's forward over the prompts (`model/chameleon.py`), then by one token per row and
-step (`model/decode_step.py`); `model/generation.py` says which slots a row sees.
+step (`model/decode_step.py`, or again the decoder's forward); `model/generation.py` says which slots a row sees.
 """
 
 import torch
-from torch import nn
+
+from model.chameleon import ChameleonXLLMXConfig
 
 
 class KVCache:
@@ -17,23 +18,39 @@ class KVCache:
     behind the longest prompt, so that a step writes a column, and shapes never change.
     """
 
-    def __init__(self, model: nn.Module, num_rows: int, num_slots: int):
-        config, weight = model.config, model.lm_head.weight
+    def __init__(
+        self,
+        config: ChameleonXLLMXConfig,
+        num_rows: int,
+        num_slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
         shape = (num_rows, config.num_key_value_heads, num_slots, config.hidden_size // config.num_attention_heads)
         layers = range(config.num_hidden_layers)
-        self.keys = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in layers]
-        self.values = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in layers]
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self._rows = slice(0, num_rows)
+        self._slot: torch.Tensor | None = None
+        self._num_visible = 0
 
     def begin_prefill(self, rows: slice) -> None:
         """The next forward over prompts fills these rows."""
-        self._rows = rows
+        self._rows, self._slot = rows, None
+
+    def begin_step(self, slot: torch.Tensor, num_visible: int) -> None:
+        """The next forward is of one token per row, for a slot, int64 [1], and looks at the first `num_visible`."""
+        self._slot, self._num_visible = slot, num_visible
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0  # a forward over prompts begins at their beginning
+        return 0  # a forward over prompts begins at their beginning; a step brings its positions and its mask
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_unused: object):
-        """Called by a forward over prompts: store keys and values [B, H_kv, T, head_dim], and return them."""
+        """Called by the decoder's forward: store keys and values [B, H_kv, T, head_dim], return those to look at."""
+        if self._slot is not None:
+            self.append(key[:, :, 0], value[:, :, 0], layer_idx, self._slot)
+            visible = slice(0, self._num_visible)
+            return self.keys[layer_idx][:, :, visible], self.values[layer_idx][:, :, visible]
         self.keys[layer_idx][self._rows, :, : key.shape[2]] = key
         self.values[layer_idx][self._rows, :, : value.shape[2]] = value
         return key, value

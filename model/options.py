@@ -18,6 +18,7 @@ from model.image_head import IMAGE_HEAD_INITS
 from model.optim import OPTIMIZERS, OptimOptions
 from model.parallelize import ParallelOptions
 from model.plan import PlanningOptions
+from model.samples import SampleOptions
 from model.step_guard import GuardOptions
 from model.trackers import TrackerOptions
 from model.trainable import IMAGE_HEAD, LORA_TARGETS, TrainableOptions
@@ -88,6 +89,7 @@ class Options:
     trackers: TrackerOptions
     validation: ValidationOptions
     watch: WatchOptions
+    samples: SampleOptions
     run: RunOptions
     planning: PlanningOptions
     resolved: Mapping[str, Any]
@@ -162,6 +164,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plan_flags(parser.add_argument_group("plan"))
     _add_watch_flags(parser.add_argument_group("watching"))
     _add_validation_flags(parser.add_argument_group("validation"))
+    _add_sample_flags(parser.add_argument_group("samples"))
     for part in dataclasses.fields(Options):
         fields = dataclasses.fields(part.type) if dataclasses.is_dataclass(part.type) else ()
         parser.set_defaults(**{f.name: f.default for f in fields if f.default is not dataclasses.MISSING})
@@ -299,6 +302,16 @@ class _Plan(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
         namespace.plan = True
         next(action for action in parser._actions if action.dest == "data_config").required = False
+
+
+def _add_sample_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--sample_interval", type=int, help="optimizer steps between samples; 0 switches off")
+    group.add_argument("--sample_prompts", type=Path, help="JSON or YAML list of prompts, or a text with one per line")
+    group.add_argument("--sample_cfg", type=float, help="guidance inside their pictures; 1 switches it off")
+    group.add_argument("--sample_temperature", type=float, help="of their tokens; 0 is greedy")
+    group.add_argument("--sample_max_gen_len", type=int, help="most new tokens of an answer")
+    group.add_argument("--vqgan_dir", type=Path, help="of pictures in prompts and answers")
+    group.add_argument("--target_size", type=int, help="pixels of pictures in prompts, as in pre-tokenizing")
 
 
 def _add_switch(group: argparse._ArgumentGroup, name: str, off: str | None, help_text: str) -> None:

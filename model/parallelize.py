@@ -6,7 +6,8 @@ caller fills them. The gradient's norm and the switches between micro-steps live
 sharding.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -147,6 +148,23 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module, options: ParallelOptions, keep_gathered: bool) -> Iterator[None]:
+    """For many forwards without a backward: evaluation mode, layers not compiled (each shape would be another graph),
+    and with `keep_gathered` every weight gathered once for all of them. Afterwards the model is as it was."""
+    was_training = model.training
+    parts = [model.model.embed_tokens, *model.model.layers]
+    model.eval()
+    for part in parts:
+        part.set_reshard_after_forward(not keep_gathered, recurse=False)
+    with torch.compiler.set_stance("force_eager"):
+        yield
+    for part in parts:
+        part.set_reshard_after_forward(options.data_parallel != "sdp", recurse=False)
+    model.train(was_training)
+    reshard(model)
 
 
 def begin_micro_step(model: nn.Module, options: ParallelOptions, is_last: bool) -> None:

@@ -70,6 +70,15 @@ def read_samples(output_dir: Path) -> list[SampleStep]:
     return [SampleStep(step, _read_folder(steps[step])) for step in sorted(steps)]
 
 
+def drop_samples_after(output_dir: Path, step: int) -> None:
+    """Removes the samples of later steps, which a run that goes on from `step` will take anew, and torn ones."""
+    parent = output_dir / SAMPLES_DIR_NAME
+    for folder in parent.glob("*"):
+        match = _FOLDER.fullmatch(folder.name)
+        if folder.name.startswith(".") or (match and int(match[1]) > step):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def _read_folder(folder: Path) -> tuple[Sample, ...]:
     path = folder / SAMPLES_NAME
     try:

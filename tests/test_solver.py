@@ -148,7 +148,7 @@ def test_plain_run_learns_and_leaves_a_checkpoint_that_loads(task, tmp_path):
     by_step = train_here(task, out)
     assert list(by_step) == list(range(1, 25))
     assert sum(by_step[step] for step in range(19, 25)) < sum(by_step[step] for step in range(1, 7)) - 3
-    assert sorted(path.name for path in out.iterdir()) == [".lock", "epoch0", "epoch1", "metrics.jsonl"]
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "epoch0", "epoch1", "metrics.jsonl", "report.html"]
     line = read_lines(out)[-1]
     assert line["epoch"] == 2.0 and line["num_valid_tokens"] > 0 and line["tokens_per_s"] > 0
     assert line["loss"] == pytest.approx(line["ce"] + 1e-5 * line["z_loss"])

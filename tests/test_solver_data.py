@@ -124,7 +124,7 @@ def test_context_dropout_needs_images_in_the_record(task, tmp_path):
 def test_filler_and_overlong_items_are_reported(task, tmp_path, capsys):
     assert call_main(solver_args(task, tmp_path / "out", max_seq_len=20, overlong="drop", epochs=1)) == (0, "")
     said = capsys.readouterr().out
-    assert "items above --max_seq_len 20 are left out" in said and "% filled" in said
+    assert "items of --data_config above --max_seq_len 20 are left out" in said and "% filled" in said
     assert all(0.3 < line["fill"] <= 1 for line in read_lines(tmp_path / "out"))
 
 

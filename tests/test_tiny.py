@@ -73,7 +73,11 @@ def test_make_data_writes_the_same_files_twice(tmp_path, capsys):
     assert make_data.main(arguments) == 0
     assert "already there" in capsys.readouterr().out
     assert (tmp_path / "train.json").read_text() == text
+    assert len(json.loads((tmp_path / "val.json").read_text())) == 400
+    prompts = json.loads((tmp_path / "samples.json").read_text())
+    assert all((tmp_path / prompt.get("image", "train.json")).is_file() for prompt in prompts) and len(prompts) == 7
     assert make_data.main(["--out_dir", str(tmp_path / "none"), "--num_items", "0"]) == 2
+    assert make_data.main(["--out_dir", str(tmp_path / "none"), "--num_val_items", "0"]) == 2
     assert not (tmp_path / "none").exists()
 
 

@@ -3,8 +3,9 @@
     python exps/tiny/make_data.py --out_dir output/tiny/data
 
 Four kinds of items, all from scenes with exact ground truth (`scenes.py`), none with a held-out pair: text to image,
-image to caption, edits of a given picture, and a picture drawn from text and then edited. The same arguments write
-the same files; what is already there is left alone.
+image to caption, edits of a given picture, and a picture drawn from text and then edited. `train.json` has those to
+train on, `val.json` others of the same kinds, and `samples.json` a few prompts that the training answers on its way,
+also of held-out pairs. The same arguments write the same files; what is already there is left alone.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from exps.tiny.scenes import Scene, all_scenes, caption, draw, random_edit, random_scene  # noqa: E402
+from exps.tiny.scenes import SCENE_PIXELS, Scene, all_scenes, caption, draw, random_edit, random_scene  # noqa: E402
 
 CAPTION_REQUEST = "Describe the image."
 KIND_WEIGHTS = {"text_to_image": 0.33, "image_to_text": 0.22, "edit": 0.3, "text_to_image_and_edit": 0.15}
@@ -49,8 +50,20 @@ def build_items(num_items: int, seed: int, file_names: dict[Scene, str]) -> list
     return items
 
 
-def write_data(out_dir: Path, num_items: int, seed: int) -> None:
-    """Write `images/` and `train.json`, each file whole; what is there already stays. Raises OSError."""
+def build_samples(file_names: dict[Scene, str]) -> list[dict]:
+    """Prompts for `--sample_prompts`: three seen scenes and two with a held-out pair from text, a caption, an edit."""
+    rng = random.Random(7)
+    scenes = [random_scene(rng) for _ in range(3)] + rng.sample(all_scenes(held_out=True), 2)
+    prompts = [{"prompt": caption(scene), "size": f"{SCENE_PIXELS}x{SCENE_PIXELS}"} for scene in scenes]
+    told = random_scene(rng)
+    instruction, _ = random_edit(told, rng)
+    for text in (CAPTION_REQUEST, instruction):
+        prompts.append({"prompt": f"<|image|>{text}", "image": file_names[told]})
+    return prompts
+
+
+def write_data(out_dir: Path, num_items: int, num_val_items: int, seed: int) -> None:
+    """Write `images/`, `train.json`, `val.json` and `samples.json`, each whole; what is there stays. Raises OSError."""
     (out_dir / "images").mkdir(parents=True, exist_ok=True)
     file_names = {scene: f"images/{index:04d}.png" for index, scene in enumerate(all_scenes())}
     for scene, name in tqdm(file_names.items(), desc="scenes", unit="image", mininterval=1):
@@ -58,34 +71,41 @@ def write_data(out_dir: Path, num_items: int, seed: int) -> None:
             draw(scene).save(out_dir / f"{name}.partial", format="PNG")
             os.replace(out_dir / f"{name}.partial", out_dir / name)
 
-    lines = [json.dumps(item) for item in build_items(num_items, seed, file_names)]
-    text = "[\n" + ",\n".join(lines) + "\n]\n"
-    path = out_dir / "train.json"
+    write_list(out_dir / "train.json", build_items(num_items, seed, file_names))
+    write_list(out_dir / "val.json", build_items(num_val_items, seed + 1, file_names))
+    write_list(out_dir / "samples.json", build_samples(file_names))
+
+
+def write_list(path: Path, items: list[dict]) -> None:
+    """Write a JSON list, one item per line; a file that says the same stays."""
+    text = "[\n" + ",\n".join(json.dumps(item) for item in items) + "\n]\n"
     if path.exists() and path.read_bytes() == text.encode():
-        print(f"{path}: already there, {num_items} items")
+        print(f"{path}: already there, {len(items)} items")
         return
-    partial = path.with_name("train.json.partial")
+    partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text)
     os.replace(partial, path)
-    print(f"{path}: {num_items} items over {len(file_names)} pictures")
+    print(f"{path}: {len(items)} items")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out_dir", type=Path, default=Path("output/tiny/data"), help="default: %(default)s")
     parser.add_argument("--num_items", type=int, default=16000, help="conversations to write (default: %(default)s)")
+    parser.add_argument("--num_val_items", type=int, default=400, help="to validate on (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw (default: %(default)s)")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    if args.num_items < 1:
-        print(f"--num_items must be at least 1, got {args.num_items}", file=sys.stderr)
-        return 2
+    for name in ("num_items", "num_val_items"):
+        if getattr(args, name) < 1:
+            print(f"--{name} must be at least 1, got {getattr(args, name)}", file=sys.stderr)
+            return 2
 
     try:
-        write_data(args.out_dir, args.num_items, args.seed)
+        write_data(args.out_dir, args.num_items, args.num_val_items, args.seed)
     except OSError as error:
         print(f"make_data.py: --out_dir {args.out_dir} cannot be written ({error}); choose another", file=sys.stderr)
         return 2
