@@ -148,8 +148,10 @@ def test_a_run_on_a_full_disk_ends_with_one_message_and_goes_on_later(task, tmp_
     limited = ["bash", "-c", 'ulimit -f 40; exec "$@"', "bash", *command(0, args)]  # files of at most 40 KiB
     done = subprocess.run(limited, capture_output=True, text=True, env=ENVIRONMENT, timeout=240)
     assert done.returncode == 1, done.stderr
-    assert done.stderr.startswith("finetune_solver.py: checkpoint epoch0-iter3 could not be written to ")
-    assert done.stderr.count("\n") == 1 and "File too large" in done.stderr
+    *others, message = done.stderr.splitlines()
+    assert message.startswith("finetune_solver.py: checkpoint epoch0-iter3 could not be written to ")
+    assert "File too large" in message
+    assert all("torchao" in line or "pytree" in line for line in others)  # what torchao says when it is imported
     left = sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir())
     assert left == ["epoch0-iter1", "epoch0-iter2"]
     train(0, args)
