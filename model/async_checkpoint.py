@@ -346,6 +346,10 @@ class _Gather:
 def _num_bytes(values: Any) -> int:
     """Bytes of all tensors in nested dictionaries and lists, shards counted as the full tensors that they belong to."""
     if isinstance(values, torch.Tensor):
+        local = values.to_local() if isinstance(values, DTensor) else values
+        if is_traceable_wrapper_subclass(local):  # moments in 8 bits, which give themselves out as fp32
+            held = sum(_num_bytes(getattr(local, name)) for name in local.__tensor_flatten__()[0])
+            return held * values.numel() // max(local.numel(), 1)
         return values.numel() * values.dtype.itemsize
     if isinstance(values, Mapping):
         values = values.values()

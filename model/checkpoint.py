@@ -24,9 +24,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from data.whole_file import sync_path
@@ -165,12 +167,23 @@ def publish(saving: Path, final: Path) -> None:
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Fills a sharded model and its optimizer from a checkpoint of any number of ranks; every rank calls it.
 
-    The optimizer's settings (weight decay and the rest) stay those of this run. Frozen weights are not in it.
+    The optimizer's settings (weight decay and the rest) stay those of this run. Frozen weights are not in it. Raises
+    ValueError if moments in 8 bits cannot be divided among so many ranks.
     """
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     model_state, optimizer_state = get_state_dict(model, optimizer, options=TRAINED_STATE)
     state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=folder / SHARDS_NAME)
+    try:
+        dcp.load(state, checkpoint_id=folder / SHARDS_NAME)
+    except CheckpointException as error:
+        saved_by, (cause, _) = read_state(folder).world_size, next(iter(error.failures.values()))
+        if saved_by == dist.get_world_size():
+            raise
+        raise ValueError(
+            f"{folder} was saved by {saved_by} ranks and cannot be divided among {dist.get_world_size()} ({cause}): "
+            f"moments in 8 bits are kept in blocks, which must stay whole. Go on with {saved_by} ranks, or begin "
+            "another run with --init_from the checkpoint"
+        ) from None
     loaded = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
     set_state_dict(model, optimizer, **loaded, options=TRAINED_STATE)
     for group, kept in zip(optimizer.param_groups, settings, strict=True):

@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 
 from data.item_processor import load_text_tokenizer
 from inference_solver import FlexARInferenceSolver
+from model.adapter_folder import open_weights
 from model.chameleon import build_config, build_model, init_weights
 from model.convert import export_hf, main
 from model.vqgan import VQGAN, save_vqgan
 from tests.decoder_helpers import small_config
-from tests.small_run import command, environment, losses, solver_args, train, write_small_task
+from tests.small_run import call_main, command, environment, losses, solver_args, train, write_small_task
 from tests.test_chaos import kill_tree, last_step
 
 NUM_STEPS, SAVED_AT = 20, 10
@@ -136,3 +137,26 @@ def test_export_is_the_start_with_what_was_trained_and_draws(finished, task, tmp
     solver = FlexARInferenceSolver(str(merged), "fp32", target_size=64, vqgan_dir=task / "vqgan", device="cpu")
     _, (image,) = solver.generate([], [["word1 word2", None]], 60, 1.0, size=(64, 32))
     assert image.size == (64, 32)
+
+
+def test_a_run_from_a_starting_point_goes_on_where_it_was_moved(task, tmp_path):
+    """With zeroed image rows, kept in the run's own folder; on one rank, in this process."""
+    out, moved = tmp_path / "out", tmp_path / "moved"
+    changes = {"image_head_init": "zero", "precision": "fp32"}
+    for folder, num_steps in ((out, 2), (moved, 4)):
+        code, message = call_main(run_args(task, folder, "image_head", max_steps=num_steps, **changes))
+        assert code == 0, message
+        if folder == out:
+            out.rename(moved)
+    assert sorted(losses(moved)) == [1, 2, 3, 4]
+    note = json.loads((moved / "epoch0-iter4" / "base_weights.json").read_text())
+    assert note["source"] == str(moved / "starting_point") and note["relative"] == "../starting_point"
+    head = open_weights(moved / "epoch0-iter4").read("lm_head.weight")
+    assert (open_weights(moved / "starting_point").read("lm_head.weight") == 0).all(1).sum() == 64
+    assert not (head == 0).all(1).any()
+
+    code, message = call_main(run_args(task, moved, "lora", max_steps=6, resume_anyway=True, **changes))
+    assert code == 2 and "trains something else: --lora_rank was 0 and is 64" in message
+    (moved / "starting_point").rename(tmp_path / "gone")
+    code, message = call_main(run_args(task, moved, "image_head", max_steps=6, **changes))
+    assert code == 2 and "the rest comes from" in message and "which is gone" in message

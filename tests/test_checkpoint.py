@@ -106,6 +106,17 @@ def test_find_start(tmp_path):
     assert find_start(CheckpointOptions(tmp_path / "new"))[0] is None
 
 
+def test_what_is_trained_must_stay(tmp_path):
+    now = {"lora_rank": 0, "lora_alpha": 16.0, "lora_targets": None, "train_only": None}
+    options = CheckpointOptions(tmp_path / "out")
+    assert not checkpoint.find_fixed_changes(options, now | {"lora_rank": 8})
+    make_checkpoint(tmp_path / "out" / "epoch0", 5)  # of before these options were there
+    assert not checkpoint.find_fixed_changes(options, now)
+    assert not checkpoint.find_fixed_changes(options, now | {"lora_alpha": 3.0})  # without adapters it means nothing
+    changes = checkpoint.find_fixed_changes(options, now | {"lora_rank": 8, "train_only": ["image_head"]})
+    assert changes == ["--lora_rank was 0 and is 8", "--train_only was None and is ['image_head']"]
+
+
 def test_problems(tmp_path):
     out = tmp_path / "out"
     old, new = make_checkpoint(out / "epoch0", 5), make_checkpoint(out / "epoch1", 10)

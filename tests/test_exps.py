@@ -104,6 +104,21 @@ def test_recipe_script_says_what_the_recipe_says(tmp_path, size):
     assert {key: str(found[key]) if key.endswith(("config", "dir")) else found[key] for key in expected} == expected
 
 
+@pytest.mark.parametrize(("card", "way"), [("24", "checkpointing"), ("48", "checkpointing_selective")])
+def test_lora_script_is_for_one_card(tmp_path, card, way):
+    call = record_call(tmp_path, "exps/7B_lora.sh", "--lora_rank", "32", CARD_GIB=card, OUTPUT_DIR="a folder")
+    assert call[:3] == ["python", "-u", "finetune_solver.py"]
+    options = vars(load_parser("finetune_solver.py").parse_args(call[3:]))
+    expected = {
+        "model_size": "7B", "lora_rank": 32, "lora_alpha": 32, "train_only": ["image_head"], "batch_size": 1,
+        "accum_iter": 8, "optim": "adamw_bf16_states", "max_seq_len": 4096, "init_from": None,
+    }  # fmt: skip
+    assert {key: options[key] for key in expected} == expected and str(options["output_dir"]) == "a folder"
+    switches = {name: options[name] for name in ("checkpointing", "checkpointing_selective")}
+    assert switches == dict.fromkeys(switches, False) | {way: True}
+    assert record_call(tmp_path, "exps/7B_lora.sh", NPROC="2")[:2] == ["torchrun", "--nproc_per_node=2"]
+
+
 @pytest.mark.parametrize("size", RECIPE_SCRIPTS)
 def test_recipe_script_by_torchrun_with_packing(tmp_path, size):
     call = record_call(tmp_path, f"exps/{size}.sh", "--epochs", "3", NPROC="8", PACKING="1", OUTPUT_DIR="a folder")

@@ -25,16 +25,18 @@ from model.parallelize import (
     clip_grad_norm,
     parallelize,
 )
+from model.trainable import TrainableOptions, choose_trainable
 
 ROOT = Path(__file__).parents[1]
 NUM_ROWS, ROW_LEN, NUM_LAYERS = 8, 24, 2
+IMAGE_TOKENS = {f"IMGIMG{chr(65 + n)}Z": 40 + n for n in range(16)}
 NUM_SHARDED_PARTS = NUM_LAYERS + 2  # the layers, the embedding, norm and head: one reduce-scatter each
 
 
-def make_model(device: str, dtype: torch.dtype = torch.float32):
+def make_model(device: str, dtype: torch.dtype = torch.float32, train_only: list[str] | None = None):
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": NUM_LAYERS, "num_key_value_heads": 2}
-    config = build_config("tiny", vocab_size=96, z_loss_weight=1e-3, **shape)
-    return build_model(config, device, dtype)
+    config = build_config("tiny", IMAGE_TOKENS, vocab_size=96, z_loss_weight=1e-3, **shape)
+    return choose_trainable(build_model(config, device, dtype), TrainableOptions(train_only=train_only), dtype)
 
 
 def make_rows(blank: tuple[int, ...] = ()) -> list[dict[str, torch.Tensor]]:
@@ -91,10 +93,12 @@ class RecordCollectives(TorchDispatchMode):
 # What every rank does; rank 0 keeps the result
 
 
-def build_sharded(launch, options: ParallelOptions, device: str = "cpu", backend: Any = "aot_eager"):
+def build_sharded(
+    launch, options: ParallelOptions, device: str = "cpu", backend: Any = "aot_eager", train_only: Any = None
+):
     mesh = build_mesh(options, device, launch.local_world_size)
     dtype = torch.promote_types(DTYPES[options.precision], torch.float32)
-    model = parallelize(make_model("meta", dtype), mesh, options, backend)
+    model = parallelize(make_model("meta", dtype, train_only), mesh, options, backend)
     allocate(model, device, options)
     init_weights(model, seed=1)
     return model, mesh
@@ -125,11 +129,11 @@ def sharded_gradients(launch, blank: tuple[int, ...] = (), backend: Any = "aot_e
     return gradients, norm, clip_grad_norm(model, mesh, max_norm=0.0)
 
 
-def micro_step_traces(launch, **options) -> list[dict[str, Any]]:
+def micro_step_traces(launch, train_only: list[str] | None = None, **options) -> list[dict[str, Any]]:
     """Per micro-step: collectives of the sums, and the share of all values that the gradients hold on this rank."""
     parallel = ParallelOptions(precision="fp32", **options)
-    model, _ = build_sharded(launch, parallel)
-    total = sum(parameter.numel() for parameter in model.parameters())
+    model, _ = build_sharded(launch, parallel, train_only=train_only)
+    total = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     traces, steps = [], run_step(launch, model, parallel)
     for _ in range(NUM_ROWS // launch.world_size):
         with RecordCollectives() as record:
@@ -180,6 +184,7 @@ JOBS: dict[str, tuple[int, Any, dict[str, Any]]] = {
     "hsdp_fp64": (4, sharded_gradients, HSDP | FP64),
     "no_targets": (2, sharded_gradients, {"blank": (1, 3, 5, 7)}),
     "fsdp_traces": (2, micro_step_traces, {}),
+    "image_head_traces": (2, micro_step_traces, {"train_only": ["image_head"]}),
     "hsdp_traces": (4, micro_step_traces, HSDP),
     "types_fp32": (2, types_in_bf16, {}),
     "types_bf16": (2, types_in_bf16, {"grad_precision": "bf16"}),
@@ -280,6 +285,14 @@ def test_gradients_stay_sharded_between_micro_steps(result_of, mode):
     # Under hsdp the parts wait inside FSDP until they are summed.
     held = [trace["held"] for trace in traces]
     assert held == pytest.approx([0.0, 0.5] if mode == "hsdp" else [0.5] * len(traces), abs=0.01)
+
+
+@pytest.mark.slow
+def test_frozen_parts_send_no_gradients(result_of):
+    """Of the layers, embedding, and norm and head only the last two hold rows that are trained."""
+    traces = result_of("image_head_traces")
+    assert [trace["_reduce_scatter_base_"] for trace in traces] == [2] * 4
+    assert [trace["held"] for trace in traces] == pytest.approx([0.5] * 4, abs=0.01)
 
 
 @pytest.mark.slow

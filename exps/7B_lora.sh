@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Fine-tunes LoRA adapters and the image rows of the 7B model on one card of 24 or 48 GB (flags that follow are passed
+# on and win):
+#
+#   bash exps/7B_lora.sh  (one GPU of 24 GB; needs `pip install peft`)
+#   CARD_GIB=48 bash exps/7B_lora.sh  (one GPU of 48 GB: less is computed again)
+#   NPROC=2 bash exps/7B_lora.sh  (several GPUs of one machine, by torchrun)
+#
+# DATA_CONFIG and OUTPUT_DIR say where from and where to. `python finetune_solver.py ... --plan` tells the memory before
+# anything is loaded.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+lr=1e-4 # of adapters, which start from nothing; constant: min_lr is the same
+
+options=(
+  --model_size 7B
+  --lora_rank 16
+  --lora_alpha 32
+  --train_only image_head
+  --optim adamw_bf16_states
+  --batch_size 1
+  --accum_iter 8
+  --epochs 2
+  --warmup_epochs 0.01
+  --lr "$lr"
+  --min_lr "$lr"
+  --wd 0.1
+  --clip_grad 4
+  --data_config "${DATA_CONFIG:-exps/data/sample.yaml}"
+  --cache_ann_on_disk
+  --num_workers 4
+  --output_dir "${OUTPUT_DIR:-output/7B_lora}"
+  --save_iteration_interval 1000
+  --max_seq_len 4096
+  --unmask_image_logits
+  --dropout 0.05
+  --z_loss_weight 1e-5
+)
+if [[ ${CARD_GIB:-24} -ge 48 ]]; then
+  options+=(--checkpointing_selective)
+else
+  options+=(--checkpointing)
+fi
+
+launcher=(python -u)
+if [[ -n ${NPROC:-} ]]; then
+  launcher=(torchrun --nproc_per_node="$NPROC" --nnodes=1 --rdzv_backend=c10d --rdzv_endpoint=localhost:0)
+fi
+
+# exec: a launcher's signals must reach the training itself, which writes its own metrics.jsonl.
+exec "${launcher[@]}" finetune_solver.py "${options[@]}" "$@"
