@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+LEFT_OUT = ("longest_ms", "warmup_s")  # details that the JSON objects keep
 FIELDS = ("name", "seconds", "exit_code", "command")  # of runs.tsv
 
 
@@ -70,7 +71,7 @@ def figures(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     for way, values in (ways or {"": baseline}).items():
         others = dict(flatten(values))
         for name, value in flatten(ours):
-            if name in others and value != others[name]:
+            if name in others and value != others[name] and name.split(".")[0] not in LEFT_OUT:
                 shown = f"{name} ({way})" if way else name
                 share = number(value / others[name]) if others[name] else "-"
                 yield shown, number(value), number(others[name]), share
