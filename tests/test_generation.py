@@ -231,7 +231,7 @@ def test_a_step_gives_the_numbers_of_the_model(overrides):
     tokens = random_tokens(3 * 9).view(3, 9)
     with torch.no_grad():
         expected = model(tokens).logits[:, -1]
-        cache = KVCache(model, 3, 20)
+        cache = KVCache(model.config, 3, 20, torch.float32, torch.device("cpu"))
         model(tokens[:, :8], past_key_values=cache)
         mask = torch.zeros(3, 13).index_fill_(1, torch.arange(8, 12), -torch.inf)  # the slot is not next to the others
         hidden = DecodeStep(model)(tokens[:, 8], torch.full((3,), 8), cache, torch.tensor([12]), mask)

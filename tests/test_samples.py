@@ -6,9 +6,12 @@ import pytest
 import torch
 from PIL import Image
 from small_run import call_main, losses, solver_args, train
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from inference_solver import FlexARInferenceSolver
+from model.distributed import Launch, process_group
 from model.generation import SamplingOptions, generate_batch
+from model.parallelize import ParallelOptions, build_mesh, evaluating, parallelize
 from model.root_forward import RootForward
 from model.sample_prompts import SamplePrompt, load_prompts
 from model.samples_format import drop_samples_after, read_samples, write_samples
@@ -50,6 +53,27 @@ def test_the_whole_model_s_forward_draws_what_the_lean_step_draws(overrides, opt
     found = generate_batch(*arguments, root_forward=root_forward)
     assert found == generate_batch(*arguments)
     assert any(VOCAB.end_image_id in generation.tokens for generation in found)
+
+
+@pytest.mark.parametrize("keep_gathered", [True, False])
+def test_compiled_layers_of_a_sharded_model_are_run_as_they_are_written(keep_gathered):
+    """No graph for each number of rows and slots; afterwards the layers are compiled, and trained, as before."""
+    torch._dynamo.reset()
+    counter, plain = CompileCounterWithBackend("aot_eager"), make_model()
+    expected = generate_batch(plain, make_prompts(), VOCAB, GREEDY, 30)
+    options = ParallelOptions(precision="fp32", compile=True)
+    with process_group(Launch(), "cpu", timeout_s=60) as device:
+        model = parallelize(make_model().train(), build_mesh(options, "cpu", 1), options, counter)
+        root_forward = RootForward(model, VOCAB, device, torch.float32)
+        with evaluating(model, options, keep_gathered):
+            assert not model.training
+            found = generate_batch(model, make_prompts(), VOCAB, GREEDY, 30, root_forward=root_forward)
+        assert found == expected and counter.frame_count == 0 and model.training
+        assert not any(module._get_fsdp_state()._fsdp_param_group.is_unsharded for module in model.model.layers)
+        row = torch.tensor([make_prompts()[1]])
+        model(row, labels=row).loss.backward()
+        assert counter.frame_count == 1
+        assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("way", [{}, {"data_parallel": "sdp", "checkpointing": True, "precision": "bf16"}], ids=str)
