@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         (size, method, world_size) for size in args.model_sizes for method in METHODS for world_size in args.world_sizes
     ]
     planned = {}
-    # A process for each plan, forked from this one, which has imported all that it needs.
+    # A process for each plan, forked from this one, which has imported all that it needs and, having computed nothing,
+    # has no threads that a fork would lose.
     with multiprocessing.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:
         plans = pool.imap(make_plan, [(*cell, args.batch_size, args.max_seq_len) for cell in cells])
         try:
