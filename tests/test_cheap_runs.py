@@ -135,8 +135,8 @@ def test_export_is_the_start_with_what_was_trained_and_draws(finished, task, tmp
             else:
                 assert torch.equal(before, after) != key.endswith(TRAINED[name]), key
     solver = FlexARInferenceSolver(str(merged), "fp32", target_size=64, vqgan_dir=task / "vqgan", device="cpu")
-    _, (image,) = solver.generate([], [["word1 word2", None]], 60, 1.0, size=(64, 32))
-    assert image.size == (64, 32)
+    _, images = solver.generate([], [["word1 word2", None]], 60, 1.0, size=(64, 32))
+    assert images[0].size == (64, 32)
 
 
 def test_a_run_from_a_starting_point_goes_on_where_it_was_moved(task, tmp_path):

@@ -97,7 +97,9 @@ def descendants(pid: int) -> list[int]:
 @pytest.mark.slow
 def test_a_rank_that_fails_takes_the_others_down_and_its_error_is_shown_last(small_task, tmp_path):
     out = tmp_path / "out"
-    args = solver_args(small_task, out, epochs=200, num_workers=1, save_iteration_interval=0, save_interval=0)
+    many = tmp_path / "many.yaml"  # one long epoch: each epoch has a loader of its own
+    many.write_text(f"META:\n  - path: {small_task / 'record.json'}\n    ratio: 200\n")
+    args = solver_args(small_task, out, data_config=many, num_workers=1, save_iteration_interval=0, save_interval=0)
     run = subprocess.Popen(command(2, args), **PIPES, env=environment())
     deadline = time.monotonic() + 120
     while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < 3:
