@@ -19,7 +19,7 @@ from model.distributed import Launch, process_group
 from model.optim import build_optimizer
 from model.options import Options, build_parser
 from model.parallelize import allocate, build_mesh
-from model.plan import GIB, count_step, needed_gib, plan_memory
+from model.plan import CARDS_GIB, GIB, count_step, needed_gib, plan_memory
 from model.storage_tracker import ACTIVATIONS, GRADIENTS, LOSS, OPTIMIZER, PARAMETERS, StorageTracker
 from model.training import build_sharded
 from tests.small_run import ROOT, SOLVER, call_main, environment, solver_args
@@ -196,6 +196,16 @@ def test_shipped_scripts_fit(tmp_path, size, world_size, most_gib):
     assert sum(figures["at_peak_gib"].values()) == pytest.approx(figures["peak_gib"], abs=0.05)
     assert "steps and tokens per epoch are not known" in out  # the sample data are not there
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card_gib", [24, 48])
+def test_the_lora_script_fits_its_card(tmp_path, card_gib):
+    command = ("bash", str(ROOT / "exps/7B_lora.sh"), "--plan")
+    figures, _ = run_plan(*command, OUTPUT_DIR=str(tmp_path / "out"), CARD_GIB=str(card_gib))
+    assert figures["world_size"] == 1 and figures["num_trained_parameters"] < 0.02 * figures["num_parameters"]
+    fitting = CARDS_GIB[card_gib]
+    assert figures["needed_gib"] < fitting and figures["peak_gib"] > 0.5 * fitting
 
 
 @pytest.mark.slow
