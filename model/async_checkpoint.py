@@ -38,6 +38,7 @@ from model.checkpoint import (
     CheckpointOptions,
     Position,
     TrainerState,
+    collect_versions,
     publish,
     remove_old,
     seal,
@@ -77,6 +78,7 @@ class CheckpointSaver:
         self._options, self._model, self._optimizer, self._config = options, model, optimizer, config
         self._write_extras, self._say, self._adapted = write_extras, say, adapted
         self._is_main = dist.get_rank() == 0
+        collect_versions()  # not for the first time in the thread that saves
         self._device = next(model.parameters()).device
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._vqgan = {} if adapted else carried_vqgan(model, config, self._is_main)  # the frozen weights' own

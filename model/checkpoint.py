@@ -13,6 +13,7 @@ the lock that keeps a second run out, and the debris of a save that was killed.
 """
 
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -291,8 +292,13 @@ def lock_output_dir(output_dir: Path) -> TextIO:
     return file
 
 
+@functools.cache
 def collect_versions() -> dict[str, str | None]:
-    """Versions of what the numbers of a run depend on, and the commit of this code (None outside of git)."""
+    """Versions of what the numbers of a run depend on, and the commit of this code (None outside of git).
+
+    To be called in the main thread first: starts a process, which must not happen in a thread while another one forks
+    loader workers (a worker that inherits the pipe to that process keeps the thread waiting until the worker ends).
+    """
     git = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -162,6 +163,9 @@ def call_main(args: list[str]) -> tuple[int, str]:
             code = finetune_solver.main(args)
         except SystemExit as end:
             code = end.code
+        finally:
+            if torch.distributed.is_initialized():  # a process that ended leaves its group; here another run may follow
+                torch.distributed.destroy_process_group()
     return code, said.getvalue()
 
 

@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -26,6 +27,7 @@ from model.checkpoint import (
     CheckpointOptions,
     Position,
     TrainerState,
+    collect_versions,
     find_newest,
     load_checkpoint,
     lock_output_dir,
@@ -183,6 +185,20 @@ def test_space_problem_names_both_numbers_and_ways_out():
     problem = find_space_problem(Path("out"), 112_000_000_000, 3_000_000_000, keep=2)
     assert "needs 112 GB" in problem and "has 3 GB free" in problem and "2 of them stay" in problem
     assert "--ckpt_max_keep" in problem and "all of them stay" in find_space_problem(Path("out"), 2, 1, keep=0)
+
+
+def test_no_process_is_started_while_loader_workers_may_be_forked(task, tmp_path, monkeypatch):
+    """A worker forked meanwhile holds the pipe to it: the save would wait for the worker, and the worker for the save."""
+    collect_versions.cache_clear()
+    start = subprocess.Popen.__init__
+
+    def start_in_main_thread(*args, **kwargs):
+        assert threading.current_thread() is threading.main_thread(), "a process started by the thread that saves"
+        start(*args, **kwargs)
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", start_in_main_thread)
+    args = solver_args(task, tmp_path / "out", max_steps=3, save_iteration_interval=1)
+    assert call_main(args) == (0, "")
 
 
 def test_no_async_save_writes_the_same(task, tmp_path):
