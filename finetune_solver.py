@@ -74,6 +74,8 @@ from model.training import build_sharded, micro_step, optimizer_step
 from model.validation import Validator
 from model.watch import HangWatch, StepProfiler
 
+PATIENCE = 4  # what is no step may take so many times --hang_timeout_s
+
 
 class Solver:
     """One training run on one rank: finds where to start, builds model and optimizer, trains to the end."""
@@ -145,6 +147,7 @@ class Solver:
         if self.is_finished:
             if self.launch.is_main:
                 print(f"nothing left to train: step {self.position.global_step} is the end of this run", flush=True)
+                print(report_at_end(self.options.checkpoint.output_dir), flush=True)
             return
         self.build()
         with self.stop_signal, closing(self.run_log), closing(self.hang_watch), closing(self.profiler):
@@ -160,7 +163,9 @@ class Solver:
 
     def end(self) -> None:
         """Waits for the checkpoint that is on its way, and tells the run on one page."""
+        self.hang_watch.expect("the last checkpoint", PATIENCE)
         self.saver.wait()
+        self.hang_watch.rest()
         if self.launch.is_main:
             self.say(report_at_end(self.options.checkpoint.output_dir))
 
@@ -209,7 +214,10 @@ class Solver:
         if self.start is not None:
             if adapted is not None:
                 load_checkpoint_weights(self.model, adapted.base.source)
-            load_checkpoint(self.start, self.model, self.optimizer)
+            try:
+                load_checkpoint(self.start, self.model, self.optimizer)
+            except ValueError as error:  # the same on all ranks
+                raise RunError(str(error), exit_code=2) from error
         elif weights is not None:
             load_checkpoint_weights(self.model, weights)
             init_adapters(self.model, options.run.seed)
@@ -261,16 +269,18 @@ class Solver:
                 is_last=self.is_finished or bool(self.stopped_by), is_first=self.position.global_step == 1,
             )  # fmt: skip
             validates = self.options.validation.is_due(self.position.global_step, self.is_finished)
-            if checkpoint or validates or self.position.global_step % self.options.run.log_interval == 0:
+            samples = self.options.samples.is_due(self.position.global_step, self.is_finished)
+            is_log_step = self.position.global_step % self.options.run.log_interval == 0
+            if is_log_step or checkpoint or validates or samples:  # all of these leave the clock out
                 self.hang_watch.expect(f"what the device had to do up to step {self.position.global_step}")
                 self.log(epoch + done / plan.num_steps, lr, plan.fill)
-            self.hang_watch.rest()
             if validates and not self.stopped_by:  # who ends a run grants it seconds
                 self.validate(epoch + done / plan.num_steps)
-            if checkpoint:
-                self.save(checkpoint)
-            if self.options.samples.is_due(self.position.global_step, self.is_finished) and not self.stopped_by:
+            if samples and not self.stopped_by:
                 self.sample()
+            if checkpoint:  # last: what comes after it would be lost with a kill
+                self.save(checkpoint)
+            self.hang_watch.rest()
             if self.is_finished or self.stopped_by:
                 break
 
@@ -321,6 +331,7 @@ class Solver:
 
     def validate(self, epoch: float) -> None:
         """One line of the loss on the validation set, right after `log`."""
+        self.hang_watch.expect(f"validation after step {self.position.global_step}", PATIENCE)
         with self.run_log.paused():
             figures, bad_items = self.validator.run(self.model)
         self.run_log.write_validation({"step": self.position.global_step, "epoch": round(epoch, 6), **figures})
@@ -332,6 +343,7 @@ class Solver:
 
         Returns before it is whole (`saver.wait`). Raises SaveError, on all ranks, if it or the one before cannot be.
         """
+        self.hang_watch.expect(f"the start of checkpoint {name}, or the end of the one before it", PATIENCE)
         self.run_log.sync()
         units_per_step, resolved = self.plan_options.units_per_step, dict(self.options.resolved)
         state = TrainerState(
@@ -343,6 +355,7 @@ class Solver:
 
     def sample(self) -> None:
         """Answers the prompts of `--sample_prompts` with the weights as they are."""
+        self.hang_watch.expect(f"sampling after step {self.position.global_step}", PATIENCE)
         trackers = self.run_log.trackers
         with self.run_log.paused():
             log_images = trackers.log_images if trackers else None

@@ -120,15 +120,16 @@ class HangWatch:
         self._timeout_s, self._rank = timeout_s, rank
         self._path = output_dir / f"hang-rank{rank}.txt"
         self._main_thread = threading.main_thread().ident
-        self._armed: tuple[float, str] | None = None  # deadline, what is to end by then
+        self._armed: tuple[float, str] | None = None  # deadline, what is said after it
         self._is_closed = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def expect(self, what: str) -> None:
-        """`what`, a step or the like, begins now, and should end within the time."""
+    def expect(self, what: str, patience: float = 1.0) -> None:
+        """`what`, a step or the like, begins now, and should end within `patience` times the timeout."""
         if not self._timeout_s:
             return
-        self._armed = (time.monotonic() + self._timeout_s, what)
+        limit_s = patience * self._timeout_s
+        self._armed = (time.monotonic() + limit_s, f"{what} has not ended within {limit_s:g} s")
         if self._thread is None:
             self._thread = threading.Thread(target=self._look, name="hang watch", daemon=True)
             self._thread.start()
@@ -157,7 +158,7 @@ class HangWatch:
 
     def _tell(self, what: str) -> None:
         frame = sys._current_frames().get(self._main_thread)
-        head = f"rank {self._rank}: {what} has not ended within {self._timeout_s:g} s; it is {describe_place(frame)}"
+        head = f"rank {self._rank}: {what}; it is {describe_place(frame)}"
         with contextlib.suppress(OSError):  # a full disk: stderr has it all
             with self._path.open("a") as file:
                 print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {head}", file=file, flush=True)

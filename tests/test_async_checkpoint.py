@@ -188,7 +188,7 @@ def test_space_problem_names_both_numbers_and_ways_out():
 
 
 def test_no_process_is_started_while_loader_workers_may_be_forked(task, tmp_path, monkeypatch):
-    """A worker forked meanwhile holds the pipe to it: the save would wait for the worker, and the worker for the save."""
+    """A worker forked meanwhile would hold the pipe to it, and so keep the save waiting."""
     collect_versions.cache_clear()
     start = subprocess.Popen.__init__
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from small_run import call_main, command, environment, losses, solver_args, train
 
+from model.async_checkpoint import CheckpointSaver
 from model.watch import HangWatch, WatchOptions, describe_place
 
 
@@ -164,3 +165,18 @@ def test_all_ranks_tell_where_they_are_when_one_is_stuck(small_task, tmp_path):
     assert "rank 0: step " in waiting and "at model/distributed.py:" in waiting and "all_reduce" in waiting
     assert "rank 1: step " in stuck and "at finetune_solver.py:" in stuck and " run_epoch(), in " in stuck
     assert said_path.read_text().count("has not ended within 3 s") == 2
+
+
+def test_a_checkpoint_that_does_not_end_is_told_too(small_task, tmp_path, monkeypatch):
+    plain_wait = CheckpointSaver.wait
+
+    def slow_wait(self):
+        time.sleep(4)
+        plain_wait(self)
+
+    monkeypatch.setattr(CheckpointSaver, "wait", slow_wait)
+    out = tmp_path / "out"
+    args = solver_args(small_task, out, max_steps=1, save_iteration_interval=0, hang_timeout_s=0.6)
+    assert call_main(args)[0] == 0
+    assert "has not ended within 2.4 s" in (told := (out / "hang-rank0.txt").read_text()) and "checkpoint" in told
+    assert "slow_wait" in told
