@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,23 @@ from data.item_processor import load_text_tokenizer
 from data.vocab import IMAGE_SYMBOL
 from model import serve
 from model.convert import load_config, load_pretrained, resolve_checkpoint
-from model.generation import SamplingOptions, generate_batch
+from model.generation import CUT_BY_LENGTH, SamplingOptions, fit_batch_size, generate_batch
+from model.kv_cache import free_bytes, naming_shortage
 from model.progress import GenerationMeter, ProgressDisplay
-from model.requests import DEFAULT_VQGAN_DIR, Answer, RequestCodec, describe_cuts, parse_size
+from model.requests import (
+    DEFAULT_VQGAN_DIR,
+    Answer,
+    RequestCodec,
+    check_image_symbols,
+    check_request,
+    check_size,
+    describe_cuts,
+    parse_size,
+)
+from model.sampling import MAX_SEED
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
-MAX_SEED = 2**63 - 1  # of PyTorch's generators
+CACHE_SHARE = 0.8  # of free memory; the rest is for what a forward needs
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +74,7 @@ class FlexARInferenceSolver(RequestCodec):
         """
         if precision not in DTYPES:
             raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(DTYPES)}.")
-        device, self.compile_step = choose_device(device), compile_step
-        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        device, self.compile_step, self.allow_tf32 = choose_device(device), compile_step, precision == "tf32"
         folder = resolve_checkpoint(model_path)
         super().__init__(load_text_tokenizer(tokenizer or folder), vqgan_dir, device, target_size)
         num_rows = load_config(folder).vocab_size
@@ -100,7 +111,7 @@ class FlexARInferenceSolver(RequestCodec):
             temperature: 0 is greedy.
             logits_processor: from `create_logits_processor`; None: its defaults.
             size: (width, height) in pixels of the image that the answer must begin with.
-            seed: same seed, same answer.
+            seed: same seed, same answer; for one among others see `generate_many`.
 
         Returns:
             (text, images).
@@ -125,7 +136,15 @@ class FlexARInferenceSolver(RequestCodec):
         Answers to many requests, batched: (text, images) of each.
 
         A request is {"qas", "images" (optional), "size" (optional)}, as the arguments of `generate`; request i draws
-        with the seed `seed` + i. Without a `logits_processor` there is no guidance. `desc` names the progress bar.
+        with the seed `seed` + i. Without a `logits_processor` there is no guidance. At most `batch_size` are drawn at a
+        time, fewer where memory is short. `desc` names the progress bar.
+
+        In fp32 an answer is the same alone and among others. In tf32, bf16 and fp16 it may differ: the last digits of
+        logits depend on how many rows are computed at once.
+
+        Raises:
+            ValueError: a request, number or picture that cannot be used.
+            torch.OutOfMemoryError: not even one answer has room.
         """
         options = replace(logits_processor or SamplingOptions(), temperature=temperature, seed=seed)
         answers = self.answer_many(requests, max_gen_len, options, batch_size=batch_size, desc=desc or "generating")
@@ -146,23 +165,55 @@ class FlexARInferenceSolver(RequestCodec):
         Progress is shown on stderr under the name `desc`, or handed to `on_progress` after every forward; what that
         raises ends the generation.
         """
+        _check_call(requests, max_gen_len, options, batch_size)
+        torch.backends.cuda.matmul.allow_tf32 = self.allow_tf32  # of the process: another solver may have set it
         encoded: dict[int, list[int]] = {}
         for request in requests:  # the same request several times is encoded once
             if id(request) not in encoded:
-                encoded[id(request)] = self.encode_request(request.get("qas"), request.get("images", ()))
+                encoded[id(request)] = self.encode_request(request["qas"], request.get("images"))
         prompts = [encoded[id(request)] for request in requests]
-        sizes = [request.get("size") for request in requests]
+        sizes = [check_size(request.get("size")) for request in requests]
         starts = [self.image_start(size) for size in sizes]
-        with ProgressDisplay(desc) if desc else nullcontext() as display:
+        batch_size = self._fit_memory(prompts, starts, max_gen_len, options, batch_size)
+        advice = f"make --max_gen_len ({max_gen_len}), --size or the number of answers ({len(requests)}) smaller"
+        with ProgressDisplay(desc) if desc else nullcontext() as display, naming_shortage(advice):
             meter = GenerationMeter(sizes, batch_size, max_gen_len, display.show if display else on_progress)
             generations = generate_batch(
                 self.model, prompts, self.vocab, options, max_gen_len, starts, batch_size, meter.update,
                 compile_step=self.compile_step,
             )  # fmt: skip
-        answers = self.decode(generations)
+        with naming_shortage(advice):
+            answers = self.decode(generations)
         if any(answer.is_cut_off for answer in answers):
             logger.warning("%s", describe_cuts(answers, max_gen_len))
         return answers
+
+    def _fit_memory(
+        self,
+        prompts: Sequence[Sequence[int]],
+        starts: Sequence[Sequence[int]],
+        max_gen_len: int,
+        options: SamplingOptions,
+        most: int,
+    ) -> int:
+        """Answers at a time, from 1 to `most`, that the free memory of the device allows."""
+        lens = [len(prompt) + len(start) for prompt, start in zip(prompts, starts, strict=True)]
+        num_bytes = int(CACHE_SHARE * free_bytes(self.device))
+        return fit_batch_size(self.model.config, lens, max_gen_len, options, self.model.dtype, num_bytes, most)
+
+
+def _check_call(requests: Sequence[Any], max_gen_len: int, options: SamplingOptions, batch_size: int) -> None:
+    """Raises ValueError with what is wrong with the arguments of `answer_many`."""
+    for name, value in (("max_gen_len", max_gen_len), ("batch_size", batch_size)):
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number from 1 on")
+    if options.seed + len(requests) - 1 > MAX_SEED:
+        raise ValueError(f"the seeds go up to {options.seed + len(requests) - 1}; the last must be {MAX_SEED} at most")
+    for index, request in enumerate(requests):
+        try:
+            check_request(request)
+        except ValueError as error:
+            raise ValueError(f"request {index}: {error}") from None
 
 
 def choose_device(device: str) -> torch.device:
@@ -224,8 +275,6 @@ def validate(args: argparse.Namespace) -> SamplingOptions:
         problems.append(f"--target_size: {error}")
     if args.max_gen_len < 1:
         problems.append(f"--max_gen_len is {args.max_gen_len}; it must be at least 1")
-    if not 0 <= args.seed <= MAX_SEED:
-        problems.append(f"--seed is {args.seed}; it must be from 0 to {MAX_SEED}")
     if (args.image or args.size or args.out or args.serve) and not args.vqgan_dir.is_dir():
         problems.append(f"--vqgan_dir {args.vqgan_dir} is not a folder; TRAIN.md says where to get the VQGAN")
     problems += _serve_problems(args) if args.serve else _answer_problems(args)
@@ -246,9 +295,10 @@ def _answer_problems(args: argparse.Namespace) -> list[str]:
     problems = [f"--image {path} does not exist" for path in args.image if not path.is_file()]
     if args.prompt is None:
         problems.append("--prompt is missing: say what to draw or to answer (or open a page with --serve)")
-    num_symbols = (args.prompt or "").count(IMAGE_SYMBOL)
-    if num_symbols and num_symbols != len(args.image):
-        problems.append(f"--prompt has {num_symbols} {IMAGE_SYMBOL}, but --image gives {len(args.image)}")
+    try:
+        check_image_symbols([args.prompt], len(args.image))
+    except ValueError as error:
+        problems.append(f"--prompt, --image: {error}")
     if args.out and not args.out.parent.is_dir():
         problems.append(f"--out {args.out}: the folder {args.out.parent} does not exist")
     if args.out and args.out.is_dir():
@@ -282,7 +332,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         solver = build_solver(args)
         return answer_once(solver, args, options)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
         print(f"inference_solver.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -318,7 +368,10 @@ def answer_once(solver: FlexARInferenceSolver, args: argparse.Namespace, options
     for path in save_images(answer.images, args.out):
         print(path, file=sys.stderr)
     if not answer.images:
-        advice = "give a larger --max_gen_len" if answer.is_cut_off else "--size makes it draw one"
+        advice = "--size makes it draw one"
+        if answer.is_cut_off:
+            is_too_short = answer.cut_by == CUT_BY_LENGTH
+            advice = "give a larger --max_gen_len" if is_too_short else "make --prompt, --target_size or --size smaller"
         print(f"inference_solver.py: no whole picture in the answer, so no {args.out}; {advice}.", file=sys.stderr)
         return 3
     return 0

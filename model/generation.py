@@ -3,7 +3,7 @@ Generation: the loop over a key/value cache.
 
 Where it stands: `inference_solver.py` turns conversations into token ids and calls `generate_batch`;
 `model/image_grammar.py` says what may come next, `model/sampling.py` draws it, `model/decode_step.py` is the forward of
-one token, of a sharded model `model/root_forward.py`. Rows of a batch do not influence one another.
+one token, of a sharded model `model/root_forward.py`. Rows of a batch do not see one another.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,11 +15,13 @@ from data.vocab import ChameleonVocab
 from model.chameleon import ChameleonXLLMXConfig, ChameleonXLLMXForConditionalGeneration
 from model.decode_step import LeanForward
 from model.image_grammar import GrammarState, ImageGrammar, Kind, open_image_start
-from model.kv_cache import KVCache
+from model.kv_cache import KVCache, row_bytes
 from model.root_forward import RootForward
 from model.sampling import SamplingOptions, draw_noise, guide, sample_codes, sample_tokens
 
-__all__ = ["Generation", "SamplingOptions", "generate_batch"]
+__all__ = ["CUT_BY_LENGTH", "CUT_BY_POSITIONS", "Generation", "SamplingOptions", "fit_batch_size", "generate_batch"]
+
+CUT_BY_LENGTH, CUT_BY_POSITIONS = "max_gen_len", "positions"
 
 _CUDA_CHECK_INTERVAL = 16  # steps: asking whether rows are done waits for the device
 _CUDA_SLOTS = 512  # on CUDA a step attends to a multiple of so many slots: each number is one graph
@@ -33,11 +35,42 @@ class Generation:
 
     Attributes:
         tokens: the new token ids, with the forced start and without the end of the turn.
-        finished: False if the turn was cut off before its end.
+        cut_by: what cut the turn off before its end, CUT_BY_LENGTH (`max_gen_len`) or CUT_BY_POSITIONS (the model has
+            no more of them, whatever `max_gen_len`); None if it ended.
     """
 
     tokens: list[int]
-    finished: bool
+    cut_by: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.cut_by is None
+
+
+def fit_batch_size(
+    config: ChameleonXLLMXConfig,
+    context_lens: Sequence[int],
+    max_gen_len: int,
+    options: SamplingOptions,
+    dtype: torch.dtype,
+    num_bytes: int,
+    most: int,
+) -> int:
+    """
+    Prompts at a time, from 1 to `most`, whose cache fits into `num_bytes`.
+
+    Args:
+        config: of the model.
+        context_lens: tokens of each prompt with its forced start.
+        max_gen_len, options: as for `generate_batch`. All its slots are there from the beginning, so they count.
+        dtype: of the activations.
+    """
+    if not context_lens:
+        return most
+    most_new = min(max_gen_len, config.max_position_embeddings - min(context_lens))
+    num_slots = max(context_lens) + most_new + _CUDA_SLOTS  # rounded up on CUDA
+    num_branches = 1 + (options.cfg != 1)
+    return max(1, min(most, num_bytes // (num_branches * row_bytes(config, num_slots, dtype))))
 
 
 def generate_batch(
@@ -65,7 +98,9 @@ def generate_batch(
         options: how tokens are drawn.
         max_gen_len: most new tokens per answer, the forced start included.
         forced_starts: tokens that each answer must begin with (e.g. an image of a given size); part of the answer.
-        batch_size: prompts at a time; affects speed and memory only.
+        batch_size: prompts at a time, for speed; `fit_batch_size` says how many have room. The last digits of logits
+            depend on how many rows a product has: in fp32 too little to have changed an answer in the tests, in tf32,
+            bf16 and fp16 an answer may differ between batch sizes. The same call gives the same answers.
         progress: called with (new tokens, finished answers) of every forward.
         cuda_graph: replay each step as a CUDA graph; None: where there is CUDA.
         compile_step: fuse a step's small operations with `torch.compile`, which takes a minute at first.
@@ -101,7 +136,7 @@ def generate_batch(
             noise = draw_noise([options.seed + row.index for row in batch], max_len) if options.temperature else None
             decoder = _Decoder(model, forward, grammar, contexts, room, options, noise, use_graphs)
             for row, new in zip(batch, _decode_all(decoder, progress), strict=True):
-                answers[row.index] = _finish(row, new, vocab)
+                answers[row.index] = _finish(row, new, vocab, max_len)
     return [answers[index] for index in range(len(prompts))]
 
 
@@ -338,7 +373,13 @@ def _hand_out(decoder: _Decoder, num_tokens: int, alive: list[int], new_tokens: 
         new_tokens[row] = tokens
 
 
-def _finish(row: _Row, new_tokens: list[int], vocab: ChameleonVocab) -> Generation:
-    """Cut off the end of the turn and the padding after it (neither can be within an answer)."""
+def _finish(row: _Row, new_tokens: list[int], vocab: ChameleonVocab, max_len: int) -> Generation:
+    """Cut off the end of the turn and the padding after it (neither can be within an answer).
+
+    `max_len`: of prompt and answer, the model's positions.
+    """
     stops = [new_tokens.index(token) for token in (vocab.end_of_turn_id, vocab.pad_id) if token in new_tokens]
-    return Generation(row.forced + new_tokens[: min(stops, default=None)], vocab.end_of_turn_id in new_tokens)
+    tokens = row.forced + new_tokens[: min(stops, default=None)]
+    if vocab.end_of_turn_id in new_tokens:
+        return Generation(tokens)
+    return Generation(tokens, CUT_BY_LENGTH if len(row.prompt) + len(tokens) < max_len else CUT_BY_POSITIONS)

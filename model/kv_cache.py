@@ -5,9 +5,47 @@ Where it stands: filled by the decoder's forward over the prompts (`model/chamel
 step (`model/decode_step.py`, or again the decoder's forward); `model/generation.py` says which slots a row sees.
 """
 
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import torch
 
 from model.chameleon import ChameleonXLLMXConfig
+
+
+def row_bytes(config: ChameleonXLLMXConfig, num_slots: int, dtype: torch.dtype) -> int:
+    """Bytes of one row of a cache of `num_slots`, keys and values of all layers."""
+    head_dim = config.hidden_size // config.num_attention_heads
+    return 2 * dtype.itemsize * config.num_hidden_layers * config.num_key_value_heads * head_dim * num_slots
+
+
+@contextmanager
+def naming_shortage(advice: str) -> Iterator[None]:
+    """Too little memory, on a GPU or the host, becomes a torch.OutOfMemoryError whose message is `advice`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        wanted = re.search(r"allocate ([\d.]+ \w+)", str(error))
+        raise torch.OutOfMemoryError(
+            f"too little memory{f' (for {wanted[1]} more)' if wanted else ''}: {advice}"
+        ) from None
+
+
+def free_bytes(device: torch.device) -> int:
+    """What new tensors can have on a device now: on CUDA what is free there and what PyTorch keeps unused, else the
+    available memory of the machine (of a job's own limit nothing is known)."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])
+    except (OSError, TypeError):  # no Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class KVCache:

@@ -5,9 +5,10 @@ Where it stands: on both sides of `model/generation.py`, for `inference_solver.p
 (`model/samples.py`). Conversations become token ids as in pre-tokenizing (`data/item_processor.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from data.conversation import Turn
 from data.image_transform import open_image
 from data.item_processor import ItemProcessor, build_text_encode
 from data.vocab import GRID_PIXELS, IMAGE_SYMBOL, ChameleonVocab
-from model.generation import Generation
+from model.generation import CUT_BY_LENGTH, CUT_BY_POSITIONS, Generation
 from model.vqgan import VQGAN, load_vqgan, pixels_to_image
 from pre_tokenize.image_encoder import ImageEncoder
 
 DEFAULT_VQGAN_DIR = "ckpts/chameleon/tokenizer"
+REQUEST_KEYS = ("qas", "images", "size")
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,18 @@ class Answer:
     Attributes:
         text: its text, with an image symbol where each image stands.
         images: the complete images, in order.
-        is_cut_off: the turn was longer than allowed; text is as far as it came.
+        cut_by: as of its Generation; None, or the turn was longer than allowed, and text is as far as it came.
         is_image_cut_off: the cut was within an image, which is left out.
     """
 
     text: str
     images: list[Image.Image]
-    is_cut_off: bool = False
+    cut_by: str | None = None
     is_image_cut_off: bool = False
+
+    @property
+    def is_cut_off(self) -> bool:
+        return self.cut_by is not None
 
 
 class RequestCodec:
@@ -89,12 +95,11 @@ class RequestCodec:
         images: Sequence[Image.Image | str | Path] | Image.Image | str | Path = (),
     ) -> list[int]:
         """Token ids of a conversation whose last answer is open. Raises ValueError if `qas` is not of that form."""
-        if not qas or any(len(qa) != 2 or qa[0] is None for qa in qas) or any(qa[1] is None for qa in qas[:-1]):
-            raise ValueError(f"qas must be [question, answer] pairs; only the last answer may be None, got {qas!r}.")
-        if isinstance(images, Image.Image | str | Path):
-            images = [images]
-        pictures = [image if isinstance(image, Image.Image) else open_image(image) for image in images]
+        _check_turns(qas)
+        images = [] if images is None else [images] if isinstance(images, Image.Image | str | Path) else images
         texts = [text for qa in qas for text in qa if text is not None]
+        check_image_symbols(texts, len(images))
+        pictures = [image if isinstance(image, Image.Image) else open_image(image) for image in images]
         if pictures and not any(IMAGE_SYMBOL in text for text in texts):
             texts[0] = f"{IMAGE_SYMBOL} " * len(pictures) + texts[0]
         turns = [Turn("gpt" if index % 2 else "human", text) for index, text in enumerate(texts)]
@@ -118,7 +123,7 @@ class RequestCodec:
         for generation in generations:
             text, codes, is_image_cut_off = self._layout(generation.tokens)
             images = [self._decode_image(one) for one in codes] if with_images else []
-            answers.append(Answer(text, images, not generation.finished, is_image_cut_off))
+            answers.append(Answer(text, images, generation.cut_by, is_image_cut_off))
         return answers
 
     def _layout(self, tokens: list[int]) -> tuple[str, list[np.ndarray], bool]:
@@ -143,11 +148,67 @@ class RequestCodec:
 
 
 def describe_cuts(answers: Sequence[Answer], max_gen_len: int) -> str:
-    """How many of the answers were cut off, in one sentence."""
-    num_images = sum(answer.is_image_cut_off for answer in answers)
-    within = f", {num_images} of them within an image, which is left out" if num_images else ""
-    num_cut = sum(answer.is_cut_off for answer in answers)
-    return f"{num_cut} of {len(answers)} answers were cut off at max_gen_len={max_gen_len} tokens{within}"
+    """How many of the answers were cut off, and by what, in one sentence."""
+    places = {
+        CUT_BY_LENGTH: f"max_gen_len={max_gen_len} tokens",
+        CUT_BY_POSITIONS: "the end of the model's positions, which only a shorter prompt can help",
+    }
+    num_cut = {place: sum(answer.cut_by == cause for answer in answers) for cause, place in places.items()}
+    found = [f"{num} of {len(answers)} answers were cut off at {place}" for place, num in num_cut.items() if num]
+    if num_images := sum(answer.is_image_cut_off for answer in answers):
+        found.append(f"{num_images} of them within an image, which is left out")
+    return ", ".join(found)
+
+
+def check_image_symbols(texts: Iterable[str | None], num_images: int) -> None:
+    """Raises ValueError if image symbols stand in the texts, but not as many as there are images."""
+    num_symbols = sum(text.count(IMAGE_SYMBOL) for text in texts if text is not None)
+    if num_symbols and num_symbols != num_images:
+        raise ValueError(
+            f"the text has {num_symbols} {IMAGE_SYMBOL}, but there are {num_images} images; give one for each, or "
+            "leave the symbols out"
+        )
+
+
+def check_request(request: Any) -> None:
+    """Raises ValueError if a request is not {"qas", "images" (optional), "size" (optional)} of the right types."""
+    if not isinstance(request, Mapping):
+        raise ValueError(f"a request must be an object with {', '.join(REQUEST_KEYS)}, got {str(request)[:80]!r}")
+    unknown = [str(key) for key in request if key not in REQUEST_KEYS]
+    if unknown or "qas" not in request:
+        problem = f"has {', '.join(map(repr, unknown))}" if unknown else "has no 'qas'"
+        raise ValueError(f"a request {problem}; it must have 'qas' and may have 'images' and 'size'")
+    _check_turns(request["qas"])
+    images = request.get("images")
+    is_list = isinstance(images, Sequence) and not isinstance(images, str)
+    for image in images if is_list else [] if images is None else [images]:
+        if not isinstance(image, Image.Image | str | Path):
+            raise ValueError(f"images must be pictures or paths, got {str(image)[:80]!r} ({type(image).__name__})")
+    check_size(request.get("size"))
+
+
+def check_size(size: Any) -> tuple[int, int] | None:
+    """(width, height) of any pair of whole numbers. Raises ValueError for anything else but None."""
+    if size is None:
+        return None
+    is_pair = isinstance(size, Sequence) and not isinstance(size, str) and len(size) == 2
+    if not is_pair or not all(isinstance(side, Integral) for side in size):
+        raise ValueError(f"size must be (width, height) in whole pixels, got {str(size)[:80]!r}")
+    return int(size[0]), int(size[1])
+
+
+def _check_turns(qas: Any) -> None:
+    """Raises ValueError if `qas` is no list of [question, answer] pairs of texts, the last answer None or a text."""
+    turns = [] if isinstance(qas, str) or not isinstance(qas, Sequence) else list(qas)
+    is_good = bool(turns)
+    for index, turn in enumerate(turns):
+        is_pair = isinstance(turn, Sequence) and not isinstance(turn, str) and len(turn) == 2
+        is_last = index == len(turns) - 1
+        is_good &= is_pair and isinstance(turn[0], str) and isinstance(turn[1], str | None if is_last else str)
+    if not is_good:
+        raise ValueError(
+            f"qas must be [question, answer] pairs of texts; only the last answer may be None, got {str(qas)[:80]!r}"
+        )
 
 
 def parse_size(text: str) -> tuple[int, int]:

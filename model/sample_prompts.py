@@ -15,8 +15,7 @@ from typing import Any
 import yaml
 
 from data.image_transform import open_image
-from data.vocab import IMAGE_SYMBOL
-from model.requests import parse_size
+from model.requests import check_image_symbols, parse_size
 
 KEYS = ("prompt", "qas", "image", "images", "size")
 
@@ -71,9 +70,7 @@ def _parse(entry: Any, folder: Path) -> SamplePrompt:
         raise ValueError(f"{', '.join(unknown)} is unknown; it may have {', '.join(KEYS)}")
     qas = _parse_turns([[entry["prompt"], None]] if "prompt" in entry else entry["qas"])
     images = _parse_images(entry.get("images", entry.get("image")), folder)
-    num_symbols = sum(text.count(IMAGE_SYMBOL) for qa in qas for text in qa if text is not None)
-    if num_symbols and num_symbols != len(images):
-        raise ValueError(f"the text has {num_symbols} {IMAGE_SYMBOL}, but there are {len(images)} images")
+    check_image_symbols((text for qa in qas for text in qa), len(images))
     size = entry.get("size")
     return SamplePrompt(qas, images, parse_size(str(size)) if size is not None else None)
 

@@ -19,7 +19,8 @@ from data.image_transform import crop_sizes
 from data.vocab import IMAGE_SYMBOL, ChameleonVocab
 from model.chameleon import ChameleonXLLMXConfig
 from model.distributed import barrier, broadcast_from_main, from_main, gather_over_ranks
-from model.generation import Generation, SamplingOptions, generate_batch
+from model.generation import Generation, SamplingOptions, fit_batch_size, generate_batch
+from model.kv_cache import free_bytes
 from model.parallelize import DTYPES, ParallelOptions, evaluating
 from model.requests import DEFAULT_VQGAN_DIR, Answer, RequestCodec, describe_cuts
 from model.root_forward import RootForward
@@ -193,19 +194,16 @@ class Sampler:
         """(whether all weights can stay gathered between tokens, prompts at a time), as the tightest GPU allows."""
         if self._device.type != "cuda":
             return True, MAX_BATCH
-        unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        free = torch.tensor([torch.cuda.mem_get_info(self._device)[0] + unused])
-        free = int(gather_over_ranks(free).min())
-        item_bytes = DTYPES[self._parallel.precision].itemsize
-        gathered = item_bytes * sum(parameter.numel() for parameter in model.parameters())
+        free = int(gather_over_ranks(torch.tensor([free_bytes(self._device)])).min())
+        dtype = DTYPES[self._parallel.precision]
+        gathered = dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
         keep_gathered = gathered <= 0.6 * free
         left = free - (gathered if keep_gathered else 0)
-        config, longest = self._config, max(map(len, self._contexts)) + self._options.sample_max_gen_len
-        num_slots = min(longest, config.max_position_embeddings) + 512  # as rounded up by model/generation.py
-        head_dim = config.hidden_size // config.num_attention_heads
-        slot_bytes = 2 * item_bytes * config.num_hidden_layers * config.num_key_value_heads * head_dim
-        row_bytes = slot_bytes * num_slots * (1 + (self._sampling.cfg != 1))
-        return keep_gathered, min(MAX_BATCH, max(1, int(0.5 * left / row_bytes)))
+        lens = [len(context) + len(start) for context, start in zip(self._contexts, self._starts, strict=True)]
+        batch_size = fit_batch_size(
+            self._config, lens, self._options.sample_max_gen_len, self._sampling, dtype, left // 2, MAX_BATCH
+        )
+        return keep_gathered, batch_size
 
     def _keep(self, generations: Sequence[Generation], step: int, log_images: Callable | None) -> str:
         """Decodes, writes and logs answers; returns what else there is to say about them."""

@@ -7,11 +7,14 @@ state of the grammar and a number between 0 and 1 in, a token out.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 
 from model.image_grammar import GrammarState, Kind
 
+MIN_TEMPERATURE = 1e-6  # below, what is not greedy would leave the range of fp32
+MAX_SEED = 2**63 - 1  # of PyTorch's generators
 _FEW = 64  # of so few, the largest are found faster by a partial sort than by a selection
 
 
@@ -21,7 +24,7 @@ class SamplingOptions:
     How tokens are drawn.
 
     Attributes:
-        temperature: 0 is greedy.
+        temperature: 0 is greedy; else at least MIN_TEMPERATURE.
         image_top_k, text_top_k: only the k most probable tokens (and those as probable as the last of them) are drawn
             from, inside and outside of images.
         cfg: classifier-free guidance inside images, `u + cfg * (c - u)` with the logits u of a branch that has seen
@@ -37,14 +40,21 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         problems = []
-        if not 0 <= self.temperature < float("inf"):
-            problems.append(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
-        if not abs(self.cfg) < float("inf"):
+        if not (_is_number(self.temperature) and (self.temperature == 0 or self.temperature >= MIN_TEMPERATURE)):
+            problems.append(f"temperature is {self.temperature}; it must be 0 (greedy) or at least {MIN_TEMPERATURE}")
+        if not _is_number(self.cfg):
             problems.append(f"cfg is {self.cfg}; it must be a number, 1 for no guidance")
-        if min(self.image_top_k, self.text_top_k) < 1:
-            problems.append(f"top-k is {self.image_top_k} (image), {self.text_top_k} (text); both must be at least 1")
+        top_ks = self.image_top_k, self.text_top_k
+        if not all(isinstance(top_k, Integral) and top_k >= 1 for top_k in top_ks):
+            problems.append(f"top-k is {top_ks[0]} (image), {top_ks[1]} (text); both must be whole numbers from 1 on")
+        if not isinstance(self.seed, Integral) or not 0 <= self.seed <= MAX_SEED:
+            problems.append(f"seed is {self.seed}; it must be a whole number from 0 to {MAX_SEED}")
         if problems:
             raise ValueError("; ".join(problems) + ".")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and abs(value) < float("inf")
 
 
 def draw_noise(seeds: Sequence[int], num_steps: int) -> torch.Tensor:

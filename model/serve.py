@@ -4,9 +4,9 @@ A page in the browser: a prompt and pictures in, several pictures side by side o
     python inference_solver.py --model_path output/7B/epoch1 --serve
 
 Where it stands: `inference_solver.py --serve` opens it; what it shows for a seed is what the command line gives for
-that seed. Gradio draws it, and is imported only here and only then. The page works without a network: nothing on it
-comes from elsewhere (the browser is told to refuse that), nothing is reported to anybody, and what was put in and
-drawn lies in a temporary folder that is removed at the end.
+that seed (several answers at once in fp32 only: see `generate_many`). Gradio draws it, and is imported only here and
+only then. The page works without a network: nothing on it comes from elsewhere (the browser is told to refuse that),
+nothing is reported to anybody, and what was put in and drawn lies in a temporary folder that is removed at the end.
 """
 
 import html
@@ -22,12 +22,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from PIL import Image
 
 from data.image_transform import crop_sizes
 from data.vocab import GRID_PIXELS, IMAGE_SYMBOL, ChameleonVocab
-from model.generation import SamplingOptions
+from model.generation import CUT_BY_LENGTH, CUT_BY_POSITIONS, SamplingOptions
 from model.progress import GenerationMeter
+from model.requests import check_image_symbols
 
 GRADIO_PIN = "gradio==6.31.0"  # the version of tests/requirements.txt
 NO_SIZE = "as the model likes"
@@ -110,7 +112,7 @@ class Page:
                 return self._generate([request] * num_pictures, options, max_gen_len, report)
             except Stopped:
                 return Result([], "", "Stopped.", is_bad=True)
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, torch.OutOfMemoryError) as error:
                 return Result([], "", str(error), is_bad=True)
 
     def stop(self) -> None:
@@ -146,13 +148,15 @@ class Page:
             for number, image in enumerate(answer.images, start=1):
                 part = f" ({number} of {len(answer.images)})" if len(answer.images) > 1 else ""
                 shown.append((image, f"seed {seed}{part}"))
-        cut = [seed for seed, answer in enumerate(answers, start=options.seed) if answer.is_cut_off]
         status = [last[0].total()] if last else []
-        if cut:
-            status.append(f"cut off at {max_gen_len} tokens: seed {', '.join(map(str, cut))}")
+        places = {CUT_BY_LENGTH: f"{max_gen_len} tokens", CUT_BY_POSITIONS: "the end of the model's positions"}
+        for cause, place in places.items():
+            cut = [str(seed) for seed, answer in enumerate(answers, start=options.seed) if answer.cut_by == cause]
+            if cut:
+                status.append(f"cut off at {place}: seed {', '.join(cut)}")
         if num_left_out := sum(answer.is_image_cut_off for answer in answers):
             status.append(f"unfinished pictures left out: {num_left_out}")
-        return Result(shown, "\n".join(texts), "; ".join(status), is_bad=bool(cut))
+        return Result(shown, "\n".join(texts), "; ".join(status), is_bad=any(answer.is_cut_off for answer in answers))
 
 
 def valid_sizes(vocab: ChameleonVocab, target_size: int) -> list[tuple[int, int]]:
@@ -167,9 +171,10 @@ def check_inputs(prompt: str, num_given: int, values: dict[str, float | None]) -
     problems = [f"{name} is empty; give a number" for name, value in values.items() if value is None]
     if not prompt.strip() and not num_given:
         problems.append("the prompt is empty; say what to draw or to answer")
-    num_symbols = prompt.count(IMAGE_SYMBOL)
-    if num_symbols and num_symbols != num_given:
-        problems.append(f"the prompt has {num_symbols} {IMAGE_SYMBOL}, but {num_given} pictures are put in")
+    try:
+        check_image_symbols([prompt], num_given)
+    except ValueError as error:
+        problems.append(str(error))
     if values["seed"] is not None and not 0 <= values["seed"] <= MAX_PAGE_SEED:
         problems.append(f"the seed is {values['seed']}; it must be from 0 to {MAX_PAGE_SEED}")
     if values["longest answer"] is not None and values["longest answer"] < 1:
@@ -256,7 +261,9 @@ def _add_inputs(gradio, page: Page) -> tuple[list, Any, Any]:
         stop = gradio.Button("Stop", scale=1, min_width=80, elem_id="stop")
     with gradio.Row():
         size = gradio.Dropdown(list(page.sizes), value=NO_SIZE, label="Size", min_width=140, elem_id="size")
-        num_pictures = gradio.Slider(1, MAX_PICTURES, 4, step=1, label="Answers", elem_id="num")
+        is_exact = page.solver.model.dtype == torch.float32
+        info = None if is_exact else "alone, a seed may draw otherwise than among others (--precision fp32: the same)"
+        num_pictures = gradio.Slider(1, MAX_PICTURES, 4, step=1, label="Answers", info=info, elem_id="num")
     with gradio.Row():
         seed = gradio.Number(options.seed, label="Seed of the first", precision=0, min_width=100, elem_id="seed")
         cfg = gradio.Number(options.cfg, label="Guidance (1: none)", step=0.5, min_width=100, elem_id="cfg")

@@ -9,7 +9,7 @@ from transformers import ChameleonForConditionalGeneration, LogitsProcessor, Log
 from data.vocab import ChameleonVocab
 from model.convert import export_hf
 from model.decode_step import DecodeStep
-from model.generation import SamplingOptions, generate_batch
+from model.generation import CUT_BY_LENGTH, CUT_BY_POSITIONS, SamplingOptions, generate_batch
 from model.image_grammar import ImageGrammar, Kind
 from model.kv_cache import KVCache
 from model.sampling import draw_noise, sample_codes, sample_tokens
@@ -90,7 +90,7 @@ def test_greedy_equals_stock_transformers(tmp_path, overrides):
         )[0, len(prompt) :].tolist()
         finished = theirs[-1] == VOCAB.end_of_turn_id
         assert generation.tokens == (theirs[:-1] if finished else theirs)
-        assert generation.finished == finished
+        assert generation.finished == finished == (generation.cut_by is None)
     assert sum(VOCAB.begin_image_id in generation.tokens for generation in ours) >= 2
 
 
@@ -161,7 +161,9 @@ def test_progress_counts_all_answers():
 
 def test_limits_and_misfits_are_named():
     model = make_model(max_position_embeddings=12)
-    assert len(generate_batch(model, make_prompts((9,)), VOCAB, GREEDY, 40, [IMAGE_START[:1]])[0].tokens) == 3
+    cut = generate_batch(model, make_prompts((9,)), VOCAB, GREEDY, 40, [IMAGE_START[:1]])[0]
+    assert len(cut.tokens) == 3 and cut.cut_by == CUT_BY_POSITIONS and not cut.finished
+    assert generate_batch(model, make_prompts((5,)), VOCAB, GREEDY, 4, [IMAGE_START[:1]])[0].cut_by == CUT_BY_LENGTH
     with pytest.raises(ValueError, match="leaves no room in the model's 12"):
         generate_batch(model, make_prompts((12,)), VOCAB, GREEDY, 40)
     with pytest.raises(ValueError, match="prompt 1 is empty"):
@@ -189,6 +191,24 @@ def test_sampling_follows_the_softmax_of_the_top_k():
     frequencies = torch.stack([(drawn == token).float().mean() for token in codes[best.indices]])
     assert torch.isin(drawn, codes[best.indices]).all()
     assert (frequencies - (best.values / 0.7).softmax(0)).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [SamplingOptions(image_top_k=7, text_top_k=70), SamplingOptions(), GREEDY], ids=str)
+def test_sampling_is_a_function_of_each_row_alone(dtype, options):
+    """Same logits, state and noise, same token: alone, among others, in another place."""
+    grammar, num = ImageGrammar(VOCAB, VOCAB.vocab_size), 24
+    logits = (4 * torch.randn(num, VOCAB.vocab_size, generator=torch.Generator().manual_seed(1))).to(dtype)
+    logits[:, 1::3] = logits[:, ::3][:, : logits[:, 1::3].shape[1]]  # equal ones, as rounding makes them
+    kind, noise = torch.arange(num) % len(Kind), draw_noise(range(num), 16)[:, 3]
+    codes = torch.tensor(sorted(VOCAB.image_token_ids.tolist()))
+    tokens = sample_tokens(logits, kind, grammar.allowed, options, noise)
+    in_images = sample_codes(logits[:, codes], options, noise)
+    for rows in (torch.arange(num).flip(0), *torch.arange(num).split(5), *torch.arange(num).split(1)):
+        found = sample_tokens(logits[rows], kind[rows], grammar.allowed, options, noise[rows])
+        assert found.equal(tokens[rows])
+        assert sample_codes(logits[rows][:, codes], options, noise[rows]).equal(in_images[rows])
+        assert draw_noise(rows.tolist(), 16)[:, 3].equal(noise[rows])
 
 
 def test_top_k_differs_inside_and_outside_of_images():

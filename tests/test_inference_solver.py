@@ -1,6 +1,9 @@
 """The inference solver on a small seeded checkpoint: what goes in, what comes out, and its command."""
 
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +12,11 @@ import torch
 from PIL import Image
 
 from data.image_transform import crop_to_rgb
-from inference_solver import FlexARInferenceSolver, build_parser, choose_device, main, parse_size
+from inference_solver import CACHE_SHARE, FlexARInferenceSolver, build_parser, choose_device, main, parse_size
 from model.convert import export_hf
-from model.generation import generate_batch
+from model.generation import CUT_BY_LENGTH, CUT_BY_POSITIONS, SamplingOptions, generate_batch
+from model.kv_cache import KVCache
+from model.requests import Answer, describe_cuts
 from model.vqgan import VQGAN, image_to_pixels, pixels_to_image, save_vqgan
 from tests.decoder_helpers import small_config, small_model, write_small_tokenizer
 
@@ -176,10 +181,101 @@ def test_bad_requests_are_named(solver, folders):
         solver.image_start((100, 64))
     with pytest.raises(ValueError, match="pairs"):
         solver.encode_request([["a", None], ["b", None]])
-    with pytest.raises(ValueError, match=r"1 <\|image\|> but 0 images"):
+    with pytest.raises(ValueError, match=r"1 <\|image\|>, but there are 0 images"):
         solver.encode_request([["<|image|>a", None]])
     with pytest.raises(ValueError, match="precision"):
         FlexARInferenceSolver(str(folders / "checkpoint"), "int8")
+
+
+@pytest.mark.parametrize(
+    "call, reason",
+    [
+        (dict(requests=[{"qas": [["a", None]], "image": ["x.png"]}]), "request 0: a request has 'image'; it must have"),
+        (dict(requests=[{"qas": [["a", None]]}, {"prompt": "a"}]), "request 1: a request has 'prompt'"),
+        (dict(requests=[{"size": (32, 32)}]), "a request has no 'qas'"),
+        (dict(requests=["a cat"]), "a request must be an object"),
+        (dict(requests=[{"qas": ["ab"]}]), "pairs of texts"),
+        (dict(requests=[{"qas": "ab"}]), "pairs of texts"),
+        (dict(requests=[{"qas": [["a", 3]]}]), "pairs of texts"),
+        (dict(requests=[{"qas": [["a", None]], "images": [3]}]), r"pictures or paths, got '3' \(int\)"),
+        (dict(requests=[{"qas": [["a", None]], "size": (64, 32, 3)}]), "size must be"),
+        (dict(requests=[{"qas": [["a", None]], "size": (64.0, 32.0)}]), "size must be"),
+        (dict(requests=[{"qas": [["a", None]], "size": "64x32"}]), "size must be"),
+        (dict(batch_size=0), "batch_size is 0; it must be a whole number from 1 on"),
+        (dict(max_gen_len=0), "max_gen_len is 0; it must be"),
+        (dict(max_gen_len=9.5), "max_gen_len is 9.5; it must be"),
+        (dict(temperature=1e-39), "temperature is 1e-39; it must be 0"),
+        (dict(seed=-1), "seed is -1"),
+        (dict(seed=2**63 - 1, requests=[{"qas": [["a", None]]}] * 2), "the seeds go up to"),
+        (dict(logits_processor=(1.0, 2000.0)), "top-k is 2000.0"),
+    ],
+)  # fmt: skip
+def test_calls_that_cannot_be_meant_are_refused(solver, call, reason):
+    with pytest.raises(ValueError, match=reason):
+        if "logits_processor" in call:
+            call |= {"logits_processor": solver.create_logits_processor(*call["logits_processor"])}
+        solver.generate_many(**(dict(requests=[{"qas": [["a", None]]}], max_gen_len=9, temperature=1.0) | call))
+
+
+def test_a_size_may_be_a_list_and_turns_too(solver):
+    lists, tuples = ({"qas": kind([kind(["a", None])]), "size": kind([64, 32])} for kind in (list, tuple))
+    lists, tuples = solver.generate_many([lists, tuples], 30, 0.0)
+    assert lists[0] == tuples[0] and [image.size for image in lists[1][:1]] == [(64, 32)]
+
+
+def test_an_answer_cut_by_the_model_s_positions_says_so(solver, caplog):
+    long, most = "a", solver.model.config.max_position_embeddings
+    while len(solver.encode_request([[long, None]])) < most - 10:
+        long += " a"
+    answer = solver.answer_many([{"qas": [[long, None]], "size": (64, 64)}], 8192, SamplingOptions())[0]
+    assert answer.cut_by == CUT_BY_POSITIONS and answer.is_image_cut_off
+    assert "the end of the model's positions" in caplog.text and "8192" not in caplog.text
+    both = [answer, Answer("", [], CUT_BY_LENGTH)]
+    assert describe_cuts(both, 9).startswith("1 of 2 answers were cut off at max_gen_len=9 tokens, 1 of 2 answers")
+
+
+def test_answers_at_a_time_are_those_that_have_room(solver, monkeypatch):
+    """Whatever fits, the answers are the same, and the cache is no larger than was counted."""
+    sizes, counted = [], KVCache.__init__
+    requests = [{"qas": [["a cat", None]], "size": (64, 32)}] * 5
+    options = solver.create_logits_processor()
+    expected = solver.answer_many(requests, 30, options)
+
+    def count(self, config, num_rows, *args):
+        counted(self, config, num_rows, *args)
+        sizes.append((num_rows, sum(tensor.nbytes for tensor in (*self.keys, *self.values))))
+
+    monkeypatch.setattr(KVCache, "__init__", count)
+    for num_bytes, num_rows in ((1, [2] * 5), (3 << 20, [4, 4, 2]), (100 << 20, [10])):
+        monkeypatch.setattr("inference_solver.free_bytes", lambda device, num_bytes=num_bytes: num_bytes)
+        sizes.clear()
+        found = solver.answer_many(requests, 30, options)
+        assert [answer.text for answer in found] == [answer.text for answer in expected]
+        assert [rows for rows, _ in sizes] == num_rows
+        assert num_bytes == 1 or all(nbytes <= CACHE_SHARE * num_bytes for _, nbytes in sizes)
+
+
+@pytest.mark.slow
+def test_too_little_memory_is_one_message(folders, tmp_path):
+    """A process whose memory ends: a cache that the kernel refuses."""
+    shutil.copytree(folders / "checkpoint", tmp_path / "long")
+    config = json.loads((tmp_path / "long" / "config.json").read_text())
+    (tmp_path / "long" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 65536}))
+    script = (
+        "import re, resource, sys, torch, inference_solver as command\n"
+        "plain = command.fit_batch_size\n"
+        "torch.set_num_threads(1)\n"
+        "def fit(*args):\n"  # what is free may be gone a moment later
+        "    used = 1024 * int(re.search(r'VmSize:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+        "    resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20), -1))\n"
+        "    return plain(*args)\n"
+        "command.fit_batch_size = fit\n"
+        "sys.exit(command.main(sys.argv[1:]))"
+    )
+    extra = ["--max_gen_len", "65536", "--model_path", str(tmp_path / "long")]
+    done = subprocess.run([sys.executable, "-c", script, *command(folders, *extra)], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "too little memory" in done.stderr and "make --max_gen_len (65536), --size or" in done.stderr
 
 
 def command(folders, *extra) -> list[str]:
@@ -237,8 +333,8 @@ def test_command_says_why_there_is_no_picture(folders, tmp_path, capsys):
         (["--cfg", "inf"], "cfg is inf"),
         (["--image", "absent.png"], "absent.png does not exist"),
         (["--image", "pyproject.toml"], "image pyproject.toml cannot be read: Pillow knows no such image format"),
-        (["--prompt", "<|image|>what"], "--prompt has 1 <|image|>, but --image gives 0"),
-        (["--seed", "-1"], "--seed is -1; it must be from 0"),
+        (["--prompt", "<|image|>what"], "--prompt, --image: the text has 1 <|image|>, but there are 0 images"),
+        (["--seed", "-1"], "seed is -1; it must be a whole number from 0"),
         (["--serve"], "--prompt is asked for on the page"),
         (["--serve", "--port", "70000"], "--port is 70000"),
         (["--size", "32x32"], "--out"),

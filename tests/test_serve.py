@@ -84,12 +84,15 @@ def test_what_was_cut_off_is_said(page):
     result = ask(page, size="64x64", num_pictures=2, max_gen_len=9)
     assert result.pictures == [] and result.is_bad
     assert "cut off at 9 tokens: seed 5, 6; unfinished pictures left out: 2" in result.status
+    most = page.solver.model.config.max_position_embeddings
+    result = ask(page, prompt="a" + " a" * (most - 20), size="64x64", num_pictures=2, max_gen_len=9999)
+    assert "cut off at the end of the model's positions: seed 5, 6; unfinished" in result.status
 
 
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        (dict(prompt="<|image|>what"), r"1 <\|image\|>, but 0 pictures"),
+        (dict(prompt="<|image|>what"), r"1 <\|image\|>, but there are 0 images"),
         (dict(prompt=" "), "the prompt is empty"),
         (dict(pictures=[("pyproject.toml", None)]), "pyproject.toml cannot be read"),
         (dict(seed=None, cfg=None), "seed is empty; give a number; guidance is empty"),
@@ -106,6 +109,17 @@ def test_bad_input_becomes_a_message(page, changes, reason):
     assert result.pictures == [] and result.text == ""
     assert "<|" not in result.outputs()[2]  # the page is HTML
     assert not ask(page, size="64x32", max_gen_len=60, temperature=0.0, text_top_k=1).text == ""  # and goes on
+
+
+def test_too_little_memory_becomes_a_message(page, monkeypatch):
+    def refuse(*args):
+        torch.empty(1 << 60)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("model.generation.KVCache", refuse)
+        result = ask(page, num_pictures=3)
+    assert result.is_bad and result.status.startswith("too little memory") and "answers (3) smaller" in result.status
+    assert ask(page, size="64x32").pictures
 
 
 def test_a_generation_can_be_stopped_and_the_next_one_goes_on(page):
