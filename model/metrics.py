@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ import torch
 from tqdm import tqdm
 
 METRICS_NAME = "metrics.jsonl"
+MAX_STEP = 2**53  # a larger number in a file is damage
+MAX_NAMED_LINES = 8
 # The fields of the model's output that are summed, in this order; all are sums over targets or numbers of targets.
 SUMMED_FIELDS = (
     "ce_loss",
@@ -102,13 +104,17 @@ def flatten(line: Mapping[str, Any]) -> dict[str, float]:
 
 class MetricsFile:
     """`output_dir/metrics.jsonl`, one JSON object per line: `step` and `epoch` in all, `loss` in those of training,
-    `val_loss` in those of validation. `last_step` is that of the last line before it was cut, 0 without one."""
+    `val_loss` in those of validation. `last_step` is the highest of a line before it was cut, 0 without one."""
 
-    def __init__(self, output_dir: Path, resume_step: int) -> None:
-        """Opens it for appending after `resume_step`: a torn last line and the lines of later steps are dropped."""
+    def __init__(self, output_dir: Path, resume_step: int, say: Callable[[str], None] = print) -> None:
+        """Opens it for appending after `resume_step`: a torn last line and the lines of later steps are dropped, and
+        damaged lines, of which it tells by `say`."""
         self.path = output_dir / METRICS_NAME
-        lines = list(read_metrics(self.path))
-        self.last_step = lines[-1]["step"] if lines else 0
+        damaged: list[int] = []
+        lines = list(read_metrics(self.path, damaged))
+        if damaged:
+            say(f"{describe_damage(self.path, damaged)}; the curves go on without them")
+        self.last_step = max((line["step"] for line in lines), default=0)
         kept = [line for line in lines if line["step"] <= resume_step]
         beside = self.path.with_name(METRICS_NAME + ".tmp")
         with beside.open("w") as file:
@@ -131,16 +137,36 @@ class MetricsFile:
         self._file.close()
 
 
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, nothing if there is no file; stops at a torn line."""
+def read_metrics(path: Path, damaged: list[int] | None = None) -> Iterator[dict[str, Any]]:
+    """The lines of a `metrics.jsonl` (or another file of objects with a `step`), nothing if there is no file.
+
+    What is no such object is left out: a torn last line silently, as a process that was killed leaves one; the numbers
+    of other lines, from 1, are added to `damaged`.
+    """
     if not path.is_file():
         return
-    with path.open() as file:
-        for line in file:
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                return
+                line = json.loads(raw.decode())
+            except ValueError:  # of the decoding too
+                line = None
+            if has_step(line):
+                yield line
+            elif damaged is not None and raw.endswith(b"\n"):
+                damaged.append(number)
+
+
+def has_step(line: Any) -> bool:
+    """Whether a line is an object whose `step` is a number of optimizer steps."""
+    step = line.get("step") if isinstance(line, dict) else None
+    return isinstance(step, int) and not isinstance(step, bool) and 0 <= step < MAX_STEP
+
+
+def describe_damage(path: Path, damaged: Sequence[int]) -> str:
+    """`3 lines of output/7B/metrics.jsonl cannot be read: 6, 7, 9`."""
+    named = ", ".join(map(str, damaged[:MAX_NAMED_LINES])) + (", …" if len(damaged) > MAX_NAMED_LINES else "")
+    return f"{len(damaged)} line{'s' if len(damaged) > 1 else ''} of {path} cannot be read: {named}"
 
 
 class Progress:

@@ -10,7 +10,6 @@ module does not know. Here is what the page says; model/report_page.py lays it o
 import argparse
 import dataclasses
 import fcntl
-import math
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,16 +22,17 @@ import numpy as np
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from model.bad_data import BAD_ITEMS_NAME, BAD_STEPS_NAME  # noqa: E402
 from model.checkpoint import LOCK_NAME, STATE_NAME, TrainerState, find_newest, read_state  # noqa: E402
-from model.metrics import METRICS_NAME, read_metrics  # noqa: E402
+from model.metrics import METRICS_NAME, describe_damage, has_step, read_metrics  # noqa: E402
 from model.options import Options, build_parser  # noqa: E402
 from model.report_page import RunPage, build_page, option_text  # noqa: E402
 from model.samples_format import SAMPLES_DIR_NAME, SampleStep, read_samples  # noqa: E402
 from pre_tokenize.page import write_page  # noqa: E402
 
 REPORT_NAME = "report.html"
-BAD_NAMES = BAD_ITEMS_NAME, BAD_STEPS_NAME = "bad_items.jsonl", "bad_steps.jsonl"  # as finetune_solver.py names them
 MAX_NAMED_STEPS = 8  # in a warning
+LARGEST = 1e300  # numbers from here on, also whole ones that no float can hold, are as not finite
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps int64 [n], values float64 [n] with nan for null
 
@@ -113,12 +113,16 @@ def read_run(output_dir: Path) -> Run:
             f"{output_dir} is no output folder of a run: it has no {METRICS_NAME}, no epoch*/{STATE_NAME} and no "
             f"{LOCK_NAME}; give the --output_dir of a training run"
         )
-    try:
-        curves = collect_curves(read_metrics(metrics_path))
-        left_out, skipped = (list(filter(_has_step, read_metrics(output_dir / name))) for name in BAD_NAMES)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"a .jsonl file of {output_dir} is no text: {error}") from error
     checkpoint, notes = find_newest(output_dir)
+
+    def read(name: str) -> list[dict[str, Any]]:
+        damaged: list[int] = []
+        lines = list(read_metrics(output_dir / name, damaged))
+        if damaged:
+            notes.append(f"{describe_damage(Path(name), damaged)}.")
+        return lines
+
+    curves, left_out, skipped = collect_curves(read(METRICS_NAME)), read(BAD_ITEMS_NAME), read(BAD_STEPS_NAME)
     samples: list[SampleStep] = []
     try:
         samples = read_samples(output_dir)
@@ -138,23 +142,20 @@ def read_run(output_dir: Path) -> Run:
 
 
 def collect_curves(lines: Iterable[Any]) -> dict[str, Curve]:
-    """Every number of lines of metrics, by key, over their steps; `{"a": {"b": 1}}` becomes `a/b`, null becomes nan."""
+    """Every number of lines of metrics, by key, over their steps; `{"a": {"b": 1}}` becomes `a/b`, null becomes nan.
+
+    Steps that go back are put in order, as after a copy of two files into one.
+    """
     columns: dict[str, tuple[list[int], list[float]]] = {}
-    for line in lines:
-        if not _has_step(line):
-            continue
+    for line in sorted(filter(has_step, lines), key=lambda line: line["step"]):
         for key, value in line.items():
             parts = {f"{key}/{name}": part for name, part in value.items()} if isinstance(value, dict) else {key: value}
             for name, part in parts.items():
                 if part is None or (isinstance(part, int | float) and not isinstance(part, bool)):
                     steps, values = columns.setdefault(name, ([], []))
                     steps.append(line["step"])
-                    values.append(float(part) if part is not None and math.isfinite(part) else np.nan)
+                    values.append(float(part) if part is not None and -LARGEST < part < LARGEST else np.nan)
     return {key: (np.array(steps, np.int64), np.array(values)) for key, (steps, values) in columns.items()}
-
-
-def _has_step(line: Any) -> bool:
-    return isinstance(line, dict) and isinstance(line.get("step"), int)
 
 
 def describe(run: Run, is_running: bool = False) -> RunPage:
@@ -172,12 +173,16 @@ def describe(run: Run, is_running: bool = False) -> RunPage:
         curves={key: curve for key, curve in run.curves.items() if key != "step"},
         warnings=[*find_warnings(run), *run.notes],
         left_out=[f"step {line['step']}: {line.get('reason')}" for line in run.left_out],
-        skipped=[f"step {line['step']}: {', '.join(map(str, line.get('items', [])))}" for line in run.skipped],
+        skipped=[f"step {line['step']}: {_join(line.get('items'))}" for line in run.skipped],
         samples=run.samples,
         options=group_options(state.options) if state else {},
         facts=list_facts(run),
         command=command_to_go_on(state) if state else None,
     )
+
+
+def _join(items: Any) -> str:
+    return ", ".join(map(str, items)) if isinstance(items, list) else str(items)
 
 
 def find_status(run: Run, is_running: bool) -> str:
@@ -208,7 +213,7 @@ def find_warnings(run: Run) -> list[str]:
             f"above --skip_grad_norm{f' (step {named})' if named else ''}. {BAD_STEPS_NAME} lists the items."
         )
     num_left_out = int(np.nanmax(run.curves["bad_items"][1], initial=0)) if "bad_items" in run.curves else 0
-    num_left_out = max(num_left_out, len({line.get("place") for line in run.left_out}))
+    num_left_out = max(num_left_out, len({str(line.get("place")) for line in run.left_out}))
     if num_left_out:
         found.append(
             f"{num_left_out:,} item{'s' if num_left_out > 1 else ''} could not be read and "
@@ -284,6 +289,10 @@ def build_arguments() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_arguments().parse_args(argv)
     try:
+        if args.out is not None and args.out.is_dir():
+            raise ValueError(f"--out {args.out} is a folder; give the name of a file in it")
+        if args.out is not None and not args.out.parent.is_dir():
+            raise ValueError(f"--out {args.out}: the folder {args.out.parent} does not exist; make it first")
         out = write_report(args.output_dir, args.out, is_running=holds_lock(args.output_dir))
     except (ValueError, OSError) as error:
         print(f"report.py: {error}", file=sys.stderr)

@@ -27,6 +27,7 @@ MAX_LISTED = 50  # lines of bad_items.jsonl and bad_steps.jsonl, the newest
 MAX_SIDE = 320  # pixels of the longer side of an embedded picture
 PIXELATED_BELOW = 160  # sides up to here are shown enlarged, pixel by pixel
 NUM_TYPE_COLORS = 6
+MAX_EPOCHS = 100_000  # more are damage, and their ends not looked for
 STATUS_TEXTS = {"finished": "finished", "running": "running", "stopped": "stopped before its end", "empty": "not begun"}
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps int64 [n], values float64 [n] with nan for null
@@ -190,7 +191,9 @@ def _epoch_ends(epochs: Curve | None) -> list[int]:
     """The steps after which epochs ended."""
     if epochs is None:
         return []
-    steps, values = epochs
+    steps, values = (part[~np.isnan(epochs[1])] for part in epochs)
+    if not len(values) or values[-1] > MAX_EPOCHS:
+        return []
     return np.interp(np.arange(1, int(values[-1]) + 1), values, steps).round().astype(int).tolist()
 
 
@@ -198,7 +201,7 @@ def _head(page: RunPage) -> str:
     whole = page.num_steps or (page.last_step if page.status == "finished" else None)
     share = min(page.last_step / whole, 1) if whole else 0
     done = f"step <b>{page.last_step:,}</b>" + (f" of {whole:,}" if whole else "")
-    if page.epoch is not None:
+    if page.epoch is not None and np.isfinite(page.epoch):
         done += f" · epoch <b>{page.epoch:.2f}</b>" + (f" of {page.num_epochs}" if page.num_epochs else "")
     written = f"last line {_moment(page.written_at)}" if page.written_at else "no line of metrics yet"
     return (

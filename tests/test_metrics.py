@@ -83,6 +83,18 @@ def test_metrics_file_cuts_torn_line_and_later_steps(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_damaged_lines_cost_no_good_ones(tmp_path):
+    path, said = tmp_path / "metrics.jsonl", []
+    lines = [json.dumps({"step": step}).encode() + b"\n" for step in range(1, 8)]
+    path.write_bytes(b"".join([*lines[:3], b"\0\0\n", lines[3], b'{"step": 5, "lo\n', b"[1]\n", *lines[4:], b'{"st']))
+    file = MetricsFile(tmp_path, 6, said.append)
+    file.append({"step": 7, "loss": 1.0})
+    file.close()
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 4, 5, 6, 7] and file.last_step == 7
+    assert len(path.read_text().splitlines()) == 7
+    assert said == [f"3 lines of {path} cannot be read: 4, 6, 7; the curves go on without them"]
+
+
 def test_metrics_file_starts_empty_and_holds_only_json(tmp_path):
     file = MetricsFile(tmp_path, resume_step=0)
     file.append({"step": 1, "loss": float("nan"), "loss_by_type": {"a": float("inf")}})

@@ -290,6 +290,39 @@ def test_a_torn_line_and_a_damaged_folder_of_samples_leave_a_page(tmp_path):
     assert "step <b>3</b>" in text and "samples are not shown" in text and "samples.json cannot be read" in text
 
 
+@pytest.mark.parametrize("steps", [[1, 2, 9, 3, 4, 2, 10], list(range(1, 40)) + list(range(20, 60)), [5, 5, 5]])
+def test_steps_that_go_back_are_drawn_in_order(tmp_path, steps):
+    text = write_report(write_lines(tmp_path, [line_at(step) for step in steps])).read_text()
+    curves = json.loads(re.search(r'<script[^>]*type="application/json"[^>]*>(.*?)</script>', text, re.S)[1])["charts"]
+    assert f"step <b>{max(steps)}</b>" in text
+    for series in (series for chart in curves for series in chart["series"]):
+        assert series["x"] == sorted(series["x"])
+
+
+def test_damaged_lines_are_left_out_and_counted(tmp_path):
+    folder = write_lines(tmp_path, [line_at(step) for step in range(1, 6)])
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b'\0\0\0\n\xff\xfe\n{"step": true}\n{"step": -3}\n')
+        file.write(b'{"step": 6, "epoch": 1e99}\n{"step": 7, "epoch": null}\n')
+        huge = '{"step": 6, "loss": 1' + "0" * 400 + "}\n"
+        file.write(huge.encode() + (json.dumps(line_at(7)) + "\n").encode() + b'{"step": 8, "lo')
+    strange = [{"step": 2, "place": ["a", {}], "reason": {"b": 1}}, {"step": 3, "place": None}]
+    (folder / "bad_items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in strange) + "{\n")
+    (folder / "bad_steps.jsonl").write_text('{"step": 2, "items": 3}\n{"step": 3}\n')
+    text = write_report(folder).read_text()
+    assert "step <b>7</b>" in text
+    assert "4 lines of metrics.jsonl cannot be read: 6, 7, 8, 9." in text
+    assert "1 line of bad_items.jsonl cannot be read: 3." in text and "2 items could not be read" in text
+
+
+@pytest.mark.parametrize("out, reason", [("gone/page.html", "gone does not exist"), (".", "is a folder")])
+def test_a_page_with_no_place_is_refused(tmp_path, capsys, out, reason):
+    folder = write_lines(tmp_path / "run", [line_at(1)])
+    assert main([str(folder), "--out", str(tmp_path / out)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"report.py: --out {tmp_path / out}") and reason in error and ".partial" not in error
+
+
 def test_a_page_that_fails_is_one_line_to_say_and_no_error(tmp_path):
     folder = write_lines(tmp_path / "run", [line_at(1)])
     assert report_at_end(folder) == f"{folder / 'report.html'} shows this run"
