@@ -1,9 +1,9 @@
 """fp8 matrix products in the decoder's layers, through torchao: `--float8`.
 
-Where it stands: `Solver.build` converts the decoder on meta, before `parallelize` compiles and shards it. Weights stay
-what they were (bf16 from fp32 masters, the same names in checkpoints); in each product of a layer, forward and
-backward, both sides are rounded to fp8 with one scale for the tensor, found anew each time. The head is not converted:
-its loss is computed in chunks by model/loss.py, in bf16 and fp32.
+Where it stands: `build_sharded` (model/training.py) converts the decoder on meta, before `parallelize` compiles and
+shards it. Weights stay what they were (bf16 from fp32 masters, the same names in checkpoints); in each product of a
+layer, forward and backward, both sides are rounded to fp8 with one scale for the tensor, found anew each time. The head
+is not converted: its loss is computed in chunks by model/loss.py, in bf16 and fp32.
 """
 
 import importlib.util
@@ -24,10 +24,10 @@ class Float8Options:
 
     float8: bool = False
 
-    def problems(self, device: str, precision: str, is_partial: bool = False) -> list[str]:
+    def problems(self, device: str | None, precision: str, is_partial: bool = False) -> list[str]:
         """What is wrong with these options on a device (`auto`, `cuda` or `cpu`), one sentence each.
 
-        `is_partial`: some weights are frozen.
+        Without a device (None: a plan) its abilities are not asked for. `is_partial`: some weights are frozen.
         """
         if not self.float8:
             return []
@@ -38,6 +38,8 @@ class Float8Options:
             found.append("--float8 trains every weight: leave it out with --lora_rank or --train_only")
         if importlib.util.find_spec("torchao") is None:
             found.append(f"--float8 needs torchao: pip install --no-deps {TORCHAO_PIN}")
+        if device is None:
+            return found
         if device == "cpu" or not torch.cuda.is_available():
             found.append("--float8 needs a GPU with fp8, and this run has none: leave it out, or train on a GPU")
         elif torch.cuda.get_device_capability() < MIN_CAPABILITY:

@@ -43,6 +43,25 @@ class ModelOptions:
     mask_image_logits: bool = False
     model_parallel_size: int = 1
 
+    def problems(self) -> list[str]:
+        """What is wrong with these options, one sentence each; files are not looked at."""
+        found = []
+        if self.model_parallel_size != 1:
+            found.append(f"--model_parallel_size must be 1 (FSDP shards the model), got {self.model_parallel_size}")
+        if not 0 <= self.dropout < 1:
+            found.append(f"--dropout must lie between 0 and 1, got {self.dropout:g}")
+        if not 0 <= self.z_loss_weight < float("inf"):
+            found.append(f"--z_loss_weight must not be negative, got {self.z_loss_weight:g}")
+        return found
+
+    @property
+    def copies_start(self) -> bool:
+        """Whether a run makes its own copy (`starting_point`) of the weights that it starts from, if it has any.
+
+        Of the recipe's it always does.
+        """
+        return self.init_from is None or self.image_head_init not in (None, "keep")
+
 
 @dataclass(frozen=True)
 class DataOptions:

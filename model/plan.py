@@ -9,8 +9,9 @@ machine: tensors stand on the CPU, and where CUDA computes otherwise the plan do
 byte per element for dropout).
 
 Not in it: the CUDA context, buffers of NCCL and cuBLAS, and fragmentation, for all of which `needed_gib` leaves room;
-what `--compile` saves (layers are planned uncompiled); and, under `--cpu_offload`, the copies on the GPU of what a rank
-holds of one layer, while it is gathered.
+what `--compile` saves (layers are planned uncompiled); the answers of `--sample_interval`, for which all weights stay
+gathered where there is room (model/samples.py); and, under `--cpu_offload`, the copies on the GPU of what a rank holds
+of one layer, while it is gathered.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from data.data_config import load_data_config
 from data.dataset import TokenDataset
@@ -40,8 +40,10 @@ from model.chameleon import IMAGE_TOKEN_PREFIX, ChameleonXLLMXConfig, build_conf
 from model.convert import load_config
 from model.distributed import Launch, stop_at_start
 from model.flops import trained_flops_per_token
+from model.gpu_peaks import mean_document_len
 from model.optim import OptimOptions, build_optimizer
 from model.parallelize import allocate, build_mesh
+from model.plan_disk import StartFiles, checkpoint_bytes, size_start
 from model.step_guard import StepGuard
 from model.storage_tracker import (
     ACTIVATIONS,
@@ -51,9 +53,9 @@ from model.storage_tracker import (
     OPTIMIZER,
     PARAMETERS,
     StorageTracker,
-    storages_of,
 )
 from model.trainable import choose_trainable
+from model.trained_rows import ROWS_NAME
 from model.training import build_sharded, micro_step, optimizer_step
 
 if TYPE_CHECKING:
@@ -99,7 +101,7 @@ class MemoryPlan:
 
     `most` is the largest figure of each of `KINDS` at any moment, and those `on_host` are not on the GPU; `at_peak` has
     the figures at the moment of the largest sum, `peak`, which is reached in `peak_during`. `checkpoint` is what one
-    takes on disk, by part.
+    takes on disk, by part. Trained image rows are rows of matrices that `num_parameters` has in it.
     """
 
     num_parameters: int
@@ -115,12 +117,16 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class EpochSize:
-    """The first epoch of the data: optimizer steps, tokens of items, and the longest row that any epoch may have."""
+    """The first epoch of the data: optimizer steps, tokens of items, and the longest row that any epoch may have.
+
+    `mean_document_len` is that of `model/gpu_peaks.py`, as the run's own figures of speed have it.
+    """
 
     num_steps: int
     num_tokens: int
     max_row_len: int
     max_document_len: int
+    mean_document_len: float
 
 
 def print_plan(options: Options, launch: Launch) -> int:
@@ -131,15 +137,21 @@ def print_plan(options: Options, launch: Launch) -> int:
     """
     if not launch.is_main:
         return 0
+    from model.options import find_number_problems  # which imports this module
+
     world_size = options.planning.plan_world_size
     problems = [
         *options.planning.problems(),
+        *find_number_problems(options),
+        *options.model.problems(),
         *options.optim.problems(),
         *options.parallel.problems(world_size, min(RANKS_PER_NODE, world_size)),
         *options.trainable.problems(),
+        *options.float8.problems(None, options.parallel.precision, options.trainable.is_partial),
     ]
     try:
         config = find_config(options)
+        start = size_start(options, config)
         choose_trainable(build_model(config, device="meta"), options.trainable)
     except (ValueError, OSError, ImportError) as error:
         problems.append(str(error))
@@ -152,8 +164,11 @@ def print_plan(options: Options, launch: Launch) -> int:
         unknown = str(error)
     row_len = epoch.max_row_len if epoch else options.data.batch_size * options.data.max_seq_len
     document_len = epoch.max_document_len if epoch else options.data.max_seq_len
-    memory = plan_memory(config, options, world_size, row_len, document_len)
-    figures = summarize_plan(options, memory, epoch, row_len)
+    mean_len = epoch.mean_document_len if epoch else document_len
+    memory = plan_memory(config, options, world_size, row_len, document_len, mean_len)
+    if start.vqgan and not options.trainable.is_partial:
+        memory = dataclasses.replace(memory, checkpoint=memory.checkpoint | {"VQGAN": start.vqgan})
+    figures = summarize_plan(options, memory, epoch, row_len, start)
     print("\n".join(describe(figures, memory, unknown)))
     print(json.dumps(figures), flush=True)
     return 0
@@ -197,13 +212,22 @@ def size_epoch(options: Options, world_size: int) -> EpochSize:
     max_row_len = planned.max_row_len
     if not data.packing:
         max_row_len = min(int(round_row_len(data.batch_size * longest)), max_row_len)
-    return EpochSize(plan.num_steps, plan.num_tokens, max_row_len, longest)
+    mean_len = mean_document_len(dataset.table.lengths)
+    return EpochSize(plan.num_steps, plan.num_tokens, max_row_len, longest, mean_len)
 
 
 def plan_memory(
-    config: ChameleonXLLMXConfig, options: Options, world_size: int, row_len: int, document_len: int
+    config: ChameleonXLLMXConfig,
+    options: Options,
+    world_size: int,
+    row_len: int,
+    document_len: int,
+    mean_document_len: float | None = None,
 ) -> MemoryPlan:
-    """Counts the memory of an optimizer step over rows of `row_len` tokens, in documents of `document_len`."""
+    """Counts the memory of an optimizer step over rows of `row_len` tokens, in documents of `document_len`.
+
+    FLOPs are those of a token in a document of `mean_document_len`; None: of `document_len`.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     # Compiled layers hold no tensors that a plan could see, and keep less than these.
@@ -220,17 +244,17 @@ def plan_memory(
             optimizer = build_optimizer(model, options.optim)
             model.train()
             count_step(model, mesh, optimizer, tracker, options, cu_seqlens)
-            parameters = list(model.parameters())
+            named = list(model.named_parameters())
             return MemoryPlan(
-                num_parameters=sum(p.numel() for p in parameters),
-                num_trained=sum(p.numel() for p in parameters if p.requires_grad),
+                num_parameters=sum(p.numel() for name, p in named if not name.endswith(f".{ROWS_NAME}")),
+                num_trained=sum(p.numel() for _, p in named if p.requires_grad),
                 most=dict(tracker.most),
                 on_host=tracker.on_host,
                 at_peak=dict(tracker.at_peak),
                 peak=tracker.peak,
                 peak_during=tracker.peak_during,
-                checkpoint=_checkpoint_bytes(model, optimizer),
-                flops_per_token=trained_flops_per_token(model, document_len),
+                checkpoint=checkpoint_bytes(model, optimizer),
+                flops_per_token=trained_flops_per_token(model, mean_document_len or document_len),
             )
 
 
@@ -271,7 +295,9 @@ def needed_gib(peak_gib: float) -> float:
     return peak_gib * (1 + HEADROOM_SHARE) + FIXED_HEADROOM_GIB
 
 
-def summarize_plan(options: Options, memory: MemoryPlan, epoch: EpochSize | None, row_len: int) -> dict[str, Any]:
+def summarize_plan(
+    options: Options, memory: MemoryPlan, epoch: EpochSize | None, row_len: int, start: StartFiles
+) -> dict[str, Any]:
     """The figures of the plan by name, ready for JSON; what is not known is None."""
     planning, data = options.planning, options.data
     peak_gib = memory.peak / GIB
@@ -299,6 +325,7 @@ def summarize_plan(options: Options, memory: MemoryPlan, epoch: EpochSize | None
         "epochs": options.optim.epochs,
         "flops_per_token": memory.flops_per_token,
         "checkpoint_gib": round(sum(memory.checkpoint.values()) / GIB, 2),
+        "starting_point_gib": round(start.copy / GIB, 2),
     }
 
 
@@ -331,6 +358,10 @@ def describe(figures: Mapping[str, Any], memory: MemoryPlan, unknown: str | None
     flops = figures["flops_per_token"]
     parts = ", ".join(f"{name} {num_bytes / GIB:.2f}" for name, num_bytes in memory.checkpoint.items())
     lines += ["", f"a checkpoint takes {figures['checkpoint_gib']:.2f} GiB of disk ({parts})"]
+    if figures["starting_point_gib"]:
+        lines.append(
+            f"starting_point, the run's copy of its first weights, takes {figures['starting_point_gib']:.2f} GiB"
+        )
     lines.append(f"{flops / 1e9:.2f} GFLOPs per token, forward and backward (model/flops.py)")
     if unknown is not None:
         return [*lines, f"steps and tokens per epoch are not known: {unknown}"]
@@ -403,19 +434,3 @@ def _name_kinds(model: nn.Module, optimizer: torch.optim.Optimizer, tracker: Sto
 
     model.lm_head.register_forward_pre_hook(lambda *_: set_kind(LOSS))
     model.lm_head.register_forward_hook(lambda *_: set_kind(ACTIVATIONS))
-
-
-def _checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Bytes of a checkpoint's large parts (model/checkpoint.py): the trained weights once for Hugging Face, as they are
-    in memory, and once more, with the optimizer's states, to go on from."""
-    weights = sum(_full_bytes(parameter) for parameter in model.parameters() if parameter.requires_grad)
-    states = [value for state in optimizer.state.values() for value in state.values()]
-    moments = sum(_full_bytes(value) for value in states if isinstance(value, torch.Tensor))
-    return {"weights": weights, "training state": weights + moments}
-
-
-def _full_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of a plain or sharded tensor over all ranks."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    local_bytes = sum(storage.nbytes() for storage in storages_of(local))
-    return round(local_bytes * tensor.numel() / local.numel()) if local.numel() else 0

@@ -2,17 +2,19 @@
 
 import functools
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from exps.bench.train import build_parser, build_task, build_work, format_way, main, measure_baseline
-from exps.bench.train_measure import Task, covered, parse_training, sum_by_kind
+from exps.bench.train import format_way, main, measure_alone
+from exps.bench.train_measure import Task, covered, out_of_memory, parse_training, sum_by_kind
 from exps.bench.train_ways import Ours, Recipe, Work, bench_config, fill_rows, make_items, pad_items, spread_lengths
 from model import loss as loss_module
 from model.distributed import Launch, process_group
 from model.flops import flops_per_token
-from tests.tokenize_helpers import run_script
+from tests.tokenize_helpers import ROOT, environment, run_script
 
 NUM_STEPS = 50
 
@@ -151,21 +153,55 @@ def test_kinds_of_work_and_time_with_a_kernel_running():
     assert covered([(0, 2), (1, 3), (5, 6), (5, 5.5)]) == 4
 
 
-def test_a_baseline_that_does_not_fit_is_measured_with_recomputation_and_then_with_fewer_items(monkeypatch):
-    tried = []
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, which keeps to the limit of a process's memory")
+def test_a_baseline_that_does_not_fit_is_measured_with_recomputation_and_then_with_fewer_items():
+    """In processes that may have 600 MiB beside what their imports take: two items padded to 5,000 tokens need more."""
+    code = """
+import json, re, resource
+from exps.bench.train import build_parser, build_task, build_work, measure_baseline
+data = int(re.search(r"^VmData:\\s+(\\d+) kB$", open("/proc/self/status").read(), re.M)[1]) << 10
+resource.setrlimit(resource.RLIMIT_DATA, (data + (600 << 20),) * 2)
+args = build_parser().parse_args("--model_size=tiny --num_items=2 --row_len=5000 --item_len 20 5000".split())
+args.warmup = args.repeats = 1
+work = build_work(args)
+print(json.dumps(measure_baseline(build_task(args, [], "cpu", work, None), work)))
+"""
+    env = environment() | {"OMP_NUM_THREADS": "1"}  # stacks of threads count
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["fits"] and result["num_tokens"] == 20, done.stderr
+    assert result["reduced"] == "1 of 2 items, recomputed"
 
-    def measure(task: Task) -> dict:
-        tried.append((len(task.work["item_lens"]), "--checkpointing" in task.training))
-        return {"fits": len(task.work["item_lens"]) <= 1, "reason": "CUDA out of memory"}
 
-    monkeypatch.setattr("exps.bench.train.measure_alone", measure)
-    args = build_parser().parse_args(["--model_size=tiny", "--num_items=5", "--item_len", "20", "30"])
-    work = build_work(args)
-    result = measure_baseline(build_task(args, [], "cpu", work, None), work)
-    assert tried == [(5, False), (5, True), (2, True), (1, True)]
-    assert result["reduced"] == "1 of 5 items, recomputed"
+@pytest.mark.slow
+def test_a_measurement_that_fails_is_a_line_of_the_table():
+    broken = Task("no such way", ["--model_size=tiny"], "cpu", {"item_lens": [20], "row_len": 20})
+    result = measure_alone(broken)
+    assert result == {"fits": False, "failed": True, "reason": "ended with exit code 1"}
+    assert "| fp32 | baseline | failed: ended with exit code 1 |" in format_way("fp32", "baseline", result)
+
+
+def test_what_does_not_fit_is_told_from_what_failed():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert out_of_memory(raised.value) == "CPU out of memory"
+    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried")) == "CUDA out of memory"
+    assert out_of_memory(RuntimeError("shapes cannot be multiplied")) is None
     line = format_way("bf16", "baseline", {"fits": False, "reason": "CUDA out of memory", "reduced": ""})
     assert "does not fit: CUDA out of memory" in line and line.count("|") == 14
+
+
+def test_the_options_of_the_lora_script_train_here():
+    flags = ["--train_only", "image_head", "--lora_rank", "4", "--lora_alpha", "8", "--optim", "adamw_bf16_states"]
+    options, config = tiny_training(*flags, "--lr", "1e-2")
+    with process_group(Launch(), "cpu", timeout_s=60) as device:
+        ours = Ours(Work((40, 23), 63), options, config, device)
+        losses = [ours.step().item() for _ in range(5)]
+        trained = {name.rpartition(".")[2]: p.shape for name, p in ours.model.named_parameters() if p.requires_grad}
+    assert losses[-1] < losses[0]
+    assert trained["image_rows"] == (256, 64)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +211,7 @@ def test_a_baseline_that_does_not_fit_is_measured_with_recomputation_and_then_wi
         (["--item_len", "5000"], "--item_len must be one or two lengths of 2 to --row_len 4096"),
         (["--rows", "0"], "--rows must be at least 1, got 0"),
         (["--device", "cpu", "--float8"], "--float8 needs a GPU"),
+        (["--dropout", "2"], "--dropout must lie between 0 and 1, got 2"),
         (["--lora_rank", "-1"], "--lora_rank must not be negative, got -1"),
     ],
 )

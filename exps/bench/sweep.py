@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from exps.bench.common import device_name, versions
-from exps.bench.train import measure_alone, with_shares
+from exps.bench.train import measure_alone, why_not, with_shares
 from exps.bench.train_measure import MATRIX_RATE, Task, parse_training
 from exps.bench.train_ways import Work, fill_rows
 
@@ -81,14 +81,14 @@ def run_sweep(task: Task, work: Work, minutes: float, skip: int = 0) -> int:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as cache_dir:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache_dir)
-        matrix = measure(dataclasses.replace(task, way=MATRIX_RATE))
+        matrix = measure_alone(dataclasses.replace(task, way=MATRIX_RATE))
         for variant in variants:
             began = time.monotonic()
             if rows and began - started + longest + RESERVE_S > minutes * 60:
                 rows.append({"variant": str(variant), "fits": None, "reason": "not run: no time left"})
                 continue
             changed = apply(variant, task, work)
-            result = with_shares(measure(changed), matrix, parse_training(changed.training), task.device)
+            result = with_shares(measure_alone(changed), matrix, parse_training(changed.training), task.device)
             longest = max(longest, time.monotonic() - began)
             rows.append({"variant": str(variant), **result, "seconds": time.monotonic() - began})
             print(format_variant(rows[-1]), flush=True)
@@ -129,18 +129,10 @@ def apply(variant: Variant, task: Task, work: Work) -> Task:
     )
 
 
-def measure(task: Task) -> dict[str, Any]:
-    """A measurement in its own process; one that fails is a line of the table, and not the end of the sweep."""
-    try:
-        return measure_alone(task)
-    except RuntimeError as error:
-        return {"fits": False, "reason": str(error).rpartition("}")[2].strip()}
-
-
 def format_variant(row: dict[str, Any]) -> str:
     """One line of the table."""
     if not row["fits"]:
-        what = row["reason"] if row["fits"] is None else f"does not fit: {row['reason']}"
+        what = row["reason"] if row["fits"] is None else why_not(row)
         return f"| {row['variant']} | {what} |" + " |" * 8
     phases, mfu = row["phases_ms"], row["mfu"]
     total = sum(phases.values())

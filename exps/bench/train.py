@@ -93,7 +93,12 @@ def main(argv: list[str] | None = None) -> int:
         work = build_work(args)
         tasks = [build_task(args, training, device, work, precision) for precision in args.precision or [None]]
         for options in (parse_training(task.training) for task in tasks):
-            problems += options.optim.problems() + options.parallel.problems(1, 1) + options.trainable.problems()
+            problems += (
+                options.model.problems()
+                + options.optim.problems()
+                + options.parallel.problems(1, 1)
+                + options.trainable.problems()
+            )
             problems += options.float8.problems(device, options.parallel.precision, options.trainable.is_partial)
     if problems:
         print("; ".join(problems), file=sys.stderr)
@@ -116,7 +121,8 @@ def main(argv: list[str] | None = None) -> int:
     }
     print(format_table(summary, work))
     print(json.dumps(summary))
-    return 0 if all(row["ours"]["fits"] for row in rows) else 1
+    has_failed = any(row[way].get("failed") for row in rows for way in WAYS if row[way])
+    return 0 if all(row["ours"]["fits"] for row in rows) and not has_failed else 1
 
 
 def find_problems(args: argparse.Namespace) -> list[str]:
@@ -174,13 +180,19 @@ def compare(task: Task, work: Work, with_baseline: bool) -> dict[str, Any]:
 
 
 def measure_alone(task: Task) -> dict[str, Any]:
-    """What a process of its own measures; `fits` False if it has too little memory."""
+    """What a process of its own measures.
+
+    `fits` is False if it has too little memory, and where it ended with another error, which it has told itself; then
+    `failed` is True.
+    """
     # Near the limit of a GPU, blocks of fixed size leave gaps between them that no tensor fits.
     env = {ALLOCATOR: os.environ.get(ALLOCATOR, "expandable_segments:True")} if task.device == "cuda" else {}
     try:
         return run_alone("exps.bench.train_measure", asdict(task), env)
     except OutOfMemory as error:
         return {"fits": False, "reason": str(error).split(",")[-1].strip()}
+    except RuntimeError as error:
+        return {"fits": False, "failed": True, "reason": str(error).rpartition("}")[2].strip()}
 
 
 def measure_baseline(task: Task, work: Work) -> dict[str, Any]:
@@ -193,7 +205,7 @@ def measure_baseline(task: Task, work: Work) -> dict[str, Any]:
             [f"{num_items} of {len(work.item_lens)} items"] * (num_items < len(work.item_lens))
             + ["recomputed"] * bool(recompute)
         )
-        if result["fits"] or num_items == 1 and recompute:
+        if result["fits"] or result.get("failed") or num_items == 1 and recompute:
             return result
         num_items = num_items // 2 if recompute else num_items
         recompute = ["--checkpointing"]
@@ -235,11 +247,16 @@ def format_table(summary: dict[str, Any], work: Work) -> str:
     return "\n".join(lines).rstrip()
 
 
+def why_not(result: dict[str, Any]) -> str:
+    """What a table says of a measurement without figures."""
+    return f"{'failed' if result.get('failed') else 'does not fit'}: {result['reason']}"
+
+
 def format_way(precision: str, way: str, result: dict[str, Any]) -> str:
     """One line of the table."""
     name = f"{way} ({result['reduced']})" if result.get("reduced") else way
     if not result["fits"]:
-        return f"| {precision} | {name} | does not fit: {result['reason']} " + "| " * 10 + "|"
+        return f"| {precision} | {name} | {why_not(result)} " + "| " * 10 + "|"
     ms, mfu = result["ms_per_step"], result["mfu"]
     shares = " | ".join("-" if share is None else f"{share:.1%}" for share in mfu.values())
     peak = f"{result['peak_gib']:.2f}" + (f" ({result['reserved_gib']:.2f})" if "reserved_gib" in result else "")

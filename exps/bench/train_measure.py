@@ -62,10 +62,19 @@ def main(argv: list[str] | None = None) -> int:
     task = Task(**json.loads(parser.parse_args(argv).task))
     try:
         result = {"fits": True, **(measure_matrix_rate if task.way == MATRIX_RATE else measure)(task)}
-    except torch.OutOfMemoryError as error:
-        result = {"fits": False, "reason": str(error).split(".")[0]}
+    except RuntimeError as error:
+        result = {"fits": False, "reason": out_of_memory(error)}
+        if result["reason"] is None:
+            raise
     print(json.dumps(result))
     end_process(0)  # after an error the group of processes has not been left
+
+
+def out_of_memory(error: RuntimeError) -> str | None:
+    """What to say of an error if it is one of too little memory; None if it is another."""
+    if "DefaultCPUAllocator: can't allocate memory" in str(error):  # an ordinary RuntimeError
+        return "CPU out of memory"
+    return str(error).split(".")[0] if isinstance(error, torch.OutOfMemoryError) else None
 
 
 def parse_training(arguments: Sequence[str]) -> Options:

@@ -36,6 +36,7 @@ from model.parallelize import (
     clip_grad_norm,
     parallelize,
 )
+from model.plan import IMAGE_TOKENS, VOCAB_SIZE
 from model.step_guard import StepGuard
 from model.trainable import init_adapters
 from model.training import build_sharded, micro_step, optimizer_step
@@ -97,11 +98,12 @@ def make_items(lengths: Sequence[int], vocab_size: int, seed: int) -> list[Token
 
 
 def bench_config(options: Options) -> ChameleonXLLMXConfig:
-    """The decoder's shape: that of `--model_size`."""
+    """The decoder's shape: that of `--model_size`; an eighth of the tokens, as in Chameleon, are image tokens."""
     changes = {name: getattr(options.model, name) for name in ("dropout", "z_loss_weight", "mask_image_logits")}
-    if options.model.model_size == "tiny":
-        changes["vocab_size"] = TINY_VOCAB_SIZE
-    return build_config(options.model.model_size, **changes)
+    is_tiny = options.model.model_size == "tiny"
+    changes["vocab_size"] = TINY_VOCAB_SIZE if is_tiny else VOCAB_SIZE
+    image_tokens = itertools.islice(IMAGE_TOKENS.items(), changes["vocab_size"] // 8)
+    return build_config(options.model.model_size, dict(image_tokens), **changes)
 
 
 def ignore(_phase: str) -> None:
