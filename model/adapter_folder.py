@@ -35,7 +35,9 @@ TRAINED_NAME = "trained.safetensors"
 ADAPTER_NAME, ADAPTER_CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"  # peft's
 _PEFT_PREFIX = "base_model.model."
 _PEFT_ROWS = "token_adapter.trainable_tokens_delta"
-_SAMPLE_BYTES = 1 << 16
+_SAMPLE_BYTES, _NUM_SAMPLES = 1 << 12, 3  # of every tensor
+# Of the head and the embedding: evenly spread, so that rows of image tokens (1/8 of a Chameleon's) are among them.
+_NUM_ROW_SAMPLES = 256
 
 
 @dataclass(frozen=True)
@@ -79,36 +81,62 @@ class BaseWeights:
             ValueError: they are others.
         """
         nearby = folder / self.relative if self.relative else None
-        is_moved = not Path(self.source).is_dir() and nearby is not None and nearby.is_dir()
+        has_nearby = nearby is not None and nearby.is_dir()
+        found, is_gone = None, ""
         try:
-            found = resolve_checkpoint(nearby if is_moved else self.source)
+            if Path(self.source).is_dir() or not has_nearby:  # nothing is fetched that lies beside
+                found = resolve_checkpoint(self.source)
         except FileNotFoundError as error:
+            is_gone = str(error)
+        if found is not None and fingerprint_weights(found) == self.fingerprint:
+            return found
+        if has_nearby and fingerprint_weights(nearby) == self.fingerprint:
+            return nearby.resolve()
+        if is_gone:
             raise FileNotFoundError(
-                f"{folder} holds only what was trained; the rest comes from {self.source}, which is gone ({error}). "
+                f"{folder} holds only what was trained; the rest comes from {self.source}, which is gone ({is_gone}). "
                 f"Put it back, or write where it is now as `source` into {folder / NOTE_NAME}."
-            ) from None
-        if fingerprint_weights(found) != self.fingerprint:
-            raise ValueError(
-                f"{folder} holds only what was trained; the rest comes from {found}, whose weights are not those any "
-                f"more that it was trained with. Put those back, or write where they are as `source` into "
-                f"{folder / NOTE_NAME}."
             )
-        return found.resolve() if is_moved else found
+        raise ValueError(
+            f"{folder} holds only what was trained; the rest comes from {found or nearby.resolve()}, whose weights are "
+            f"not those any more that it was trained with. Put those back, or write where they are as `source` into "
+            f"{folder / NOTE_NAME}."
+        )
 
 
 def fingerprint_weights(folder: Path) -> str:
-    """Of the weight files of a folder: sha256 over their names, sizes, heads, and samples from within."""
+    """
+    Of the weight files of a folder: sha256 over their names, sizes, headers, and samples of every tensor.
+
+    A few MB are read of a model of 7B. Raises ValueError for a file that is no safetensors.
+    """
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            for part in range(9):
-                file.seek(max(0, size - _SAMPLE_BYTES) * part // 8)
-                digest.update(file.read(_SAMPLE_BYTES))
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        open_file(path)  # refuses what is damaged
+        with path.open("rb", buffering=0) as file:  # nothing is read ahead
+            header = file.read(int.from_bytes(file.read(8), "little"))
+            digest.update(header)
+            for name, place in json.loads(header).items():
+                if name == "__metadata__":
+                    continue
+                start, end = (8 + len(header) + offset for offset in place["data_offsets"])
+                is_vocabulary = name.endswith((f"{HEAD}.weight", f"{EMBEDDING.rpartition('.')[2]}.weight"))
+                for part in _sample(start, end, _NUM_ROW_SAMPLES if is_vocabulary else _NUM_SAMPLES):
+                    file.seek(part.start)
+                    digest.update(file.read(len(part)))
     if (folder / NOTE_NAME).is_file():
         digest.update(BaseWeights.read(folder).fingerprint.encode())
     return digest.hexdigest()
+
+
+def _sample(start: int, end: int, count: int) -> list[range]:
+    """`count` pieces of `_SAMPLE_BYTES`, evenly spread from the first byte to the last; all of it, if it is smaller."""
+    room = end - start - _SAMPLE_BYTES
+    if room <= (count - 1) * _SAMPLE_BYTES:
+        return [range(start, end)]
+    places = [start + room * part // (count - 1) for part in range(count)]
+    return [range(place, place + _SAMPLE_BYTES) for place in places]
 
 
 def open_weights(folder: str | os.PathLike) -> WeightReader:

@@ -6,6 +6,7 @@ frozen: model/adapter_folder.py), and what a run needs to go on:
     training_state/      trained weights (fp32 masters) and both Adam moments, sharded, by torch.distributed.checkpoint
     trainer_state.json   position, units per step, ranks, options, versions, and the size of every other file;
                          written last, so that a folder without it, or whose files differ from it, is not whole
+                         (base_weights.json alone may be edited: where the frozen weights are now)
 
 It is written under another name (model/async_checkpoint.py), put on disk, and renamed. Random numbers need no file:
 every step draws from (seed, position, rank). This module also owns the rest of `output_dir` that belongs to no other:
@@ -33,6 +34,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from data.whole_file import sync_path
+from model.adapter_folder import NOTE_NAME
+from model.small_states import ADAMW_8BIT
+from model.trainable import LORA_TARGETS
 
 STATE_NAME = "trainer_state.json"
 SHARDS_NAME = "training_state"
@@ -67,8 +71,14 @@ class CheckpointOptions:
         """What is wrong with these options and with what is on disk, one sentence each."""
         if self.output_dir.exists() and not self.output_dir.is_dir():
             return [f"--output_dir must be a folder, but {self.output_dir} is a file"]
-        newest, _ = find_newest(self.output_dir)
+        newest, skipped = find_newest(self.output_dir)
         found = []
+        if newest is None and skipped:  # a save that was killed has another name: these were whole once
+            found.append(
+                f"--output_dir {self.output_dir} holds checkpoints, and none is whole, so that a run would begin anew "
+                f"over them: {'; '.join(skipped)}. Restore one; or remove them or move them away; or begin another run "
+                "with --no_auto_resume and another --output_dir"
+            )
         if self.resume_path is not None:
             try:
                 state = read_state(self.resume_path)
@@ -168,25 +178,29 @@ def publish(saving: Path, final: Path) -> None:
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Fills a sharded model and its optimizer from a checkpoint of any number of ranks; every rank calls it.
 
-    The optimizer's settings (weight decay and the rest) stay those of this run. Frozen weights are not in it. Raises
-    ValueError if moments in 8 bits cannot be divided among so many ranks.
+    The optimizer's settings (weight decay and the rest) stay those of this run: only its moments are read, in fp32 or
+    bf16 whatever they were. Frozen weights are not in it. Raises ValueError, on all ranks, if moments in 8 bits cannot
+    be divided among so many.
     """
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     model_state, optimizer_state = get_state_dict(model, optimizer, options=TRAINED_STATE)
-    state = {"model": model_state, "optimizer": optimizer_state}
+    state = {"model": model_state, "optimizer": {"state": optimizer_state["state"]}}
     try:
         dcp.load(state, checkpoint_id=folder / SHARDS_NAME)
     except CheckpointException as error:
-        saved_by, (cause, _) = read_state(folder).world_size, next(iter(error.failures.values()))
-        if saved_by == dist.get_world_size():
+        saved, (cause, _) = read_state(folder), next(iter(error.failures.values()))
+        saved_by = saved.world_size
+        if saved_by == dist.get_world_size() or saved.options.get("optim") != ADAMW_8BIT:
             raise
         raise ValueError(
             f"{folder} was saved by {saved_by} ranks and cannot be divided among {dist.get_world_size()} ({cause}): "
             f"moments in 8 bits are kept in blocks, which must stay whole. Go on with {saved_by} ranks, or begin "
             "another run with --init_from the checkpoint"
         ) from None
-    loaded = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-    set_state_dict(model, optimizer, **loaded, options=TRAINED_STATE)
+    loaded = optimizer_state | state["optimizer"]
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=loaded, options=TRAINED_STATE
+    )  # fmt: skip
     for group, kept in zip(optimizer.param_groups, settings, strict=True):
         group.update(kept)
 
@@ -206,7 +220,7 @@ def read_state(folder: Path) -> TrainerState:
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{folder} is not whole: {name} is missing")
-        if path.stat().st_size != size:
+        if path.stat().st_size != size and name != NOTE_NAME:
             raise ValueError(f"{folder} is not whole: {name} has {path.stat().st_size} bytes instead of {size}")
     return state
 
@@ -251,16 +265,23 @@ def find_changes(options: CheckpointOptions, now: Mapping[str, Any], data_finger
 
 
 def find_fixed_changes(options: CheckpointOptions, now: Mapping[str, Any]) -> list[str]:
-    """Of the options that say what is trained, those that are not as in the checkpoint that a run would go on from."""
+    """What is not as in the checkpoint that a run would go on from, and must be: what is trained, kinds of moments."""
     start, _ = find_start(options)
     if start is None:
         return []
     saved = read_state(start).options
-    return [
+    changes = [
         f"--{name} was {saved.get(name, default)} and is {now[name]}"
         for name, default in FIXED_OPTIONS.items()
-        if saved.get(name, default) != now[name] and not (name == "lora_alpha" and not now["lora_rank"])
+        if _meaning(name, saved.get(name, default)) != _meaning(name, now[name])
+        and not (name == "lora_alpha" and not now["lora_rank"])
     ]
+    optims = saved.get("optim", now["optim"]), now["optim"]
+    if optims[0] != optims[1] and ADAMW_8BIT in optims:
+        changes.append(
+            f"--optim was {optims[0]} and is {optims[1]} (moments in 8 bits fit no other optimizer, nor others them)"
+        )
+    return changes
 
 
 def remove_old(output_dir: Path, keep: int) -> None:
@@ -306,9 +327,16 @@ def collect_versions() -> dict[str, str | None]:
     return {"torch": torch.__version__, "transformers": transformers.__version__, "commit": commit}
 
 
+def _meaning(option: str, value: Any) -> Any:
+    """What an option of names says, whatever their order; None for `lora_targets` means all."""
+    if option == "lora_targets" and value is None:
+        return set(LORA_TARGETS)
+    return set(value) if isinstance(value, list) else value
+
+
 def _whole_checkpoints(output_dir: Path) -> tuple[dict[Path, TrainerState], list[str]]:
     states, skipped = {}, []
-    for folder in sorted(output_dir.glob("epoch*")):
+    for folder in filter(Path.is_dir, sorted(output_dir.glob("epoch*"))):
         try:
             states[folder] = read_state(folder)
         except ValueError as error:

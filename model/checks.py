@@ -13,13 +13,12 @@ from data.dataset import TokenDataset
 from data.item_processor import hash_tokenizer, load_text_tokenizer
 from data.manifest import MANIFEST_NAME, load_manifest
 from data.vocab import ChameleonVocab
-from model.adapter_folder import NOTE_NAME, BaseWeights
 from model.chameleon import ChameleonXLLMXConfig, build_config, build_model
 from model.checkpoint import find_changes, find_fixed_changes, find_start, read_state
 from model.convert import check_weights
 from model.distributed import Launch
 from model.options import Options, find_number_problems, resolve_model
-from model.trainable import choose_trainable
+from model.trainable import IMAGE_HEAD, choose_trainable
 
 INDEX_DIR = "data_index"  # of --cache_ann_on_disk, in --output_dir
 
@@ -50,11 +49,12 @@ def prepare(options: Options, launch: Launch) -> tuple[TokenDataset, TokenDatase
     problems += _find_model_problems(options, [*sources, *val_sources], datasets)
     if dataset is not None and options.data.context_dropout and not dataset.has_images:
         problems.append("--context_dropout: no record says that an item ends in a generated image (image_len)")
+    problems += _find_mask_problems(options, dataset, val_dataset)
     fixed = [] if problems or eval_only else find_fixed_changes(options.checkpoint, options.resolved)
     if fixed:
         problems.append(
-            f"the run to go on with trains something else: {'; '.join(fixed)}. Give what it was started with, or begin "
-            "another run with --init_from the checkpoint and another --output_dir"
+            f"the checkpoint to go on from does not fit: {'; '.join(fixed)}. Give what it was started with, "
+            "or begin another run with --init_from the checkpoint and another --output_dir"
         )
     if not problems and not options.checkpoint.resume_anyway and not eval_only:
         changes = find_changes(options.checkpoint, options.resolved, dataset.fingerprint)
@@ -111,11 +111,13 @@ def _find_model_problems(
         found.append(f"--dropout must lie between 0 and 1, got {options.dropout:g}")
     if not 0 <= options.z_loss_weight < float("inf"):
         found.append(f"--z_loss_weight must not be negative, got {options.z_loss_weight:g}")
-    tokenizer = resolve_model(options)[1]
+    start = _find_whole_start(all_options)
+    # A run that goes on needs nothing of where it once began, which may be gone.
+    weights, tokenizer = (start, start) if start else (options.init_from, resolve_model(options)[1])
     if tokenizer is None:
         return [*found, f"--model_size {options.model_size} starts afresh: its vocabulary needs --tokenizer DIR"]
     try:
-        config = check_weights(options.init_from) if options.init_from else None
+        config = check_weights(weights) if weights else None
         num_rows = config.vocab_size if config else None
         loaded = load_text_tokenizer(tokenizer)
         found += _find_foreign_records(sources, loaded, tokenizer)
@@ -129,8 +131,32 @@ def _find_model_problems(
     except (ValueError, OSError) as error:
         return [*found, str(error)]
     if num_rows is not None and vocab_size > num_rows:
-        found.append(f"the tokenizer {tokenizer} has {vocab_size} ids, but --init_from {options.init_from} {num_rows}")
+        found.append(f"the tokenizer {tokenizer} has {vocab_size} ids, but the weights in {weights} {num_rows}")
     return found
+
+
+def _find_whole_start(options: Options) -> str | None:
+    """The checkpoint that the run goes on from, if there is one that is whole (others are refused elsewhere)."""
+    start, _ = find_start(options.start_options)
+    try:
+        return None if start is None or read_state(start) is None else str(start)
+    except ValueError:
+        return None
+
+
+def _find_mask_problems(options: Options, *datasets: TokenDataset | None) -> list[str]:
+    """Why `--mask_image_logits` cannot be, one sentence: under it the loss of an image token would be infinite."""
+    if not options.model.mask_image_logits:
+        return []
+    way = "train without --mask_image_logits (--unmask_image_logits, the default)"
+    if options.trainable.trains_image_rows:
+        return [f"--mask_image_logits with --train_only {IMAGE_HEAD}: its rows would learn nothing; {way}"]
+    if any(dataset is not None and dataset.has_images for dataset in datasets):
+        return [
+            "--mask_image_logits: the records have items that end in an image to be predicted (image_len), which it "
+            f"forbids; {way}, or give records of text answers alone"
+        ]
+    return []
 
 
 def _find_trainable_problems(options: Options, config: ChameleonXLLMXConfig) -> list[str]:
@@ -151,12 +177,6 @@ def _find_trainable_problems(options: Options, config: ChameleonXLLMXConfig) -> 
             f"--image_head_init {init} makes the rows of lm_head of image tokens anew, and they are frozen: no image "
             "could be learned. Add --train_only image_head, or start from a model that writes images (--init_from)"
         )
-    start, _ = find_start(options.checkpoint)
-    if start is not None and (start / NOTE_NAME).is_file():
-        try:
-            BaseWeights.read(start).find(start)
-        except (ValueError, OSError) as error:
-            found.append(str(error))
     return found
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from model.small_states import TORCHAO_PIN, AdamWBf16States, build_adamw_8bit
+from model.small_states import ADAMW_8BIT, TORCHAO_PIN, AdamWBf16States, build_adamw_8bit
 
-OPTIMIZERS = ("adamw", "adamw_bf16_states", "adamw_8bit")
+OPTIMIZERS = ("adamw", "adamw_bf16_states", ADAMW_8BIT)
 BETAS = (0.9, 0.95)  # the recipe's
 
 
@@ -46,8 +46,8 @@ class OptimOptions:
             found.append(f"--warmup_epochs must lie between 0 and --epochs ({self.epochs}), got {self.warmup_epochs:g}")
         if not 0 <= self.wd < math.inf:
             found.append(f"--wd must not be negative, got {self.wd:g}")
-        if self.optim == "adamw_8bit" and importlib.util.find_spec("torchao") is None:
-            found.append(f"--optim adamw_8bit needs torchao: pip install {TORCHAO_PIN}, or use adamw_bf16_states")
+        if self.optim == ADAMW_8BIT and importlib.util.find_spec("torchao") is None:
+            found.append(f"--optim {ADAMW_8BIT} needs torchao: pip install {TORCHAO_PIN}, or use adamw_bf16_states")
         return found
 
 
@@ -74,7 +74,7 @@ def build_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Opti
     decayed, kept = split_by_decay(trained, options.decay_all)
     groups = [{"params": decayed, "weight_decay": options.wd}, {"params": kept, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    if options.optim == "adamw_8bit":
+    if options.optim == ADAMW_8BIT:
         return build_adamw_8bit(groups, options.lr, BETAS)
     if options.optim == "adamw_bf16_states":
         return AdamWBf16States(groups, lr=options.lr, betas=BETAS)

@@ -13,6 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+ADAMW_8BIT = "adamw_8bit"  # as --optim names it
 TORCHAO_PIN = "torchao==0.18.0"
 # Values updated at once: the fp32 copies that a step makes are a few times 64 MiB, whatever the size of a parameter.
 _CHUNK = 2**24
@@ -87,7 +88,7 @@ def build_adamw_8bit(groups: list[dict[str, Any]], lr: float, betas: tuple[float
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:
-        raise ImportError(f"--optim adamw_8bit needs torchao: pip install {TORCHAO_PIN}") from error
+        raise ImportError(f"--optim {ADAMW_8BIT} needs torchao: pip install {TORCHAO_PIN}") from error
 
     class SkippingAdamW8bit(AdamW8bit):
         found_inf: torch.Tensor | None = None

@@ -10,7 +10,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from model.adapter_folder import AdapterWriter, BaseWeights, open_weights
+from model.adapter_folder import (
+    _NUM_ROW_SAMPLES,
+    AdapterWriter,
+    BaseWeights,
+    _sample,
+    fingerprint_weights,
+    open_weights,
+)
 from model.chameleon import build_model, init_weights
 from model.convert import check_weights, clean_name, convert_checkpoint, export_hf, load_pretrained, main, write_config
 from model.trainable import TrainableOptions
@@ -128,6 +135,46 @@ def test_a_base_that_is_gone_or_changed_is_named(base, tmp_path):
     (folder / "base_weights.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
         load_pretrained(folder)
+
+
+def test_the_fingerprint_sees_any_tensor_of_a_large_file(tmp_path):
+    """13 MB, of which 1.1 MB are looked at: rows of 4,096 to 8,191 of the head, or a slice of one layer, are others."""
+    torch.manual_seed(0)
+    tensors = {f"model.layers.{n}.mlp.up_proj.weight": torch.randn(512, 512) for n in range(4)}
+    tensors |= {"model.norm.weight": torch.ones(8), "lm_head.weight": torch.randn(32768, 64)}
+
+    def fingerprint() -> str:
+        save_file(tensors, tmp_path / "model.safetensors")
+        return fingerprint_weights(tmp_path)
+
+    seen = [fingerprint(), fingerprint()]
+    assert seen[0] == seen[1]
+    tensors["lm_head.weight"][4096:8192] = 0
+    seen.append(fingerprint())
+    tensors["model.layers.2.mlp.up_proj.weight"] *= 1.01
+    seen.append(fingerprint())
+    tensors["model.norm.weight"][3] = 2
+    seen.append(fingerprint())
+    assert len(set(seen)) == 4
+    sampled = sum(len(part) for part in _sample(0, 32768 * 64 * 4, _NUM_ROW_SAMPLES))
+    assert sampled == 1 << 20 and sampled < (tmp_path / "model.safetensors").stat().st_size / 10
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 20)
+    with pytest.raises(ValueError, match="is damaged"):
+        fingerprint_weights(tmp_path)
+
+
+def test_a_base_that_was_moved_is_found_beside_though_others_took_its_place(base, tmp_path):
+    (tmp_path / "run").mkdir()
+    base.rename(tmp_path / "run" / "base")
+    trained = write_trained(LORA, tmp_path / "run" / "base", tmp_path / "run" / "epoch0")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved" / "base", tmp_path / "run" / "base")
+    with (tmp_path / "run" / "base" / "model.safetensors").open("r+b") as file:
+        file.seek(-8, 2)
+        file.write(b"another.")
+    torch.testing.assert_close(
+        logits(load_pretrained(tmp_path / "moved" / "epoch0")), logits(trained), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_a_run_may_be_moved_with_its_starting_point(base, tmp_path):

@@ -4,6 +4,7 @@ Three runs hold every option of memory and of what is trained; each is killed, a
 """
 
 import json
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ from model.chameleon import build_config, build_model, init_weights
 from model.convert import export_hf, main
 from model.vqgan import VQGAN, save_vqgan
 from tests.decoder_helpers import small_config
-from tests.small_run import call_main, command, environment, losses, solver_args, train, write_small_task
+from tests.small_run import call_main, command, environment, losses, run_solver, solver_args, train, write_small_task
 from tests.test_chaos import kill_tree, last_step
 
 NUM_STEPS, SAVED_AT = 20, 10
@@ -156,7 +157,51 @@ def test_a_run_from_a_starting_point_goes_on_where_it_was_moved(task, tmp_path):
     assert not (head == 0).all(1).any()
 
     code, message = call_main(run_args(task, moved, "lora", max_steps=6, resume_anyway=True, **changes))
-    assert code == 2 and "trains something else: --lora_rank was 0 and is 64" in message
+    assert code == 2 and "does not fit: --lora_rank was 0 and is 64" in message
     (moved / "starting_point").rename(tmp_path / "gone")
     code, message = call_main(run_args(task, moved, "image_head", max_steps=6, **changes))
     assert code == 2 and "the rest comes from" in message and "which is gone" in message
+
+
+def test_a_run_goes_on_once_its_note_says_where_its_base_was_moved(task, tmp_path):
+    """As the message tells; the same command, whose --init_from names the old place."""
+    out, base, elsewhere = tmp_path / "out", tmp_path / "base", tmp_path / "elsewhere"
+    shutil.copytree(task / "start", base)
+    args = run_args(task, out, "image_head", init_from=base, max_steps=2)
+    assert call_main(args) == (0, "")
+    base.rename(elsewhere)
+    args = run_args(task, out, "image_head", init_from=base, max_steps=4)
+    code, message = call_main(args)
+    note = out / "epoch0-iter2" / "base_weights.json"
+    assert code == 2 and message.count("\n") == 2 and f"write where it is now as `source` into {note}" in message
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"source": str(elsewhere)}))
+    assert call_main(args) == (0, "")
+    assert sorted(losses(out)) == [1, 2, 3, 4]
+    assert json.loads((out / "epoch0-iter4" / "base_weights.json").read_text())["source"] == str(elsewhere)
+
+
+@pytest.fixture(scope="module")
+def eight_bits(task, tmp_path_factory):
+    """Folder and flags of a run of one rank with moments in 8 bits, of matrices whose halves are no whole blocks."""
+    out = tmp_path_factory.mktemp("eight_bits") / "out"
+    changes = {"name": "lora", "train_only": None, "lora_rank": 66, "optim": "adamw_8bit"}
+    assert call_main(run_args(task, out, **changes, max_steps=1)) == (0, "")
+    return out, changes
+
+
+def test_moments_in_8_bits_stay_with_their_optimizer(eight_bits, task):
+    out, changes = eight_bits
+    code, message = call_main(run_args(task, out, **changes | {"optim": "adamw"}, max_steps=2, resume_anyway=True))
+    assert code == 2 and "--optim was adamw_8bit and is adamw" in message and "--resume_anyway" not in message
+    assert list(losses(out)) == [1]
+
+
+@pytest.mark.slow
+def test_moments_in_8_bits_that_cannot_be_divided_are_told_by_one_rank(eight_bits, task):
+    out, changes = eight_bits
+    done = run_solver(2, run_args(task, out, **changes, max_steps=2))
+    said = [line for line in done.stderr.splitlines() if line.startswith("finetune_solver.py: ")]
+    assert len(said) == 1 and "was saved by 1 ranks and cannot be divided among 2" in said[0], done.stderr
+    assert "moments in 8 bits" in said[0] and "exitcode  : 2" in done.stderr
+    assert 'finetune_solver.py", line' not in done.stderr, "a traceback of a rank"
+    assert list(losses(out)) == [1]

@@ -20,15 +20,16 @@ from model.checkpoint import (
     read_state,
     remove_old,
 )
+from model.trainable import LORA_TARGETS
 
 ROOT = Path(__file__).parents[1]
 
 
-def make_checkpoint(folder: Path, global_step: int) -> Path:
+def make_checkpoint(folder: Path, global_step: int, **options: object) -> Path:
     """A folder as a save leaves it, with one small file in place of the shards."""
     folder.mkdir(parents=True)
     (folder / "shards").write_bytes(b"12345")
-    state = TrainerState(Position(0, global_step, global_step), units_per_step=2, world_size=1, options={})
+    state = TrainerState(Position(0, global_step, global_step), units_per_step=2, world_size=1, options=options)
     checkpoint.seal(folder, state)
     return folder
 
@@ -107,7 +108,7 @@ def test_find_start(tmp_path):
 
 
 def test_what_is_trained_must_stay(tmp_path):
-    now = {"lora_rank": 0, "lora_alpha": 16.0, "lora_targets": None, "train_only": None}
+    now = {"lora_rank": 0, "lora_alpha": 16.0, "lora_targets": None, "train_only": None, "optim": "adamw"}
     options = CheckpointOptions(tmp_path / "out")
     assert not checkpoint.find_fixed_changes(options, now | {"lora_rank": 8})
     make_checkpoint(tmp_path / "out" / "epoch0", 5)  # of before these options were there
@@ -115,6 +116,48 @@ def test_what_is_trained_must_stay(tmp_path):
     assert not checkpoint.find_fixed_changes(options, now | {"lora_alpha": 3.0})  # without adapters it means nothing
     changes = checkpoint.find_fixed_changes(options, now | {"lora_rank": 8, "train_only": ["image_head"]})
     assert changes == ["--lora_rank was 0 and is 8", "--train_only was None and is ['image_head']"]
+
+
+def test_what_is_trained_is_told_by_meaning(tmp_path):
+    """Names in another order, or all of them by name, are the same; moments in 8 bits are of their own kind."""
+    now = {"lora_rank": 8, "lora_alpha": 16.0, "lora_targets": None, "train_only": ["*norm*", "lm_head.weight"]}
+    make_checkpoint(tmp_path / "a" / "epoch0", 5, **now, optim="adamw")
+    same = {"lora_targets": ["v_proj", *(name for name in LORA_TARGETS if name != "v_proj")], "optim": "adamw"}
+    options = CheckpointOptions(tmp_path / "a")
+    assert not checkpoint.find_fixed_changes(options, now | same | {"train_only": ["lm_head.weight", "*norm*"]})
+    assert not checkpoint.find_fixed_changes(options, now | {"optim": "adamw_bf16_states"})  # a change of another kind
+    changes = checkpoint.find_fixed_changes(options, now | {"lora_targets": ["v_proj"], "optim": "adamw_8bit"})
+    assert changes[0] == "--lora_targets was None and is ['v_proj']"
+    assert changes[1].startswith("--optim was adamw and is adamw_8bit") and len(changes) == 2
+
+
+def test_damaged_checkpoints_alone_are_not_begun_over(tmp_path):
+    (make_checkpoint(tmp_path / "epoch0", 5) / "shards").write_bytes(b"123")
+    for options in (CheckpointOptions(tmp_path), CheckpointOptions(tmp_path, auto_resume=False)):
+        (problem,) = options.problems()
+        assert "none is whole" in problem and "shards has 3 bytes instead of 5" in problem and "Restore" in problem
+    elsewhere = make_checkpoint(tmp_path / "other" / "epoch0", 3)
+    assert "none is whole" in CheckpointOptions(tmp_path, resume_path=elsewhere).problems()[0]
+    make_checkpoint(tmp_path / "epoch0-iter1", 1)
+    assert not CheckpointOptions(tmp_path).problems()
+
+
+def test_a_kill_in_the_first_save_keeps_nothing_from_starting(tmp_path):
+    (make_checkpoint(tmp_path / ".saving-epoch0-iter1", 1) / "trainer_state.json").unlink()
+    (tmp_path / "epochs.txt").touch()
+    assert not CheckpointOptions(tmp_path).problems()
+
+
+def test_the_note_of_frozen_weights_may_be_edited(tmp_path):
+    folder = tmp_path / "epoch0"
+    folder.mkdir()
+    (folder / "base_weights.json").write_text("{}")
+    checkpoint.seal(folder, TrainerState(Position(0, 1, 1), units_per_step=2, world_size=1, options={}))
+    (folder / "base_weights.json").write_text('{"source": "elsewhere"}')
+    assert read_state(folder).position.global_step == 1
+    (folder / "base_weights.json").unlink()
+    with pytest.raises(ValueError, match=r"base_weights.json is missing"):
+        read_state(folder)
 
 
 def test_problems(tmp_path):

@@ -241,6 +241,26 @@ def test_resume_skips_a_damaged_checkpoint_and_says_so(task, tmp_path, capsys):
     assert read_state(out / "epoch0-iter8").position.global_step == 8, "the damaged one was replaced"
 
 
+def test_no_whole_checkpoint_is_begun_over(task, tmp_path):
+    out = tmp_path / "out"
+    train_here(task, out, max_steps=2, ckpt_max_keep=1)
+    (out / "epoch0-iter2" / "model.safetensors").write_bytes(b"")
+    before = sorted(path.name for path in out.iterdir())
+    for changes in ({}, {"resume_anyway": True}, {"no_auto_resume": True}):
+        code, message = call_main(solver_args(task, out, max_steps=3, **changes))
+        assert code == 2 and "epoch0-iter2 is not whole: model.safetensors has 0 bytes" in message
+    assert sorted(path.name for path in out.iterdir()) == before
+    (out / "epoch0-iter2").rename(tmp_path / "moved")  # as the message says
+    assert call_main(solver_args(task, out, max_steps=3)) == (0, "")
+
+
+def test_a_run_goes_on_without_the_folder_it_began_with(task, tmp_path):
+    shutil.copytree(task / "init", tmp_path / "init")
+    train_here(task, tmp_path / "out", init_from=tmp_path / "init", max_steps=1)
+    shutil.rmtree(tmp_path / "init")
+    assert sorted(train_here(task, tmp_path / "out", init_from=tmp_path / "init", max_steps=2)) == [1, 2]
+
+
 def test_resume_path_from_elsewhere_and_changed_options(task, tmp_path, capsys):
     whole = train_here(task, tmp_path / "out", max_steps=6, save_iteration_interval=4)
     start = tmp_path / "out" / "epoch0-iter4"
@@ -255,6 +275,33 @@ def test_resume_path_from_elsewhere_and_changed_options(task, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "a step keeps its 1 rows, not accum_iter x ranks = 3" in said
     assert "careful: --seed was 0 and is 1" in said
+
+
+@pytest.mark.parametrize(("before", "after"), [("adamw_bf16_states", "adamw"), ("adamw", "adamw_bf16_states")])
+def test_moments_go_over_to_an_optimizer_of_another_precision(task, tmp_path, before, after):
+    out = tmp_path / "out"
+    expected = train_here(task, tmp_path / "whole", optim=before, max_steps=6)
+    train_here(task, out, optim=before, max_steps=3)
+    code, message = call_main(solver_args(task, out, optim=after, max_steps=6))
+    assert code == 2 and f"--optim was {before} and is {after}" in message and "--resume_anyway" in message
+    found = train_here(task, out, optim=after, max_steps=6, resume_anyway=True)
+    assert found == pytest.approx(expected, rel=1e-4)  # without moments 0.8 % off
+
+
+def test_masked_image_logits_are_refused_where_images_are_to_be_learned(task, two_types, tmp_path):
+    for folder in (tmp_path / "out", tmp_path / "eval"):
+        more = {} if folder.name == "out" else {"eval_only": True, "val_data_config": task / "data.yaml"}
+        code, message = call_main(solver_args(task, folder, mask_image_logits=True, **more))
+        assert code == 2 and message.count("--mask_image_logits: the records have items that end in an image") == 1
+    text = tmp_path / "text.yaml"
+    text.write_text(f"META:\n  - path: {two_types / 'text.json'}\n")
+    changes = {"data_config": text, "mask_image_logits": True}
+    code, message = call_main(solver_args(task, tmp_path / "out", **changes, train_only="image_head"))
+    assert code == 2 and "its rows would learn nothing" in message
+    code, message = call_main(solver_args(task, tmp_path / "out", **changes, val_data_config=task / "data.yaml"))
+    assert code == 2 and "end in an image" in message
+    assert not (tmp_path / "out").exists()
+    train_here(task, tmp_path / "out", **changes, max_steps=1)
 
 
 def test_new_global_batch_goes_on_where_the_epoch_was(task, tmp_path, capsys):
