@@ -159,12 +159,14 @@ def evaluating(model: nn.Module, options: ParallelOptions, keep_gathered: bool) 
     model.eval()
     for part in parts:
         part.set_reshard_after_forward(not keep_gathered, recurse=False)
-    with torch.compiler.set_stance("force_eager"):
-        yield
-    for part in parts:
-        part.set_reshard_after_forward(options.data_parallel != "sdp", recurse=False)
-    model.train(was_training)
-    reshard(model)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(options.data_parallel != "sdp", recurse=False)
+        model.train(was_training)
+        reshard(model)
 
 
 def begin_micro_step(model: nn.Module, options: ParallelOptions, is_last: bool) -> None:

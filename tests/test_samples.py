@@ -1,22 +1,29 @@
 """Samples of a training: what is asked, that answers are those of the checkpoint, and that training notices nothing."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from small_run import call_main, losses, solver_args, train
+from small_run import call_main, environment, losses, solver_args, train
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from data.item_processor import load_text_tokenizer
 from inference_solver import FlexARInferenceSolver
-from model.distributed import Launch, process_group
+from model import samples
+from model.distributed import Launch, detect_launch, process_group
 from model.generation import SamplingOptions, generate_batch
 from model.parallelize import ParallelOptions, build_mesh, evaluating, parallelize
+from model.requests import RequestCodec
 from model.root_forward import RootForward
 from model.sample_prompts import SamplePrompt, load_prompts
+from model.samples import SampleOptions, Sampler
 from model.samples_format import drop_samples_after, read_samples, write_samples
 from model.vqgan import VQGAN, save_vqgan
-from tests.decoder_helpers import small_config
+from tests.decoder_helpers import small_config, write_small_tokenizer
 from tests.test_generation import GREEDY, IMAGE_START, VOCAB, make_model, make_prompts
 
 PROMPTS = [
@@ -70,6 +77,9 @@ def test_compiled_layers_of_a_sharded_model_are_run_as_they_are_written(keep_gat
             found = generate_batch(model, make_prompts(), VOCAB, GREEDY, 30, root_forward=root_forward)
         assert found == expected and counter.frame_count == 0 and model.training
         assert not any(module._get_fsdp_state()._fsdp_param_group.is_unsharded for module in model.model.layers)
+        with pytest.raises(ValueError, match="leaves no room"), evaluating(model, options, keep_gathered):
+            generate_batch(model, [[VOCAB.bos_id] * 512], VOCAB, GREEDY, 30, root_forward=root_forward)
+        assert model.training, "an error leaves it as it was, too"
         row = torch.tensor([make_prompts()[1]])
         model(row, labels=row).loss.backward()
         assert counter.frame_count == 1
@@ -113,6 +123,47 @@ def test_samples_of_two_ranks_are_those_of_the_checkpoint(small_task, folder, tm
         for sample, (text, images) in zip(sampled.samples, answers, strict=True):
             assert sample.text == text.replace("<|image|>", "").strip()
             assert [Image.open(path).tobytes() for path in sample.image_paths] == [image.tobytes() for image in images]
+
+
+def sample_with_other_logits(folder: Path) -> None:
+    """Run on two ranks: the samples of a sharded model, whose logits rank 1 sees with the other sign."""
+    launch = detect_launch()
+    parallel = ParallelOptions(precision="fp32", compile=False)
+    options = SampleOptions(1, folder / "asked.txt", 1.0, 0.0, 12, vqgan_dir=folder / "none", target_size=64)
+    found = []
+
+    def keep(*arguments, **more):
+        found.extend(generate_batch(*arguments, **more))
+        return found
+
+    with process_group(launch, "cpu", timeout_s=20) as device:
+        model = parallelize(make_model(), build_mesh(parallel, "cpu", 2), parallel)
+        if not launch.is_main:
+            model.lm_head.register_forward_hook(lambda module, args, logits: -logits)
+        tokenizer = load_text_tokenizer(folder)
+        sampler = Sampler(options, parallel, model.config, tokenizer, device, folder, 0, launch.is_main)
+        samples.generate_batch = keep  # what each rank went on with, and not rank 0 alone
+        sampler.run(model, 1, print)
+        answers = [(generation.tokens, generation.finished) for generation in found]
+        (folder / f"rank{launch.rank}.json").write_text(json.dumps(answers))
+
+
+@pytest.mark.slow
+def test_ranks_that_would_draw_differently_go_on_with_the_same_tokens(tmp_path):
+    """As where GPUs round differently: ranks of other tokens would wait for one another forever."""
+    write_small_tokenizer(tmp_path)
+    (tmp_path / "asked.txt").write_text("a cat\nred\nthe car on\n")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launcher, __file__, str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    of_main, of_other = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert of_main == of_other and len(of_main) == 3
+    codec = RequestCodec(load_text_tokenizer(tmp_path), None, torch.device("cpu"))
+    contexts = [codec.encode_request([[text, None]]) for text in ("a cat", "red", "the car on")]
+    alone = generate_batch(make_model(), contexts, codec.vocab, GREEDY, 12)
+    assert of_main == [[generation.tokens, generation.finished] for generation in alone]
 
 
 def losses_without(small_task, out, flags) -> dict[int, float]:
@@ -209,3 +260,7 @@ def test_later_samples_are_dropped(tmp_path):
     assert [step.step for step in read_samples(tmp_path)] == [2, 4]
     assert (tmp_path / "samples" / "notes.txt").exists()
     drop_samples_after(tmp_path / "absent", 4)
+
+
+if __name__ == "__main__":
+    sample_with_other_logits(Path(sys.argv[1]))
