@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pre_tokenize.page import escape
+from data.html_page import escape
 
 MAX_POINTS = 1000  # of a drawn curve, gaps not counted
 SMOOTHING_SHARE = 30  # the smoothed curve is a mean over one part of so many of the lines

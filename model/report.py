@@ -22,13 +22,13 @@ import numpy as np
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.html_page import write_page  # noqa: E402
 from model.bad_data import BAD_ITEMS_NAME, BAD_STEPS_NAME  # noqa: E402
 from model.checkpoint import LOCK_NAME, STATE_NAME, TrainerState, find_newest, read_state  # noqa: E402
 from model.metrics import METRICS_NAME, describe_damage, has_step, read_metrics  # noqa: E402
 from model.options import Options, build_parser  # noqa: E402
 from model.report_page import RunPage, build_page, option_text  # noqa: E402
 from model.samples_format import SAMPLES_DIR_NAME, SampleStep, read_samples  # noqa: E402
-from pre_tokenize.page import write_page  # noqa: E402
 
 REPORT_NAME = "report.html"
 MAX_NAMED_STEPS = 8  # in a warning

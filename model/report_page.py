@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from data.html_page import data_uri, escape
 from model.charts import Chart, Series, chart_html, hover_data
 from model.report_assets import PAGE, SCRIPT, STYLE
 from model.samples_format import Sample, SampleStep
-from pre_tokenize.page import data_uri, escape
 
 MAX_SAMPLE_STEPS = 8  # columns; more are thinned evenly, the first and the last stay
 MAX_PROMPTS = 24

@@ -21,6 +21,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from data.html_page import write_page  # noqa: E402
 from data.item_processor import hash_tokenizer, load_text_tokenizer  # noqa: E402
 from data.manifest import MANIFEST_NAME, load_manifest  # noqa: E402
 from data.record import RecordEntry, read_record  # noqa: E402
@@ -28,7 +29,7 @@ from data.token_file import TokenItem, load_token_file  # noqa: E402
 from data.vocab import CODE_PIXELS, IGNORE_INDEX, ChameleonVocab  # noqa: E402
 from model.vqgan import VQGAN, hash_vqgan, load_vqgan, pixels_to_image  # noqa: E402
 from pre_tokenize.options import DEFAULT_TOKENIZER, DEFAULT_VQGAN_DIR  # noqa: E402
-from pre_tokenize.page import Part, RecordStats, ShownItem, build_page, write_page  # noqa: E402
+from pre_tokenize.page import Part, RecordStats, ShownItem, build_page  # noqa: E402
 
 PLAIN_LINE_SECONDS = 10
 

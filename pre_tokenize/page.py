@@ -3,10 +3,6 @@
 Every string that comes from a record or a user's text goes through `escape`.
 """
 
-import base64
-import html
-import io
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from data.html_page import data_uri, escape
 from data.vocab import CODE_PIXELS
-from data.whole_file import open_whole
 
 PERCENTILES = (0, 5, 50, 95, 100)
 NUM_LENGTH_BINS = 48  # at most
@@ -23,11 +19,7 @@ MAX_CURVE_POINTS = 256
 MAX_SIZES = 6  # sizes of images shown by name
 MAX_TICKS, MAX_USAGE_TICKS = 8, 16  # labels below a chart, which are wider below lengths
 MIN_COLUMNS = 7  # fewer bars than this leave room to their right
-PNG_MAX_PIXELS = 256 * 256  # larger pictures are embedded as JPEG, or a page of 768-pixel ones would weigh tens of MB
 SHOWN_SIDES = (160, 384)  # least and most pixels of the longer side of a picture on the page
-# Characters that would vanish or reorder the text around them are shown by a picture of themselves.
-VISIBLE_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
-VISIBLE_CONTROLS |= {code: f"[U+{code:04X}]" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
 CHART_WIDTH, CHART_HEIGHT, CHART_TOP, CHART_LEFT = 600, 170, 22, 8  # of the area of the bars, in units of the SVG
 
@@ -66,11 +58,6 @@ class RecordStats:
     size_counts: Counter[tuple[int, int]]  # (width, height) in pixels -> pictures
 
 
-def escape(text: object) -> str:
-    """Text that is safe between tags and within quotes of attributes, with nothing invisible in it."""
-    return html.escape(str(text).translate(VISIBLE_CONTROLS), quote=True)
-
-
 def build_page(record_path: str, stats: RecordStats, items: Sequence[ShownItem], notes: Sequence[str] = ()) -> str:
     """The whole page. `notes`: remarks shown at its top."""
     name = escape(record_path)
@@ -86,12 +73,6 @@ def build_page(record_path: str, stats: RecordStats, items: Sequence[ShownItem],
         num_items=f"{len(stats.lengths):,}",
         items=shown,
     )
-
-
-def write_page(page: str, path: str | os.PathLike) -> None:
-    """Write the page; it appears whole or not at all."""
-    with open_whole(path) as file:
-        file.write(page.encode(errors="xmlcharrefreplace"))  # names of files may hold bytes that are no text
 
 
 def length_bins(lengths: np.ndarray, most: int = NUM_LENGTH_BINS) -> tuple[np.ndarray, np.ndarray]:
@@ -117,14 +98,6 @@ def perplexity(code_counts: np.ndarray) -> float:
     """exp of the entropy of the usage: the number of codes that, evenly used, would be as varied. 0 if none is used."""
     shares = code_counts[code_counts > 0] / max(code_counts.sum(), 1)
     return float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0
-
-
-def data_uri(image: Image.Image) -> str:
-    """A picture as a `data:` address: exact where it is small."""
-    buffer = io.BytesIO()
-    kind = "png" if image.width * image.height <= PNG_MAX_PIXELS else "jpeg"
-    image.save(buffer, kind, **({"optimize": True} if kind == "png" else {"quality": 92}))
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _tiles(stats: RecordStats) -> str:

@@ -158,7 +158,9 @@ def test_the_recipe_s_calls(solver):
 def test_every_precision_draws(folders, precision):
     solver = FlexARInferenceSolver(str(folders / "checkpoint"), precision, 64, vqgan_dir=folders / "vqgan")
     assert solver.model.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}[precision]
+    FlexARInferenceSolver(str(folders / "checkpoint"), "fp32" if precision == "tf32" else "tf32", 64)  # changes nothing
     assert solver.generate([], [["a cat", None]], 20, 1.0, size=(32, 32))[1][0].size == (32, 32)
+    assert torch.backends.cuda.matmul.allow_tf32 == (precision == "tf32")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")

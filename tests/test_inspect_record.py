@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data.html_page import data_uri, escape, write_page
 from data.item_processor import build_text_encode
 from data.record import RecordEntry, read_raw_record, write_merged
 from data.token_file import save_token_file, write_shard
@@ -21,7 +22,7 @@ from data.vocab import IGNORE_INDEX, ChameleonVocab
 from model.vqgan import VQGAN, load_vqgan, pixels_to_image
 from pre_tokenize import page as page_module
 from pre_tokenize.inspect_record import count_items, main, split_parts, survey_record
-from pre_tokenize.page import data_uri, escape, length_bins, perplexity, usage_bins, write_page
+from pre_tokenize.page import length_bins, perplexity, usage_bins
 from tests.tokenize_helpers import NUM_CODES, run_script, write_tiny_tokenizer, write_tiny_vqgan
 
 CHROMIUM = next(
