@@ -169,7 +169,7 @@ def print_plan(options: Options, launch: Launch) -> int:
     if start.vqgan and not options.trainable.is_partial:
         memory = dataclasses.replace(memory, checkpoint=memory.checkpoint | {"VQGAN": start.vqgan})
     figures = summarize_plan(options, memory, epoch, row_len, start)
-    print("\n".join(describe(figures, memory, unknown)))
+    print("\n".join(describe(figures, memory, start, unknown)))
     print(json.dumps(figures), flush=True)
     return 0
 
@@ -329,7 +329,7 @@ def summarize_plan(
     }
 
 
-def describe(figures: Mapping[str, Any], memory: MemoryPlan, unknown: str | None) -> list[str]:
+def describe(figures: Mapping[str, Any], memory: MemoryPlan, start: StartFiles, unknown: str | None) -> list[str]:
     """The plan in lines for people; `unknown` says why the data are not known, if they are not."""
     ranks = f"{figures['world_size']} rank{'s' if figures['world_size'] > 1 else ''}"
     trained = memory.num_trained / memory.num_parameters
@@ -358,7 +358,7 @@ def describe(figures: Mapping[str, Any], memory: MemoryPlan, unknown: str | None
     flops = figures["flops_per_token"]
     parts = ", ".join(f"{name} {num_bytes / GIB:.2f}" for name, num_bytes in memory.checkpoint.items())
     lines += ["", f"a checkpoint takes {figures['checkpoint_gib']:.2f} GiB of disk ({parts})"]
-    if figures["starting_point_gib"]:
+    if start.copy:
         lines.append(
             f"starting_point, the run's copy of its first weights, takes {figures['starting_point_gib']:.2f} GiB"
         )

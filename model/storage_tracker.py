@@ -40,7 +40,7 @@ class StorageTracker(TorchDispatchMode):
     kind, `at_peak` the figures at the moment of the largest sum, and `peak_during` what `during` was then. Kinds
     `on_host` are not in the sum, wherever their tensors are.
 
-    Kernels allocate workspaces inside, which operators without values do not show; the only large one is added by hand
+    Kernels allocate workspaces inside, which operators without values do not show; the large ones are added by hand
     (`_workspace`).
     """
 
@@ -137,8 +137,12 @@ def _workspace(func: Any, args: tuple[Any, ...]) -> int:
     """Bytes that a kernel needs while it runs, beside what it returns.
 
     The flash kernel's backward sums the gradient of the queries in fp32, and keeps one fp32 number per head and token,
-    in both cases for up to 128 more tokens per document.
+    in both cases for up to 128 more tokens per document. `logsumexp`, of all logits of the loss at once, makes as much
+    again, and the largest of each row.
     """
+    if func.name() == "aten::logsumexp":
+        logits = args[0]
+        return logits.nbytes + logits.nbytes // logits.shape[-1]
     if func.name() != "torch_attn::_varlen_attn_backward":
         return 0
     query, cu_seqlens = args[1], args[6]

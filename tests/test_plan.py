@@ -1,27 +1,37 @@
 """The plan of a run: equal to sums by hand and to a run with values, and what it says of the shipped scripts."""
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, record_function
 
 from data.data_config import load_data_config
 from data.dataset import TokenDataset
 from data.packing import PlanOptions, plan_epoch
 from exps import plan_table
+from model.adapter_folder import NOTE_NAME, BaseWeights
 from model.chameleon import build_config, build_model, init_weights
-from model.convert import load_config
+from model.convert import convert_checkpoint, load_config, prepare_starting_point
 from model.distributed import Launch, process_group
+from model.flops import flops_per_token
 from model.optim import build_optimizer
 from model.options import Options, build_parser
 from model.parallelize import allocate, build_mesh
 from model.plan import CARDS_GIB, GIB, count_step, needed_gib, plan_memory
+from model.plan_disk import StartFiles, size_start
+from model.step_guard import StepGuard
 from model.storage_tracker import ACTIVATIONS, GRADIENTS, LOSS, OPTIMIZER, PARAMETERS, StorageTracker
-from model.training import build_sharded
+from model.trainable import init_adapters
+from model.training import build_sharded, micro_step, optimizer_step
 from tests.small_run import ROOT, SOLVER, call_main, environment, solver_args
 
 ROW_LEN = 128
@@ -105,6 +115,66 @@ def test_peak_is_within_5_percent_of_what_a_gpu_measures(changes):
     assert figures["peak_gib"] == pytest.approx(measured / GIB, rel=0.05)
 
 
+def storage_bytes(tensors) -> int:
+    """Bytes of the distinct storages under the tensors, sharded or not."""
+    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in local)}
+    return sum(storages.values())
+
+
+def measure_step(options: Options, config, device: torch.device) -> dict[str, int]:
+    """Bytes that the second step of a run on one rank takes, by no tracker of ours.
+
+    Parameters, gradients and moments are summed up where they lie; the peak is that of all that torch's allocator said
+    to its profiler, from before there was a model.
+    """
+    mesh = build_mesh(options.parallel, device.type, 1)
+    guard = StepGuard(options.guard, device)
+    found = {}
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model = build_sharded(config, mesh, options)
+        allocate(model, device, options.parallel)
+        init_weights(model.train())
+        init_adapters(model, 0)
+        optimizer = build_optimizer(model, options.optim)
+        parameters = list(model.parameters())
+        for _ in range(2):
+            row = {name: torch.zeros(1, ROW_LEN, dtype=torch.int64) for name in ("input_ids", "labels", "position_ids")}
+            row |= {"cu_seqlens": torch.arange(0, ROW_LEN + 1, 64).int(), "num_valid_tokens": ROW_LEN - ROW_LEN // 64}
+            with record_function("a step"):
+                micro_step(model, row, device, options.parallel, is_last=True, max_seqlen=64, divisor=ROW_LEN)
+                found[GRADIENTS] = storage_bytes(p.grad for p in parameters if p.grad is not None)
+                optimizer_step(model, mesh, optimizer, guard, options.optim.clip_grad, 1, [])
+        moments = [value for state in optimizer.state.values() for value in state.values()]
+        found[OPTIMIZER] = storage_bytes(value for value in moments if isinstance(value, torch.Tensor))
+        found[PARAMETERS] = storage_bytes(parameters)
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    *_, began = (event.start_ns() for event in events if event.name() == "a step")
+    taken, found["peak"] = 0, 0
+    for event in events:
+        taken += event.nbytes() if event.name() == "[memory]" else 0
+        found["peak"] = max(found["peak"], taken if event.start_ns() >= began else 0)
+    return found
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"checkpointing": True}, {"lora_rank": 4, "train_only": "image_head", "optim": "adamw_bf16_states"}],
+    ids=["all_weights", "checkpointing", "lora_bf16_states"],
+)
+def test_a_run_takes_what_its_plan_says(small_task, changes):
+    """Against sums over its own tensors, and against what torch's allocator gave out."""
+    options = parse(small_task, max_seq_len=64, **changes)
+    config = load_config(small_task / "init")
+    planned = plan_memory(config, options, 1, ROW_LEN, 64)
+    with process_group(Launch(), "cpu", 60) as device:
+        taken = measure_step(options, config, device)
+    assert planned.most[PARAMETERS] == taken[PARAMETERS]
+    assert planned.most[GRADIENTS] == taken[GRADIENTS]
+    assert planned.at_peak[OPTIMIZER] == pytest.approx(taken[OPTIMIZER], rel=0.01)
+    assert planned.peak == pytest.approx(taken["peak"], rel=0.01)
+
+
 def test_attention_keeps_nothing_of_rows_by_rows(small_task):
     """With the kernel of CUDA the activations of a row grow as the row, also if it is one document."""
     short, long = (plan(small_task, row_len=n, document_len=n, precision="bf16") for n in (1024, 2048))
@@ -129,6 +199,7 @@ def test_memory_falls_as_the_options_promise(small_task):
     assert lora.checkpoint["weights"] == 4 * lora.num_trained
     assert 2 / 3 < lora.flops_per_token / full.flops_per_token < 1
     rows = plan(small_task, precision="bf16", row_len=1024, train_only="image_head")
+    assert rows.num_parameters == full.num_parameters, "trained rows are rows of what is there"
     assert rows.num_trained == 2 * 64 * 32 and rows.most[GRADIENTS] == 4 * rows.num_trained
     bf16_states = plan(small_task, optim="adamw_bf16_states")
     assert bf16_states.at_peak[OPTIMIZER] == pytest.approx(full.at_peak[OPTIMIZER] / 2, rel=0.01)
@@ -161,6 +232,11 @@ def test_steps_and_tokens_are_those_of_the_data(small_task, tmp_path, capsys):
     assert figures["world_size"] == 2 and figures["model_size"].endswith("init")
     assert figures["fits"] is True and figures["fits_cards_gb"] == [24, 48, 80, 141]
     assert not (tmp_path / "out").exists() and not torch.distributed.is_initialized()
+    # as `mfu` of the run has them: of the document in which a token stands, on average
+    model, lengths = build_model(load_config(small_task / "init")), dataset.table.lengths.astype(float)
+    mean_len = (lengths**2).sum() / lengths.sum()
+    assert figures["flops_per_token"] == pytest.approx(flops_per_token(model.config, mean_len), rel=1e-12)
+    assert mean_len < lengths.max()
 
 
 def test_plans_without_data_and_says_so(small_task, tmp_path, capsys):
@@ -184,6 +260,57 @@ def test_wrong_options_are_told_at_once(small_task, tmp_path):
     assert code == 2
     for name in ("--plan_world_size", "--plan_gpu_gib", "--lr", str(tmp_path / "none")):
         assert name in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"batch_size": 0}, "--batch_size must be at least 1, got 0"),
+        ({"accum_iter": 0}, "--accum_iter must be at least 1, got 0"),
+        ({"max_seq_len": -5}, "--max_seq_len must be at least 1, got -5"),
+        ({"dropout": 2}, "--dropout must lie between 0 and 1, got 2"),
+        ({"z_loss_weight": -1}, "--z_loss_weight must not be negative, got -1"),
+        ({"float8": True, "precision": "fp32"}, "--float8 goes with --precision bf16"),
+        ({"float8": True, "precision": "bf16", "lora_rank": 2}, "--float8 trains every weight"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_training_refuses_is_not_planned(small_task, tmp_path, flags, message):
+    code, said = call_main(solver_args(small_task, tmp_path / "out", plan=True, data_config=None, **flags))
+    assert code == 2 and message in said and "needs a GPU" not in said
+
+
+def test_adapters_without_their_base_are_not_planned(small_task, tmp_path):
+    shutil.copytree(small_task / "init", tmp_path / "base")
+    shutil.copytree(small_task / "init", tmp_path / "adapters", ignore=shutil.ignore_patterns("*.safetensors"))
+    note = dataclasses.asdict(BaseWeights.of(tmp_path / "base", tmp_path))
+    (tmp_path / "adapters" / NOTE_NAME).write_text(json.dumps(note))
+    args = solver_args(small_task, tmp_path / "out", plan=True, data_config=None, init_from=tmp_path / "adapters")
+    assert call_main(args)[0] == 0
+    shutil.rmtree(tmp_path / "base")
+    code, said = call_main(args)
+    assert code == 2 and f"the rest comes from {tmp_path / 'base'}, which is gone" in said
+
+
+def test_disk_of_the_start_and_of_what_it_carries(small_task, tmp_path, capsys):
+    folder = convert_checkpoint(small_task / "init", tmp_path / "start", vqgan_dir=ROOT / "exps/tiny/vqgan")
+    config = load_config(folder)
+    made = prepare_starting_point(folder, tmp_path / "starting_point")
+    on_disk = sum(path.stat().st_size for path in made.glob("*.safetensors"))
+    anew = size_start(parse(small_task, init_from=folder, image_head_init="zero"), config)
+    assert 0 < on_disk - anew.copy < 2**16, "names and shapes of tensors"
+    vqgan = sum(tensor.nbytes for name, tensor in load_file(made / "model.safetensors").items() if "vqmodel" in name)
+    assert anew.vqgan == vqgan > 0
+    assert size_start(parse(small_task, init_from=folder), config) == StartFiles(0, vqgan)
+    assert size_start(parse(small_task, init_from=None, model_size="tiny"), config) == StartFiles()
+    recipe = size_start(parse(small_task, init_from=None, model_size="7B"), build_config("7B", vocab_size=65536))
+    assert 13 < recipe.copy / GIB < 13.3 and 0.1 < recipe.vqgan / GIB < 0.12
+    args = solver_args(small_task, tmp_path / "out", plan=True, data_config=None, init_from=folder)
+    for flags, is_carried in (([], True), (["--image_head_init=zero", "--train_only=image_head"], False)):
+        assert call_main([*args, *flags])[0] == 0
+        said = capsys.readouterr().out
+        assert ("VQGAN 0.00" in said) == is_carried
+        assert ("starting_point, the run's copy of its first weights, takes" in said) != is_carried
 
 
 @pytest.mark.slow
