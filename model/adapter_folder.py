@@ -49,18 +49,21 @@ class BaseWeights:
         source: the folder (absolute) or hub id.
         fingerprint: of its weight files, see `fingerprint_weights`.
         relative: the folder from the checkpoint's own, for an --output_dir that is moved as a whole; None: a hub id.
+        revision: the commit of a hub id; None: a folder, or of an older checkpoint.
     """
 
     source: str
     fingerprint: str
     relative: str | None = None
+    revision: str | None = None
 
     @classmethod
     def of(cls, source: str | os.PathLike, output_dir: Path) -> "BaseWeights":
         """As the checkpoints in `output_dir` shall note it. Raises FileNotFoundError if it is not there."""
-        fingerprint = fingerprint_weights(resolve_checkpoint(source))
-        if not Path(source).is_dir():
-            return cls(str(source), fingerprint)
+        found = resolve_checkpoint(source)
+        fingerprint = fingerprint_weights(found)
+        if not Path(source).is_dir():  # the hub's cache keeps it in snapshots/COMMIT
+            return cls(str(source), fingerprint, revision=found.name if found.parent.name == "snapshots" else None)
         where = os.path.abspath(source)
         return cls(where, fingerprint, os.path.relpath(where, os.path.abspath(output_dir / "checkpoint")))
 
@@ -97,10 +100,11 @@ class BaseWeights:
                 f"{folder} holds only what was trained; the rest comes from {self.source}, which is gone ({is_gone}). "
                 f"Put it back, or write where it is now as `source` into {folder / NOTE_NAME}."
             )
+        was = f" (commit {self.revision} of {self.source})" if self.revision else ""
         raise ValueError(
             f"{folder} holds only what was trained; the rest comes from {found or nearby.resolve()}, whose weights are "
-            f"not those any more that it was trained with. Put those back, or write where they are as `source` into "
-            f"{folder / NOTE_NAME}."
+            f"not those any more that it was trained with{was}. Put those back, or write where they are as `source` "
+            f"into {folder / NOTE_NAME}."
         )
 
 
