@@ -159,8 +159,8 @@ def _check_rows(rows: list[_Row], config: ChameleonXLLMXConfig, vocab: Chameleon
             raise ValueError(f"prompt {row.index} is empty; it needs at least one token.")
         if len(row.forced) >= max_gen_len:
             raise ValueError(
-                f"the answer to prompt {row.index} must begin with {len(row.forced)} tokens, but may have only "
-                f"{max_gen_len} (max_gen_len)."
+                f"the answer to prompt {row.index} must begin with {len(row.forced)} tokens, so max_gen_len must be "
+                f"at least {len(row.forced) + 1}, got {max_gen_len}."
             )
         if len(row.prompt) + len(row.forced) >= config.max_position_embeddings:
             raise ValueError(
@@ -198,6 +198,7 @@ class _Decoder:
         self.is_cuda = device.type == "cuda"
         self.num_steps, self.width = max(room), max(map(len, contexts))
         self.room = torch.tensor(room, device=device)
+        self.last_position = model.config.max_position_embeddings - 1
         self.noise = torch.zeros(num_rows, self.num_steps) if noise is None else noise[:, : self.num_steps]
         self.noise = self.noise.to(device)
         self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
@@ -265,12 +266,12 @@ class _Decoder:
                 begins = (self.state.since_begin == 1)[:, None]
                 self.mask[num_rows:].masked_fill_(begins, -torch.inf)
             tokens = tokens.repeat(2)
-            positions = torch.cat([positions, (self.state.since_begin - 1).clamp(min=0)])
+            positions = torch.cat([positions, (self.state.since_begin - 1).clamp(0, self.last_position)])
         self.mask.index_fill_(1, slot, 0.0)
         logits = self.forward(tokens, positions, self.cache, slot, self.mask[:, :num_visible], is_image).float()
         if self.is_guided:
             logits = guide(*logits.chunk(2), self.state, self.options.cfg)
-        self.positions += 1
+        self.positions.add_(1).clamp_(max=self.last_position)  # rows that are done are fed on, beside longer ones
         self._draw(logits, is_image)
 
     def _draw(self, logits: torch.Tensor, is_image: bool) -> None:

@@ -1,6 +1,7 @@
 """Sampling and the loop over the cache, against transformers' own generation and a plain loop without a cache."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,17 +10,27 @@ from transformers import ChameleonForConditionalGeneration, LogitsProcessor, Log
 from data.vocab import ChameleonVocab
 from model.convert import export_hf
 from model.decode_step import DecodeStep
-from model.generation import CUT_BY_LENGTH, CUT_BY_POSITIONS, SamplingOptions, generate_batch
+from model.generation import CUT_BY_LENGTH, CUT_BY_POSITIONS, SamplingOptions, fit_batch_size, generate_batch
 from model.image_grammar import ImageGrammar, Kind
-from model.kv_cache import KVCache
+from model.kv_cache import KVCache, free_bytes, row_bytes
 from model.sampling import draw_noise, sample_codes, sample_tokens
 from model.vqgan import VQGAN, save_vqgan
 from tests.decoder_helpers import random_tokens, small_config, small_model, small_vocabulary
 from tests.test_image_grammar import plain_allowed
 
 VOCAB = ChameleonVocab.from_mapping(small_vocabulary())
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 GREEDY = SamplingOptions(temperature=0.0)
 IMAGE_START = [VOCAB.begin_image_id, VOCAB.grid_size_ids[2], VOCAB.grid_size_ids[1]]  # 4 rows of 2 codes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads that wait for one another on a busy machine make such small models a hundred times slower."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 def make_model(**overrides):
@@ -132,6 +143,14 @@ def test_same_seed_same_tokens_on_any_batch_size():
     assert results[0] != generate_batch(make_model(), prompts, VOCAB, replace(options, seed=99), 60, forced)
 
 
+@pytest.mark.parametrize("cfg", [1.0, 2.0])
+def test_a_row_at_the_end_of_the_positions_waits_for_shorter_ones(cfg):
+    model, prompts, options = make_model(max_position_embeddings=64), make_prompts((5, 60, 9)), replace(GREEDY, cfg=cfg)
+    found = generate_batch(model, prompts, VOCAB, options, 1000)
+    assert found == [generate_batch(model, [prompt], VOCAB, options, 1000)[0] for prompt in prompts]
+    assert len(found[1].tokens) == 4 and found[1].cut_by == CUT_BY_POSITIONS and max(len(g.tokens) for g in found) > 4
+
+
 def test_images_are_always_valid_or_reported_as_cut_off():
     options = SamplingOptions(temperature=2.0, image_top_k=1000, text_top_k=1000)
     forced = [IMAGE_START, [], IMAGE_START[:1]] * 20
@@ -168,7 +187,7 @@ def test_limits_and_misfits_are_named():
         generate_batch(model, make_prompts((12,)), VOCAB, GREEDY, 40)
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         generate_batch(model, [[VOCAB.bos_id], []], VOCAB, GREEDY, 40)
-    with pytest.raises(ValueError, match="max_gen_len"):
+    with pytest.raises(ValueError, match="max_gen_len must be at least 4, got 3"):
         generate_batch(model, make_prompts(), VOCAB, GREEDY, 3, [IMAGE_START] * 5)
     with pytest.raises(ValueError, match="mask_image_logits"):
         generate_batch(make_model(mask_image_logits=True), make_prompts(), VOCAB, GREEDY, 3)
@@ -327,7 +346,7 @@ def test_static_shapes_as_on_cuda_draw_the_same_tokens(monkeypatch, cfg):
         assert len(runs) >= 4, "one for each number of slots, and for images and all else"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@NEEDS_CUDA
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 def test_cuda_graphs_draw_the_same_tokens(cfg):
     prompts, forced = make_prompts() * 2, [IMAGE_START, []] * 5
@@ -337,6 +356,37 @@ def test_cuda_graphs_draw_the_same_tokens(cfg):
             for cuda_graph in (True, False)
         ]
         assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+def test_free_memory_is_that_of_the_device(device):
+    held = torch.ones(1 << 28, dtype=torch.uint8, device=device)  # 256 MiB, touched
+    before = free_bytes(torch.device(device))
+    del held
+    freed = free_bytes(torch.device(device)) - before
+    assert before > 0 and (device == "cpu" or abs(freed - (1 << 28)) < 1 << 24)  # the host has other users
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_cache_of_a_batch_that_fits_is_no_larger_than_was_counted(monkeypatch, mixed):
+    """Also where a short prompt, which has more room, lies beside a long one."""
+    sizes, plain = [], KVCache.__init__
+
+    def count(self, *args):
+        plain(self, *args)
+        sizes.append(sum(tensor.nbytes for tensor in (*self.keys, *self.values)))
+
+    monkeypatch.setattr(KVCache, "__init__", count)
+    model, options = make_model(max_position_embeddings=64), replace(GREEDY, cfg=2.0)
+    prompts = make_prompts((5, 40, 9) if mixed else (5, 5, 5))
+    for max_gen_len in (3, 1000):
+        sizes.clear()
+        generate_batch(model, prompts, VOCAB, options, max_gen_len)
+        lens = [len(prompt) for prompt in prompts]
+        counted = sizes[0] + 2 * 3 * row_bytes(model.config, 512, torch.float32)  # for rounding on CUDA
+        fit = partial(fit_batch_size, model.config, lens, max_gen_len, options, torch.float32)
+        assert [fit(counted, 64), fit(counted - 1, 64), fit(0, 64), fit(1 << 40, 64)] == [3, 2, 1, 64]
+        assert len(sizes) == 1
 
 
 def test_cuda_graphs_elsewhere_are_refused():
