@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from exps.tiny.make_data import build_items
 from exps.tiny.scenes import all_scenes, draw
+from tests.test_inspect_record import CHROMIUM
+from tests.test_report import look_at
 
 ROOT = Path(__file__).parents[1]
 GOLDEN_IMAGES = ROOT / "tests" / "golden" / "images"
@@ -172,6 +174,12 @@ def test_the_laptop_default_in_small_and_again(tmp_path):
         assert sheet.width > 800
     page = (tmp_path / "tiny" / "checkpoints" / "report.html").read_text()
     assert "Describe the image." in page and "validation loss, last" in page and page.count("data:image/png") >= 5
+    if CHROMIUM is not None:
+        seen = look_at(tmp_path / "tiny" / "checkpoints" / "report.html")
+        assert seen["wrong"] == [] and seen["other"] == [] and seen["images"].count("64x64") >= 5
+        lengths = {chart["title"]: max(chart["paths"]) for chart in seen["charts"]}
+        drawn = {title for title, length in lengths.items() if length > 0}
+        assert {"Loss", "Learning rate", "Speed", "Memory"} <= drawn, lengths
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "tiny" / "tokens" / "files").iterdir()}
     metrics = (tmp_path / "tiny" / "checkpoints" / "metrics.jsonl").read_bytes()
     subprocess.run(command, cwd=ROOT, env=ENVIRONMENT | counts, check=True, timeout=400)

@@ -109,17 +109,22 @@ def line_at(step: int, **changes) -> dict:
     return line | {"tokens_per_s": 1000.0, "skipped_steps": 0, "bad_items": 0, "fill": 0.99} | changes
 
 
+def look_at(report: Path, width: int = 1400) -> dict:
+    """What the probe sees of a report in a real browser; writes `probed.html` beside it."""
+    probe_hash = base64.b64encode(hashlib.sha256(PROBE.encode()).digest()).decode()
+    probed = report.read_text().replace("script-src ", f"script-src 'sha256-{probe_hash}' ", 1)
+    probed = probed.replace("<style>", f"<script>{PROBE}</script><style>", 1)
+    (report.parent / "probed.html").write_text(probed)
+    flags = ("--dump-dom", f"--window-size={width},900", "--virtual-time-budget=3000")
+    dom = browse(report.parent, "probed.html", *flags)
+    return json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', dom)[1]))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium in the PATH; `apt-get install chromium` as root brings it")
 @pytest.mark.parametrize("width", [1400, 500])
 def test_a_browser_draws_the_page_of_a_real_run(full_run, width):
-    text = write_report(full_run).read_text()
-    probe_hash = base64.b64encode(hashlib.sha256(PROBE.encode()).digest()).decode()
-    probed = text.replace("script-src ", f"script-src 'sha256-{probe_hash}' ", 1)
-    probed = probed.replace("<style>", f"<script>{PROBE}</script><style>", 1)
-    (full_run / "probed.html").write_text(probed)
-    dom = browse(full_run, "probed.html", "--dump-dom", f"--window-size={width},900", "--virtual-time-budget=3000")
-    seen = json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', dom)[1]))
+    seen = look_at(write_report(full_run), width)
     assert seen["wrong"] == [] and seen["other"] == [] and seen["overflow"] <= 0
     assert seen["title"] == "/".join(full_run.parts[-2:])
     assert seen["smoothed"] == [1, 0] and seen["tip"] == "none"
