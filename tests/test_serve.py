@@ -317,7 +317,7 @@ def test_the_page_in_a_browser(served, browser, solver, folders, tmp_path):
 
     # a mistake: a message, not a traceback; the old pictures go
     page.fill("#prompt textarea", "<|image|>two <|image|>")
-    assert page.generate() == "the prompt has 2 <|image|>, but 0 pictures are put in."
+    assert "the text has 2 <|image|>, but there are 0 images; give one for each" in page.generate()
     assert page.all("#status .bad") and page.pictures(0) == []
 
     # two pictures in, text out
