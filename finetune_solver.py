@@ -380,8 +380,7 @@ class Solver:
         weights, tokenizer = resolve_model(options)
         image_head_init = options.image_head_init or ("keep" if options.init_from else "zero")
         # The recipe's weights are always taken from a copy of the run's own, which one rank makes.
-        is_copied = options.init_from is None or image_head_init != "keep"
-        if weights is not None and is_copied and not self.options.validation.eval_only:
+        if weights is not None and options.copies_start and not self.options.validation.eval_only:
             folder, problem = self.options.checkpoint.output_dir / "starting_point", None
             if self.launch.is_main:
                 try:

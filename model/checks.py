@@ -104,13 +104,8 @@ def _find_eval_problems(options: Options) -> list[str]:
 def _find_model_problems(
     all_options: Options, sources: Sequence[DataSource], datasets: Sequence[TokenDataset]
 ) -> list[str]:
-    found, options = [], all_options.model
-    if options.model_parallel_size != 1:
-        found.append(f"--model_parallel_size must be 1 (FSDP shards the model), got {options.model_parallel_size}")
-    if not 0 <= options.dropout < 1:
-        found.append(f"--dropout must lie between 0 and 1, got {options.dropout:g}")
-    if not 0 <= options.z_loss_weight < float("inf"):
-        found.append(f"--z_loss_weight must not be negative, got {options.z_loss_weight:g}")
+    options = all_options.model
+    found = options.problems()
     start = _find_whole_start(all_options)
     # A run that goes on needs nothing of where it once began, which may be gone.
     weights, tokenizer = (start, start) if start else (options.init_from, resolve_model(options)[1])
