@@ -1,6 +1,7 @@
 """The plan of a run: equal to sums by hand and to a run with values, and what it says of the shipped scripts."""
 
 import dataclasses
+import gc
 import json
 import os
 import shutil
@@ -131,6 +132,7 @@ def measure_step(options: Options, config, device: torch.device) -> dict[str, in
     mesh = build_mesh(options.parallel, device.type, 1)
     guard = StepGuard(options.guard, device)
     found = {}
+    gc.collect()  # what earlier tests left would else be given back while the allocator is listened to
     with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model = build_sharded(config, mesh, options)
         allocate(model, device, options.parallel)
