@@ -171,6 +171,8 @@ def test_a_run_takes_what_its_plan_says(small_task, changes):
     planned = plan_memory(config, options, 1, ROW_LEN, 64)
     with process_group(Launch(), "cpu", 60) as device:
         taken = measure_step(options, config, device)
+        again = measure_step(options, config, device)
+    taken["peak"] = max(taken["peak"], again["peak"])  # what others give back meanwhile makes it seem less
     assert planned.most[PARAMETERS] == taken[PARAMETERS]
     assert planned.most[GRADIENTS] == taken[GRADIENTS]
     assert planned.at_peak[OPTIMIZER] == pytest.approx(taken[OPTIMIZER], rel=0.01)
