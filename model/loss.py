@@ -123,7 +123,7 @@ class _FusedLinearLoss(torch.autograd.Function):
                 logits.index_fill_(1, masked_ids, torch.finfo(acc_dtype).min)
             lse[part] = torch.logsumexp(logits, dim=-1)
             ce[part] = lse[part] - logits.gather(1, y)[:, 0]
-            if not (needs_hidden or needs_weight):
+            if not (needs_hidden or needs_weight or needs_rows):
                 continue
             factor = 1 + 2 * z_loss_weight * lse[part, None]
             grad_logits = logits.sub_(lse[part, None]).exp_().mul_(factor)

@@ -126,6 +126,15 @@ def test_a_masked_head_with_trained_rows_masks_them(base):
     assert (logits[..., IMAGE_IDS] == torch.finfo(torch.float32).min).all()
 
 
+def test_rows_of_the_head_learn_where_nothing_below_it_does(base):
+    head, hidden = make_adapted(IMAGE_HEAD, base).lm_head, torch.randn(12, 32)
+    labels = torch.randint(0, 64, (12,), generator=torch.Generator().manual_seed(0))
+    head(hidden, labels).loss.backward()
+    weight = head.weight.detach().index_copy(0, torch.tensor(IMAGE_IDS), head.image_rows.detach()).requires_grad_()
+    torch.nn.functional.cross_entropy(hidden @ weight.t(), labels).backward()
+    torch.testing.assert_close(head.image_rows.grad, weight.grad[IMAGE_IDS])
+
+
 def test_fresh_adapters_depend_on_the_seed_alone(base):
     first, again = (dict(make_adapted(BOTH, base).named_parameters()) for _ in range(2))
     for name, parameter in first.items():
