@@ -13,8 +13,8 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
-from torch._guards import active_fake_mode
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
@@ -22,6 +22,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOSS = KINDS = (
     "parameters", "gradients", "optimizer", "activations", "loss",
 )  # fmt: skip
+
+# Where a sharded tensor finds out the shape of a result, by tensors without values, as large as they are before they
+# are sharded: torch 2.11 does so for the optimizer at every step, 2.13 once.
+_FIND_SHAPES = "_propagate_tensor_meta_non_cached"
 
 
 class _Storage:
@@ -52,7 +56,7 @@ class StorageTracker(TorchDispatchMode):
         self.peak, self.peak_during = 0, ""
         self._total = 0
         self._live = WeakIdKeyDictionary()  # storage: _Storage
-        self._fake_mode = None
+        self._is_counting = True
 
     @contextlib.contextmanager
     def counting(self, kind: str) -> Iterator[None]:
@@ -73,26 +77,35 @@ class StorageTracker(TorchDispatchMode):
             self._change(kind, found.num_bytes)
 
     def __enter__(self) -> "StorageTracker":
-        resize, tracker = torch.UntypedStorage.resize_, self
+        resize, find_shapes, tracker = torch.UntypedStorage.resize_, getattr(ShardingPropagator, _FIND_SHAPES), self
 
         def resize_(storage: torch.UntypedStorage, size: int) -> None:
             resize(storage, size)
             tracker._see(storage, tracker.kind)
 
+        def find_shapes_uncounted(propagator: ShardingPropagator, *args: Any) -> Any:
+            tracker._is_counting = False
+            try:
+                return find_shapes(propagator, *args)
+            finally:
+                tracker._is_counting = True
+
         self._resize, torch.UntypedStorage.resize_ = resize, resize_
-        self._fake_mode = active_fake_mode()
+        self._find_shapes = find_shapes
+        setattr(ShardingPropagator, _FIND_SHAPES, find_shapes_uncounted)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         torch.UntypedStorage.resize_ = self._resize
+        setattr(ShardingPropagator, _FIND_SHAPES, self._find_shapes)
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # seen again as operators on local tensors
         output = func(*args, **(kwargs or {}))
-        if active_fake_mode() is not self._fake_mode:
-            return output  # finds out shapes for a sharded tensor, in a fake mode of its own
+        if not self._is_counting:
+            return output
         for value in tree_iter(output):
             if isinstance(value, torch.Tensor) and value.device.type != "meta":
                 for storage in storages_of(value):
