@@ -156,7 +156,8 @@ def print_plan(options: Options, launch: Launch) -> int:
     except (ValueError, OSError, ImportError) as error:
         problems.append(str(error))
     if problems:
-        return stop_at_start(launch, "\n  - ".join(["finetune_solver.py: there is nothing to plan:", *problems]))
+        lines = ["finetune_solver.py: there is nothing to plan:", *dict.fromkeys(problems)]
+        return stop_at_start(launch, "\n  - ".join(lines))
     epoch, unknown = None, None
     try:
         epoch = size_epoch(options, world_size)

@@ -1,5 +1,9 @@
 """What is trained and what is frozen: names, types, gradients, and that frozen weights do not move by a bit."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,7 +16,7 @@ from model.optim import OptimOptions, build_optimizer
 from model.options import Options, build_parser
 from model.parallelize import ParallelOptions, allocate, build_mesh, clip_grad_norm, parallelize
 from model.trainable import LORA_TARGETS, TrainableOptions, choose_trainable, init_adapters, is_added
-from tests.small_run import solver_args
+from tests.small_run import ROOT, command, environment, solver_args
 
 LORA = TrainableOptions(lora_rank=4)
 IMAGE_HEAD = TrainableOptions(train_only=["image_head"])
@@ -192,9 +196,31 @@ def test_problems(monkeypatch):
     assert len(TrainableOptions(lora_rank=-1, lora_alpha=0.0).problems()) == 2
     assert "only with --lora_rank" in TrainableOptions(lora_targets=["q_proj"]).problems()[0]
     assert "may only be image_head" in TrainableOptions(lora_rank=2, train_only=["*norm*"]).problems()[0]
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("peft", "torchao.optim"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
     assert "pip install peft==" in LORA.problems()[0]
     assert "pip install torchao==" in OptimOptions(optim="adamw_8bit").problems()[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [{}, {"plan": True}], ids=["training", "plan"])
+def test_libraries_that_are_too_old_are_told_at_once(small_task, tmp_path, flags):
+    """A torchao without the optimizer, which peft refuses too: one message, once for all ranks, and no traceback."""
+    pytest.importorskip("peft")
+    (tmp_path / "torchao").mkdir()
+    (tmp_path / "torchao" / "__init__.py").touch()
+    (tmp_path / "torchao-0.5.0.dist-info").mkdir()
+    (tmp_path / "torchao-0.5.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: torchao\nVersion: 0.5.0\n"
+    )
+    args = solver_args(small_task, tmp_path / "out", lora_rank=2, optim="adamw_8bit", **flags)
+    env = environment() | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run(command(0, args), capture_output=True, text=True, timeout=240, env=env)
+    problems = [line for line in done.stderr.splitlines() if line.startswith("  - ")]
+    assert done.returncode == 2 and "Traceback" not in done.stderr and len(problems) == 2, done.stderr
+    assert "--optim adamw_8bit needs torchao: pip install torchao==" in problems[0]
+    assert "--lora_rank: peft does not work here: " in problems[1] and "0.5.0" in problems[1]
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
