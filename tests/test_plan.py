@@ -272,6 +272,7 @@ def test_wrong_options_are_told_at_once(small_task, tmp_path):
         ({"batch_size": 0}, "--batch_size must be at least 1, got 0"),
         ({"accum_iter": 0}, "--accum_iter must be at least 1, got 0"),
         ({"max_seq_len": -5}, "--max_seq_len must be at least 1, got -5"),
+        ({"batch_size": 2**20, "max_seq_len": 2**12}, "a row of 4,294,967,296 tokens is too long"),
         ({"dropout": 2}, "--dropout must lie between 0 and 1, got 2"),
         ({"z_loss_weight": -1}, "--z_loss_weight must not be negative, got -1"),
         ({"float8": True, "precision": "fp32"}, "--float8 goes with --precision bf16"),
