@@ -19,6 +19,7 @@ from data.data_config import load_data_config
 from data.dataset import TokenDataset
 from data.packing import PlanOptions, plan_epoch
 from exps import plan_table
+from model import storage_tracker
 from model.adapter_folder import NOTE_NAME, BaseWeights
 from model.chameleon import build_config, build_model, init_weights
 from model.convert import convert_checkpoint, load_config, prepare_starting_point
@@ -183,6 +184,23 @@ def test_attention_keeps_nothing_of_rows_by_rows(small_task):
     """With the kernel of CUDA the activations of a row grow as the row, also if it is one document."""
     short, long = (plan(small_task, row_len=n, document_len=n, precision="bf16") for n in (1024, 2048))
     assert long.most[ACTIVATIONS] < 2.1 * short.most[ACTIVATIONS]
+
+
+def test_packed_rows_in_bf16_take_the_kernel_of_cuda_and_its_workspace(small_task, monkeypatch):
+    """Two documents of 64 tokens: in the backward fp32 sums of queries, and one number for each head."""
+    workspaces, count = {}, storage_tracker._workspace
+
+    def count_and_note(func, args):
+        workspaces[func.name()] = count(func, args)
+        return workspaces[func.name()]
+
+    monkeypatch.setattr(storage_tracker, "_workspace", count_and_note)
+    plan(small_task, precision="bf16")
+    config = load_config(small_task / "init")
+    assert "torch_attn::_varlen_attn" in workspaces and not any("scaled_dot_product" in name for name in workspaces)
+    heads, head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    padded = ROW_LEN + 2 * 128
+    assert workspaces["torch_attn::_varlen_attn_backward"] == padded * heads * (head_dim * 4 + 4)
 
 
 def test_dropout_keeps_a_byte_per_element(small_task):
