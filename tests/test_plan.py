@@ -132,7 +132,7 @@ def measure_step(options: Options, config, device: torch.device) -> dict[str, in
     """
     mesh = build_mesh(options.parallel, device.type, 1)
     guard = StepGuard(options.guard, device)
-    found = {}
+    found, num_micro = {}, options.data.accum_iter
     gc.collect()  # what earlier tests left would else be given back while the allocator is listened to
     with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model = build_sharded(config, mesh, options)
@@ -145,7 +145,9 @@ def measure_step(options: Options, config, device: torch.device) -> dict[str, in
             row = {name: torch.zeros(1, ROW_LEN, dtype=torch.int64) for name in ("input_ids", "labels", "position_ids")}
             row |= {"cu_seqlens": torch.arange(0, ROW_LEN + 1, 64).int(), "num_valid_tokens": ROW_LEN - ROW_LEN // 64}
             with record_function("a step"):
-                micro_step(model, row, device, options.parallel, is_last=True, max_seqlen=64, divisor=ROW_LEN)
+                for micro in range(num_micro):
+                    is_last = micro == num_micro - 1
+                    micro_step(model, row, device, options.parallel, is_last=is_last, max_seqlen=64, divisor=ROW_LEN)
                 found[GRADIENTS] = storage_bytes(p.grad for p in parameters if p.grad is not None)
                 optimizer_step(model, mesh, optimizer, guard, options.optim.clip_grad, 1, [])
         moments = [value for state in optimizer.state.values() for value in state.values()]
@@ -162,8 +164,13 @@ def measure_step(options: Options, config, device: torch.device) -> dict[str, in
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"checkpointing": True}, {"lora_rank": 4, "train_only": "image_head", "optim": "adamw_bf16_states"}],
-    ids=["all_weights", "checkpointing", "lora_bf16_states"],
+    [
+        {},
+        {"checkpointing": True},
+        {"accum_iter": 3},
+        {"lora_rank": 4, "train_only": "image_head", "optim": "adamw_bf16_states"},
+    ],
+    ids=["all_weights", "checkpointing", "accumulated", "lora_bf16_states"],
 )
 def test_a_run_takes_what_its_plan_says(small_task, changes):
     """Against sums over its own tensors, and against what torch's allocator gave out."""
