@@ -71,7 +71,10 @@ class BaseWeights:
     def read(cls, folder: Path) -> "BaseWeights":
         """What a checkpoint notes. Raises ValueError if the note is damaged."""
         try:
-            return cls(**json.loads((folder / NOTE_NAME).read_text(encoding="utf-8")))
+            note = cls(**json.loads((folder / NOTE_NAME).read_text(encoding="utf-8")))
+            if not isinstance(note.source, str):
+                raise TypeError(f"source is {note.source!r}")
+            return note
         except (ValueError, TypeError) as error:
             raise ValueError(f"{folder / NOTE_NAME} is damaged ({error!r}); copy the checkpoint again.") from None
 
@@ -163,12 +166,15 @@ class AdaptedReader(WeightReader):
         path = folder / TRAINED_NAME
         if (folder / ADAPTER_CONFIG_NAME).is_file():
             path = folder / ADAPTER_NAME
-            adapter = json.loads((folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
-            self._scale = adapter["lora_alpha"] / adapter["r"]
+            self._scale = _read_scale(folder / ADAPTER_CONFIG_NAME)
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: copy the checkpoint again.")
         file = open_file(path)
         self._trained = {_own_name(name): file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        halves = {name[:-1] for name in self._trained if name.endswith((".lora_A", ".lora_B"))}
+        lacking = [half + side for half in sorted(halves) for side in "AB" if half + side not in self._trained]
+        if lacking:
+            raise ValueError(f"{path} has no {lacking[0]}: copy the checkpoint again.")
         unknown = [name for name in self._trained if _weight_name(name) not in self._base]
         if unknown:
             raise ValueError(f"{path} holds {unknown[0]}, for which the frozen weights have nothing.")
@@ -236,6 +242,15 @@ class AdapterWriter:
             ids = image_token_ids(config).tolist()
             more["trainable_token_indices"] = {part.rpartition(".")[2]: ids for part in (EMBEDDING, HEAD)}
         lora_config(self.options, **more).save_pretrained(folder)
+
+
+def _read_scale(path: Path) -> float:
+    """alpha / rank, of peft's configuration. Raises ValueError if it is damaged."""
+    try:
+        adapter = json.loads(path.read_text(encoding="utf-8"))
+        return adapter["lora_alpha"] / adapter["r"]
+    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); copy the checkpoint again.") from None
 
 
 def _peft_name(name: str) -> str:

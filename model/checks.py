@@ -161,7 +161,7 @@ def _find_trainable_problems(options: Options, config: ChameleonXLLMXConfig) -> 
         return []
     try:
         model = choose_trainable(build_model(config), trainable)  # on meta
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         return [str(error)]
     if resolve_model(options.model)[0] is None:
         found.append("--lora_rank and --train_only need weights to start from: give --init_from")

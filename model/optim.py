@@ -4,7 +4,6 @@
 optimizer step, so that a resumed run finds its place on the curve without any state.
 """
 
-import importlib.util
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from model.small_states import ADAMW_8BIT, TORCHAO_PIN, AdamWBf16States, build_adamw_8bit
+from model.small_states import ADAMW_8BIT, AdamWBf16States, build_adamw_8bit, import_adamw_8bit
 
 OPTIMIZERS = ("adamw", "adamw_bf16_states", ADAMW_8BIT)
 BETAS = (0.9, 0.95)  # the recipe's
@@ -46,8 +45,11 @@ class OptimOptions:
             found.append(f"--warmup_epochs must lie between 0 and --epochs ({self.epochs}), got {self.warmup_epochs:g}")
         if not 0 <= self.wd < math.inf:
             found.append(f"--wd must not be negative, got {self.wd:g}")
-        if self.optim == ADAMW_8BIT and importlib.util.find_spec("torchao") is None:
-            found.append(f"--optim {ADAMW_8BIT} needs torchao: pip install {TORCHAO_PIN}, or use adamw_bf16_states")
+        if self.optim == ADAMW_8BIT:
+            try:
+                import_adamw_8bit()
+            except ImportError as error:
+                found.append(str(error))
         return found
 
 
@@ -68,7 +70,7 @@ def build_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Opti
     """AdamW over all parameters of a (sharded) model that are trained; its moments as `options.optim` says.
 
     Weight decay applies to matrices only (projections, embedding, output head); with `decay_all` to gains and biases
-    too, as the recipe does. Raises ImportError if the library of `adamw_8bit` is not there.
+    too, as the recipe does. Raises what `import_adamw_8bit` raises.
     """
     trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
     decayed, kept = split_by_decay(trained, options.decay_all)

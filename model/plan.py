@@ -74,6 +74,7 @@ CARDS_GIB = {24: 23.5, 48: 44.4, 80: 79.1, 141: 139.0}
 FIXED_HEADROOM_GIB = 1.5
 HEADROOM_SHARE = 0.05
 HOST_KINDS = (PARAMETERS, GRADIENTS, OPTIMIZER)  # under --cpu_offload
+MAX_ROW_LEN = 2**31 - 1
 ROW_TENSORS = ("input_ids", "labels", "position_ids")
 
 
@@ -156,13 +157,17 @@ def print_plan(options: Options, launch: Launch) -> int:
     except (ValueError, OSError, ImportError) as error:
         problems.append(str(error))
     if problems:
-        return stop_at_start(launch, "\n  - ".join(["finetune_solver.py: there is nothing to plan:", *problems]))
+        lines = ["finetune_solver.py: there is nothing to plan:", *dict.fromkeys(problems)]
+        return stop_at_start(launch, "\n  - ".join(lines))
     epoch, unknown = None, None
     try:
         epoch = size_epoch(options, world_size)
     except (ValueError, OSError) as error:
         unknown = str(error)
     row_len = epoch.max_row_len if epoch else options.data.batch_size * options.data.max_seq_len
+    if row_len > MAX_ROW_LEN:
+        problem = f"a row of {row_len:,} tokens is too long (places in it are int32)"
+        return stop_at_start(launch, f"finetune_solver.py: {problem}: lower --batch_size or --max_seq_len")
     document_len = epoch.max_document_len if epoch else options.data.max_seq_len
     mean_len = epoch.mean_document_len if epoch else document_len
     memory = plan_memory(config, options, world_size, row_len, document_len, mean_len)

@@ -82,15 +82,11 @@ def build_adamw_8bit(groups: list[dict[str, Any]], lr: float, betas: tuple[float
 
     Moments of parameters with fewer than 4,096 values on a rank, or not in whole blocks of 256, stay in fp32.
 
-    Raises:
-        ImportError: torchao is not there.
+    Raises what `import_adamw_8bit` raises.
     """
-    try:
-        from torchao.optim import AdamW8bit
-    except ImportError as error:
-        raise ImportError(f"--optim {ADAMW_8BIT} needs torchao: pip install {TORCHAO_PIN}") from error
+    adamw_8bit = import_adamw_8bit()
 
-    class SkippingAdamW8bit(AdamW8bit):
+    class SkippingAdamW8bit(adamw_8bit):
         found_inf: torch.Tensor | None = None
 
         @torch.no_grad()
@@ -123,6 +119,16 @@ def build_adamw_8bit(groups: list[dict[str, Any]], lr: float, betas: tuple[float
                 tensor.copy_(torch.where(self.found_inf.to(tensor.device).bool(), old, tensor))
 
     return SkippingAdamW8bit(groups, lr=lr, betas=betas)
+
+
+def import_adamw_8bit() -> type[torch.optim.Optimizer]:
+    """torchao's AdamW8bit. Raises ImportError, with the way out, if torchao is not there or too old to have it."""
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        way = f"pip install {TORCHAO_PIN}, or use adamw_bf16_states"
+        raise ImportError(f"--optim {ADAMW_8BIT} needs torchao: {way} ({error})") from error
+    return AdamW8bit
 
 
 def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:

@@ -6,7 +6,6 @@ trained keeps its fp32 masters. How such a training looks on disk is in model/ad
 """
 
 import fnmatch
-import importlib.util
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -70,8 +69,11 @@ class TrainableOptions:
                 f"--train_only {' '.join(self.patterns)}: with --lora_rank it may only be {IMAGE_HEAD}; train the "
                 "adapters, or name parameters without --lora_rank"
             )
-        if self.lora_rank and importlib.util.find_spec("peft") is None:
-            found.append(f"--lora_rank needs peft: pip install {PEFT_PIN}")
+        if self.lora_rank:
+            try:
+                import_peft()
+            except ImportError as error:
+                found.append(str(error))
         return found
 
 
@@ -87,17 +89,18 @@ def choose_trainable(
         frozen_dtype: of frozen weights.
 
     Raises:
-        ImportError: LoRA without peft.
+        ImportError: LoRA, and peft is not there or does not work.
         ValueError: a target or pattern that names nothing, or no image tokens in the vocabulary.
     """
     if not options.is_partial:
         return model
     trained = match_names([name for name, _ in model.named_parameters()], options)
     if options.lora_rank:
-        config = lora_config(options)
-        from peft import inject_adapter_in_model
-
-        inject_adapter_in_model(config, model, low_cpu_mem_usage=True)  # on meta; what was there is then `base_layer`
+        peft, config = import_peft(), lora_config(options)
+        try:
+            peft.inject_adapter_in_model(config, model, low_cpu_mem_usage=True)  # on meta; the weight is `base_layer`'s
+        except ImportError as error:  # of a library that it looks for, and finds too old
+            raise ImportError(f"--lora_rank: peft does not work here: {error}; upgrade or uninstall it") from error
     master_dtype = model.lm_head.weight.dtype
     for name, parameter in list(model.named_parameters()):
         module, _, kind = name.rpartition(".")
@@ -162,11 +165,16 @@ def is_added(name: str) -> bool:
 
 
 def lora_config(options: TrainableOptions, **more: Any) -> Any:
-    """peft's configuration of the adapters, and what else it is to hold. Raises ImportError without peft."""
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ImportError(f"--lora_rank needs peft: pip install {PEFT_PIN}") from error
+    """peft's configuration of the adapters, and what else it is to hold. Raises what `import_peft` raises."""
     targets = list(options.lora_targets or LORA_TARGETS)
     values = {"r": options.lora_rank, "lora_alpha": options.lora_alpha, "target_modules": targets, "bias": "none"}
-    return LoraConfig(**values, **more)
+    return import_peft().LoraConfig(**values, **more)
+
+
+def import_peft() -> Any:
+    """The library of adapters. Raises ImportError, with the way out, if it is not there or does not work."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError(f"--lora_rank needs peft: pip install {PEFT_PIN} ({error})") from error
+    return peft

@@ -137,6 +137,31 @@ def test_a_base_that_is_gone_or_changed_is_named(base, tmp_path):
         load_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("adapter_config.json", '{"r": 4}', "adapter_config.json is damaged .*lora_alpha"),
+        ("adapter_config.json", "{", "adapter_config.json is damaged"),
+        ("base_weights.json", '{"source": null, "fingerprint": ""}', "base_weights.json is damaged .*source is None"),
+        ("adapter_model.safetensors", None, "adapter_model.safetensors has no model.layers.1.mlp.up_proj.lora_B"),
+    ],
+)
+def test_a_damaged_adapter_is_named(base, tmp_path, file, content, message):
+    """By the file, also to who converts it; nothing is written."""
+    folder = tmp_path / "epoch0"
+    write_trained(LORA, base, folder)
+    if content is None:
+        tensors = load_file(folder / file)
+        del tensors["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"]
+        save_file(tensors, folder / file)
+    else:
+        (folder / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        open_weights(folder)
+    assert main([str(folder), str(tmp_path / "merged")]) == 2
+    assert not list(tmp_path.glob("merged*"))
+
+
 def test_the_fingerprint_sees_any_tensor_of_a_large_file(tmp_path):
     """13 MB, of which 1.1 MB are looked at: rows of the head, or a layer, or a gain, are others."""
     torch.manual_seed(0)

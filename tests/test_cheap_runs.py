@@ -13,12 +13,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import ChameleonForConditionalGeneration
 
 from data.item_processor import load_text_tokenizer
 from inference_solver import FlexARInferenceSolver
 from model.adapter_folder import open_weights
 from model.chameleon import build_config, build_model, init_weights
-from model.convert import export_hf, main
+from model.convert import convert_checkpoint, export_hf, load_pretrained, main
 from model.vqgan import VQGAN, save_vqgan
 from tests.decoder_helpers import small_config
 from tests.small_run import call_main, command, environment, losses, run_solver, solver_args, train, write_small_task
@@ -138,6 +139,26 @@ def test_export_is_the_start_with_what_was_trained_and_draws(finished, task, tmp
     solver = FlexARInferenceSolver(str(merged), "fp32", target_size=64, vqgan_dir=task / "vqgan", device="cpu")
     _, images = solver.generate([], [["word1 word2", None]], 60, 1.0, size=(64, 32))
     assert images[0].size == (64, 32)
+
+
+@pytest.mark.slow
+def test_stock_transformers_and_peft_compute_what_was_trained(finished, task, tmp_path):
+    """The export by stock Chameleon; of LoRA also the checkpoint itself, by peft beside a stock base."""
+    name, _, out = finished
+    checkpoint, input_ids = out / "epoch1-iter5", torch.arange(40, 100)[None]
+    expected = load_pretrained(checkpoint, torch.float32, mask_image_logits=True)
+    for source, folder in ((checkpoint, "merged"), (task / "start", "base")):
+        convert_checkpoint(source, tmp_path / folder, shape="hf", image_head_init="keep", dtype=torch.float32)
+    merged, report = ChameleonForConditionalGeneration.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(report.values()), report
+    base = ChameleonForConditionalGeneration.from_pretrained(tmp_path / "base").eval()
+    with torch.no_grad():
+        logits = [model(input_ids=input_ids).logits for model in (expected, merged.eval(), base)]
+        torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-5)
+        assert (logits[2] - logits[0]).abs().max() > 0.01
+        if name == "lora":
+            by_peft = pytest.importorskip("peft").PeftModel.from_pretrained(base, checkpoint).eval()
+            torch.testing.assert_close(by_peft(input_ids=input_ids).logits, logits[0], rtol=1e-5, atol=1e-5)
 
 
 def test_a_run_from_a_starting_point_goes_on_where_it_was_moved(task, tmp_path):

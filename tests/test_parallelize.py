@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -343,6 +344,22 @@ def test_compiled_layers_on_cuda(precision, bound, checkpointing):
     eager, _, _ = gradients_alone(compile=False, **arguments)
     for name, gradient in gradients.items():
         assert (gradient - eager[name]).norm() <= bound * eager[name].norm(), name
+
+
+def test_every_part_is_offloaded_where_asked(monkeypatch):
+    """On a CPU nothing else tells: weights are on the host anyway."""
+    from model.distributed import Launch, process_group
+
+    policies, shard = [], fully_shard
+
+    def shard_and_note(module, **arguments):
+        policies.append(type(arguments.get("offload_policy")))
+        return shard(module, **arguments)
+
+    monkeypatch.setattr("model.parallelize.fully_shard", shard_and_note)
+    with process_group(Launch(), "cpu", timeout_s=60):
+        build_sharded(Launch(), ParallelOptions(cpu_offload=True))
+    assert policies == [CPUOffloadPolicy] * (NUM_SHARDED_PARTS + 1)  # the root holds no parameters of its own
 
 
 def test_compile_is_a_switch():

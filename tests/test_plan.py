@@ -19,6 +19,7 @@ from data.data_config import load_data_config
 from data.dataset import TokenDataset
 from data.packing import PlanOptions, plan_epoch
 from exps import plan_table
+from model import storage_tracker
 from model.adapter_folder import NOTE_NAME, BaseWeights
 from model.chameleon import build_config, build_model, init_weights
 from model.convert import convert_checkpoint, load_config, prepare_starting_point
@@ -131,7 +132,7 @@ def measure_step(options: Options, config, device: torch.device) -> dict[str, in
     """
     mesh = build_mesh(options.parallel, device.type, 1)
     guard = StepGuard(options.guard, device)
-    found = {}
+    found, num_micro = {}, options.data.accum_iter
     gc.collect()  # what earlier tests left would else be given back while the allocator is listened to
     with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model = build_sharded(config, mesh, options)
@@ -144,7 +145,9 @@ def measure_step(options: Options, config, device: torch.device) -> dict[str, in
             row = {name: torch.zeros(1, ROW_LEN, dtype=torch.int64) for name in ("input_ids", "labels", "position_ids")}
             row |= {"cu_seqlens": torch.arange(0, ROW_LEN + 1, 64).int(), "num_valid_tokens": ROW_LEN - ROW_LEN // 64}
             with record_function("a step"):
-                micro_step(model, row, device, options.parallel, is_last=True, max_seqlen=64, divisor=ROW_LEN)
+                for micro in range(num_micro):
+                    is_last = micro == num_micro - 1
+                    micro_step(model, row, device, options.parallel, is_last=is_last, max_seqlen=64, divisor=ROW_LEN)
                 found[GRADIENTS] = storage_bytes(p.grad for p in parameters if p.grad is not None)
                 optimizer_step(model, mesh, optimizer, guard, options.optim.clip_grad, 1, [])
         moments = [value for state in optimizer.state.values() for value in state.values()]
@@ -161,8 +164,13 @@ def measure_step(options: Options, config, device: torch.device) -> dict[str, in
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"checkpointing": True}, {"lora_rank": 4, "train_only": "image_head", "optim": "adamw_bf16_states"}],
-    ids=["all_weights", "checkpointing", "lora_bf16_states"],
+    [
+        {},
+        {"checkpointing": True},
+        {"accum_iter": 3},
+        {"lora_rank": 4, "train_only": "image_head", "optim": "adamw_bf16_states"},
+    ],
+    ids=["all_weights", "checkpointing", "accumulated", "lora_bf16_states"],
 )
 def test_a_run_takes_what_its_plan_says(small_task, changes):
     """Against sums over its own tensors, and against what torch's allocator gave out."""
@@ -183,6 +191,23 @@ def test_attention_keeps_nothing_of_rows_by_rows(small_task):
     """With the kernel of CUDA the activations of a row grow as the row, also if it is one document."""
     short, long = (plan(small_task, row_len=n, document_len=n, precision="bf16") for n in (1024, 2048))
     assert long.most[ACTIVATIONS] < 2.1 * short.most[ACTIVATIONS]
+
+
+def test_packed_rows_in_bf16_take_the_kernel_of_cuda_and_its_workspace(small_task, monkeypatch):
+    """Two documents of 64 tokens: in the backward fp32 sums of queries, and one number for each head."""
+    workspaces, count = {}, storage_tracker._workspace
+
+    def count_and_note(func, args):
+        workspaces[func.name()] = count(func, args)
+        return workspaces[func.name()]
+
+    monkeypatch.setattr(storage_tracker, "_workspace", count_and_note)
+    plan(small_task, precision="bf16")
+    config = load_config(small_task / "init")
+    assert "torch_attn::_varlen_attn" in workspaces and not any("scaled_dot_product" in name for name in workspaces)
+    heads, head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    padded = ROW_LEN + 2 * 128
+    assert workspaces["torch_attn::_varlen_attn_backward"] == padded * heads * (head_dim * 4 + 4)
 
 
 def test_dropout_keeps_a_byte_per_element(small_task):
@@ -272,6 +297,7 @@ def test_wrong_options_are_told_at_once(small_task, tmp_path):
         ({"batch_size": 0}, "--batch_size must be at least 1, got 0"),
         ({"accum_iter": 0}, "--accum_iter must be at least 1, got 0"),
         ({"max_seq_len": -5}, "--max_seq_len must be at least 1, got -5"),
+        ({"batch_size": 2**20, "max_seq_len": 2**12}, "a row of 4,294,967,296 tokens is too long"),
         ({"dropout": 2}, "--dropout must lie between 0 and 1, got 2"),
         ({"z_loss_weight": -1}, "--z_loss_weight must not be negative, got -1"),
         ({"float8": True, "precision": "fp32"}, "--float8 goes with --precision bf16"),
