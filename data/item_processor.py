@@ -171,7 +171,7 @@ def load_text_tokenizer(tokenizer: str | os.PathLike):
         if not path.is_dir():
             raise FileNotFoundError(
                 f"no tokenizer {tokenizer}: it is neither a folder with a tokenizer.json nor a model of the hub that "
-                f"can be reached from here ({reason})"
+                f"can be reached from here; give such a folder (--tokenizer), or download the model first ({reason})"
             ) from None
         raise ValueError(
             f"the tokenizer {tokenizer} cannot be read: {type(error).__name__}: {reason}. "

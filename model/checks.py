@@ -156,7 +156,7 @@ def _find_mask_problems(options: Options, *datasets: TokenDataset | None) -> lis
 
 def _find_trainable_problems(options: Options, config: ChameleonXLLMXConfig) -> list[str]:
     """Why what is to be trained cannot be, one sentence each; `config` is the model's."""
-    trainable, found = options.trainable, []
+    trainable = options.trainable
     if not trainable.is_partial or trainable.problems():
         return []
     try:
@@ -164,15 +164,15 @@ def _find_trainable_problems(options: Options, config: ChameleonXLLMXConfig) -> 
     except (ValueError, ImportError) as error:
         return [str(error)]
     if resolve_model(options.model)[0] is None:
-        found.append("--lora_rank and --train_only need weights to start from: give --init_from")
+        return ["--lora_rank and --train_only need weights to start from: give --init_from"]
     is_head_trained = any(p.requires_grad for name, p in model.named_parameters() if name.startswith("lm_head."))
     init = options.model.image_head_init or ("keep" if options.model.init_from else "zero")
     if init != "keep" and not is_head_trained and not options.model.mask_image_logits:
-        found.append(
+        return [
             f"--image_head_init {init} makes the rows of lm_head of image tokens anew, and they are frozen: no image "
             "could be learned. Add --train_only image_head, or start from a model that writes images (--init_from)"
-        )
-    return found
+        ]
+    return []
 
 
 def _find_foreign_records(sources: Sequence[DataSource], tokenizer: Any, name: str) -> list[str]:

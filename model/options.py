@@ -278,7 +278,9 @@ def _add_parallel_flags(group: argparse._ArgumentGroup) -> None:
 def _add_checkpoint_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--output_dir", type=Path, default=Path("output_dir"), help="checkpoints and metrics.jsonl")
     group.add_argument("--save_interval", type=int, help="epochs between checkpoints; 0 switches off")
-    group.add_argument("--save_iteration_interval", type=int, help="micro-steps between checkpoints; 0 switches off")
+    group.add_argument(
+        "--save_iteration_interval", type=int, help="micro-steps of an epoch between checkpoints; 0: none"
+    )
     group.add_argument("--only_save_trainable", action="store_true", help="accepted: frozen weights are never saved")
     group.add_argument("--ckpt_max_keep", type=int, help="newest checkpoints kept; 0 keeps all")
     _add_switch(group, "async_save", "no_async_save", "train on while a checkpoint is written, from a copy")

@@ -92,6 +92,11 @@ def test_batches_are_of_one_size_and_full_but_the_last():
     assert group_by_size([], 2) == []
 
 
+def test_a_tokenizer_that_is_not_there_names_the_flag(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: it is neither .*; give such a folder \(--tokenizer\)"):
+        load_text_tokenizer(tmp_path / "nowhere")
+
+
 def test_control_tokens_in_text_stay_text(reference_tokenizer):
     encode = build_text_encode(reference_tokenizer)
     names = list(reference_tokenizer.get_added_vocab())

@@ -271,7 +271,7 @@ def test_libraries_that_are_too_old_are_told_at_once(small_task, tmp_path, flags
     [
         ({"train_only": "lm_heat.weight"}, "--train_only lm_heat.weight names no parameter"),
         ({"lora_rank": 2, "image_head_init": "zero"}, "Add --train_only image_head"),
-        ({"init_from": None, "model_size": "tiny", "lora_rank": 2}, "need weights to start from"),
+        ({"init_from": None, "model_size": "tiny", "lora_rank": 2}, "need weights to start from: give --init_from$"),
     ],
 )
 def test_a_start_that_could_train_nothing_is_refused(small_task, tmp_path, changes, message):
