@@ -27,7 +27,7 @@ from PIL import Image
 
 from data.image_transform import crop_sizes
 from data.vocab import GRID_PIXELS, IMAGE_SYMBOL, ChameleonVocab
-from model.generation import CUT_BY_LENGTH, CUT_BY_POSITIONS, SamplingOptions
+from model.generation import CUT_BY_LENGTH, CUT_BY_NAN, CUT_BY_POSITIONS, SamplingOptions
 from model.progress import GenerationMeter
 from model.requests import check_image_symbols
 
@@ -150,6 +150,7 @@ class Page:
                 shown.append((image, f"seed {seed}{part}"))
         status = [last[0].total()] if last else []
         places = {CUT_BY_LENGTH: f"{max_gen_len} tokens", CUT_BY_POSITIONS: "the end of the model's positions"}
+        places[CUT_BY_NAN] = "logits that are no numbers"
         for cause, place in places.items():
             cut = [str(seed) for seed, answer in enumerate(answers, start=options.seed) if answer.cut_by == cause]
             if cut:
