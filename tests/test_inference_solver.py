@@ -1,7 +1,9 @@
 """The inference solver on a small seeded checkpoint: what goes in, what comes out, and its command."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -257,12 +259,37 @@ def test_answers_at_a_time_are_those_that_have_room(solver, monkeypatch):
         assert num_bytes == 1 or all(nbytes <= CACHE_SHARE * num_bytes for _, nbytes in sizes)
 
 
+def write_long_checkpoint(folders: Path, folder: Path) -> None:
+    """The checkpoint with 65,536 positions."""
+    shutil.copytree(folders / "checkpoint", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 65536}))
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_generation_with_one_line(folders, tmp_path):
+    write_long_checkpoint(folders, tmp_path / "long")
+    extra = ["--model_path", str(tmp_path / "long"), "--max_gen_len", "65000", "--out", str(tmp_path / "out.png")]
+    arguments = [sys.executable, "inference_solver.py", *command(folders, *extra)]
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    try:
+        lines = iter(process.stderr.readline, "")
+        assert any("generating: " in line and "tokens/s" in line for line in lines)  # it is under way
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and out == ""
+    assert error.splitlines()[-1] == "inference_solver.py: interrupted" and "Traceback" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["long"]
+
+
 @pytest.mark.slow
 def test_too_little_memory_is_one_message(folders, tmp_path):
     """A process whose memory ends: a cache that the kernel refuses."""
-    shutil.copytree(folders / "checkpoint", tmp_path / "long")
-    config = json.loads((tmp_path / "long" / "config.json").read_text())
-    (tmp_path / "long" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 65536}))
+    write_long_checkpoint(folders, tmp_path / "long")
     script = (
         "import re, resource, sys, torch, inference_solver as command\n"
         "plain = command.fit_batch_size\n"
