@@ -261,7 +261,7 @@ def _add_inputs(gradio, page: Page) -> tuple[list, Any, Any]:
         go = gradio.Button("Generate", variant="primary", scale=3, elem_id="go")
         stop = gradio.Button("Stop", scale=1, min_width=80, elem_id="stop")
     with gradio.Row():
-        size = gradio.Dropdown(list(page.sizes), value=NO_SIZE, label="Size", min_width=140, elem_id="size")
+        size = gradio.Dropdown(list(page.sizes), value=NO_SIZE, label="Size", min_width=220, elem_id="size")
         is_exact = page.solver.model.dtype == torch.float32
         info = None if is_exact else "alone, a seed may draw otherwise than among others (--precision fp32: the same)"
         num_pictures = gradio.Slider(1, MAX_PICTURES, 4, step=1, label="Answers", info=info, elem_id="num")

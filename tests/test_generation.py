@@ -328,6 +328,7 @@ def test_a_step_gives_the_numbers_of_the_model(overrides):
         places = [parameter.data_ptr() for parameter in model.parameters()]
         DecodeStep(model)
         assert places == [parameter.data_ptr() for parameter in model.parameters()]
+        assert (DecodeStep(model).layers[0].gate_up[5] == model.model.layers[0].mlp.gate_proj.weight[5]).all()
 
 
 def test_a_model_that_generated_can_be_trained_and_saved(tmp_path):
