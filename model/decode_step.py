@@ -45,7 +45,7 @@ class DecodeStep:
     Hidden states of one token per row over a cache.
 
     The weights are the model's own: those that are multiplied with the same input are moved next to each other in
-    memory, once, and the model's parameters become views of them.
+    memory, once, and the model's parameters become views of them (see `_join`).
     """
 
     def __init__(self, model: ChameleonXLLMXForConditionalGeneration, is_compiled: bool = False):

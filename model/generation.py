@@ -98,8 +98,8 @@ def generate_batch(
     Answers to many prompts, in batches.
 
     Args:
-        model: in evaluation mode, on any device; a plain one, whose projections are moved in memory (`DecodeStep`), or
-            with `root_forward` a sharded one.
+        model: in evaluation mode, on any device; a plain one, whose projections and head are moved in memory
+            (`DecodeStep`), or with `root_forward` a sharded one.
         prompts: token ids, each ending where the answer begins.
         vocab: of the tokenizer that the model was trained with.
         options: how tokens are drawn.
