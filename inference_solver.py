@@ -12,6 +12,7 @@ VQGAN's decoder half.
 import argparse
 import logging
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -27,7 +28,14 @@ from data.item_processor import load_text_tokenizer
 from data.vocab import IMAGE_SYMBOL
 from model import serve
 from model.convert import load_config, load_pretrained, resolve_checkpoint
-from model.generation import CUT_BY_LENGTH, SamplingOptions, fit_batch_size, generate_batch
+from model.generation import (
+    CUT_BY_LENGTH,
+    CUT_BY_NAN,
+    CUT_BY_POSITIONS,
+    SamplingOptions,
+    fit_batch_size,
+    generate_batch,
+)
 from model.kv_cache import free_bytes, naming_shortage
 from model.progress import GenerationMeter, ProgressDisplay
 from model.requests import (
@@ -238,7 +246,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     # what to answer
     add("--prompt", help=f"what is asked; {IMAGE_SYMBOL} marks where images stand (default: first)")
-    add("--image", nargs="*", type=Path, default=[], help="pictures of the prompt, in order")
+    add("--image", nargs="+", action="extend", type=Path, default=[], help="pictures of the prompt, in order")
     add("--size", type=size_argument, help="draw a picture of WIDTHxHEIGHT pixels first (default: as the model likes)")
     add("--out", type=Path, help="PNG to write; further pictures get -2, -3, ... (default: pictures are not kept)")
     add("--serve", action="store_true", help="a page in the browser instead; the flags below are its first settings")
@@ -292,15 +300,16 @@ def _serve_problems(args: argparse.Namespace) -> list[str]:
 
 
 def _answer_problems(args: argparse.Namespace) -> list[str]:
-    problems = [f"--image {path} does not exist" for path in args.image if not path.is_file()]
+    problems = [f"--image {path} does not exist" for path in args.image if not path.exists()]
+    problems += [f"--image {path} is a folder; give the files in it" for path in args.image if path.is_dir()]
     if args.prompt is None:
         problems.append("--prompt is missing: say what to draw or to answer (or open a page with --serve)")
     try:
         check_image_symbols([args.prompt], len(args.image))
     except ValueError as error:
         problems.append(f"--prompt, --image: {error}")
-    if args.out and not args.out.parent.is_dir():
-        problems.append(f"--out {args.out}: the folder {args.out.parent} does not exist")
+    if args.out:
+        problems += _folder_problems(args.out)
     if args.out and args.out.is_dir():
         problems.append(f"--out {args.out} is a folder; give the name of a file in it")
     if args.out and args.out.suffix.lower() != ".png":
@@ -308,6 +317,16 @@ def _answer_problems(args: argparse.Namespace) -> list[str]:
     if args.size and not args.out:
         problems.append("--size draws a picture, so say where to write it: --out")
     return problems
+
+
+def _folder_problems(out_path: Path) -> list[str]:
+    if not out_path.parent.is_dir():
+        return [f"--out {out_path}: the folder {out_path.parent} does not exist"]
+    try:
+        with tempfile.TemporaryFile(dir=out_path.parent):
+            return []
+    except OSError as error:
+        return [f"--out {out_path}: nothing can be written into {out_path.parent} ({error.strerror})"]
 
 
 def save_images(images: Sequence[Image.Image], out_path: Path) -> list[Path]:
@@ -361,20 +380,23 @@ def answer_once(solver: FlexARInferenceSolver, args: argparse.Namespace, options
     request = {"qas": [[args.prompt, None]], "images": args.image, "size": args.size}
     answer = solver.answer_many([request], args.max_gen_len, options, desc="generating")[0]
     print(answer.text)
+    code = 3 if answer.cut_by == CUT_BY_NAN else 0
     if args.out is None:
         if answer.images:
             print(f"{len(answer.images)} pictures were drawn and not kept; give --out to keep them.", file=sys.stderr)
-        return 0
+        return code
     for path in save_images(answer.images, args.out):
         print(path, file=sys.stderr)
     if not answer.images:
-        advice = "--size makes it draw one"
-        if answer.is_cut_off:
-            is_too_short = answer.cut_by == CUT_BY_LENGTH
-            advice = "give a larger --max_gen_len" if is_too_short else "make --prompt, --target_size or --size smaller"
+        advice = {
+            None: "--size makes it draw one",
+            CUT_BY_LENGTH: "give a larger --max_gen_len",
+            CUT_BY_POSITIONS: "make --prompt, --target_size or --size smaller",
+            CUT_BY_NAN: "give another --model_path or --precision (fp32, bf16)",
+        }[answer.cut_by]
         print(f"inference_solver.py: no whole picture in the answer, so no {args.out}; {advice}.", file=sys.stderr)
         return 3
-    return 0
+    return code
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ product, norms one operation, residuals part of the products that they follow, a
 operation waits for the device or has a shape that depends on values: a step can be captured in a CUDA graph.
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -44,7 +45,7 @@ class DecodeStep:
     Hidden states of one token per row over a cache.
 
     The weights are the model's own: those that are multiplied with the same input are moved next to each other in
-    memory, once, and the model's parameters become views of them.
+    memory, once, and the model's parameters become views of them (see `_join`).
     """
 
     def __init__(self, model: ChameleonXLLMXForConditionalGeneration, is_compiled: bool = False):
@@ -101,7 +102,8 @@ class LeanForward:
         """`code_ids`: sorted ids of the image codes, int64 [num_codes]; their part of the head is no copy if they are
         in a row. `is_compiled` as in `DecodeStep`."""
         self._step, self._head = DecodeStep(model, is_compiled), model.lm_head
-        weight, bias = self._head.weight, self._head.bias
+        with torch.inference_mode(False), torch.no_grad():
+            weight, bias = _join([self._head.weight]), self._head.bias
         self.device, self.dtype = weight.device, weight.dtype
         ids = sorted(vocab.image_token_ids.tolist())
         self.code_ids = torch.tensor(ids, device=self.device)
@@ -184,11 +186,11 @@ def _collect(layer: ChameleonXLLMXDecoderLayer) -> _Layer:
         _cat([linear.bias for linear in projections]),
         _cat([norm.weight.repeat_interleave(num // len(norm.weight), 0) for norm, num in norms]),
         _cat([norm.bias.repeat_interleave(num // len(norm.bias), 0) for norm, num in norms]),
-        attention.o_proj.weight,
+        _join([attention.o_proj.weight]),
         attention.o_proj.bias,
         _join([mlp.gate_proj.weight, mlp.up_proj.weight]),
         _cat([mlp.gate_proj.bias, mlp.up_proj.bias]),
-        mlp.down_proj.weight,
+        _join([mlp.down_proj.weight]),
         mlp.down_proj.bias,
     )
 
@@ -198,19 +200,21 @@ def _cat(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
 
 
 def _join(weights: list[torch.nn.Parameter]) -> torch.Tensor:
-    """Weights [n_i, D] as one [sum of n_i, D] that shares their memory; they are moved if they do not lie in a row."""
-    first, ends = weights[0], []
-    for weight in weights:
-        storage = weight.untyped_storage().data_ptr()
-        ends.append((storage, weight.data_ptr(), weight.data_ptr() + weight.nbytes, weight.is_contiguous()))
-    is_joined = all(
-        here[0] == there[0] and here[2] == there[1] and here[3] and there[3]
-        for here, there in zip(ends, ends[1:], strict=False)
-    )
-    shape = (sum(map(len, weights)), first.shape[1])
-    if is_joined:
-        return first.detach().as_strided(shape, (shape[1], 1))
-    joined = torch.cat([weight.detach() for weight in weights])
-    for weight, part in zip(weights, joined.split([len(weight) for weight in weights]), strict=True):
+    """
+    Weights [n_i, D] as one [sum of n_i, D] that shares their memory; they are moved if they do not lie like that.
+
+    On a CPU in fp32 it lies column by column, [D, sum of n_i] in memory: products with few rows are faster with it.
+    """
+    first, sizes = weights[0], [len(weight) for weight in weights]
+    num_rows, width = sum(sizes), first.shape[1]
+    by_column = first.device.type == "cpu" and first.dtype == torch.float32
+    strides = (1, num_rows) if by_column else (width, 1)
+    storage, starts = first.untyped_storage().data_ptr(), itertools.accumulate(sizes[:-1], initial=0)
+    places = [(storage, first.data_ptr() + start * strides[0] * first.itemsize, strides) for start in starts]
+    if [(weight.untyped_storage().data_ptr(), weight.data_ptr(), weight.stride()) for weight in weights] == places:
+        return first.detach().as_strided((num_rows, width), strides)
+    joined = first.new_empty(width, num_rows).t() if by_column else first.new_empty(num_rows, width)
+    for weight, part in zip(weights, joined.split(sizes), strict=True):
+        part.copy_(weight)
         weight.data = part
     return joined

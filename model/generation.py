@@ -19,13 +19,20 @@ from model.kv_cache import KVCache, row_bytes
 from model.root_forward import RootForward
 from model.sampling import SamplingOptions, draw_noise, guide, sample_codes, sample_tokens
 
-__all__ = ["CUT_BY_LENGTH", "CUT_BY_POSITIONS", "Generation", "SamplingOptions", "fit_batch_size", "generate_batch"]
+__all__ = [
+    "CUT_BY_LENGTH",
+    "CUT_BY_NAN",
+    "CUT_BY_POSITIONS",
+    "Generation",
+    "SamplingOptions",
+    "fit_batch_size",
+    "generate_batch",
+]
 
-CUT_BY_LENGTH, CUT_BY_POSITIONS = "max_gen_len", "positions"
+CUT_BY_LENGTH, CUT_BY_POSITIONS, CUT_BY_NAN = "max_gen_len", "positions", "nan"
 
 _CUDA_CHECK_INTERVAL = 16  # steps: asking whether rows are done waits for the device
 _CUDA_SLOTS = 512  # on CUDA a step attends to a multiple of so many slots: each number is one graph
-_FOREVER = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,8 @@ class Generation:
 
     Attributes:
         tokens: the new token ids, with the forced start and without the end of the turn.
-        cut_by: what cut the turn off before its end, CUT_BY_LENGTH (`max_gen_len`) or CUT_BY_POSITIONS (the model has
-            no more of them, whatever `max_gen_len`); None if it ended.
+        cut_by: what cut the turn off before its end, CUT_BY_LENGTH (`max_gen_len`), CUT_BY_POSITIONS (the model has
+            no more of them, whatever `max_gen_len`) or CUT_BY_NAN (its logits were NaN or infinite); None if it ended.
     """
 
     tokens: list[int]
@@ -91,8 +98,8 @@ def generate_batch(
     Answers to many prompts, in batches.
 
     Args:
-        model: in evaluation mode, on any device; a plain one, whose projections are moved in memory (`DecodeStep`), or
-            with `root_forward` a sharded one.
+        model: in evaluation mode, on any device; a plain one, whose projections and head are moved in memory
+            (`DecodeStep`), or with `root_forward` a sharded one.
         prompts: token ids, each ending where the answer begins.
         vocab: of the tokenizer that the model was trained with.
         options: how tokens are drawn.
@@ -136,7 +143,7 @@ def generate_batch(
             noise = draw_noise([options.seed + row.index for row in batch], max_len) if options.temperature else None
             decoder = _Decoder(model, forward, grammar, contexts, room, options, noise, use_graphs)
             for row, new in zip(batch, _decode_all(decoder, progress), strict=True):
-                answers[row.index] = _finish(row, new, vocab, max_len)
+                answers[row.index] = _finish(row, new, vocab, max_gen_len, max_len)
     return [answers[index] for index in range(len(prompts))]
 
 
@@ -178,6 +185,9 @@ class _Decoder:
 
     Everything that a step reads or changes lies in tensors that stay where they are, so that a step can be replayed as
     a CUDA graph: `index` counts the tokens drawn, and a step's tokens go to the slot behind the longest context.
+
+    Once every row is within the grid of an image or done, the host knows for how many steps. In these, logits are of
+    the image codes only, what is no code was planned at once (`planned`), and `state` follows at their end.
     """
 
     def __init__(
@@ -208,13 +218,17 @@ class _Decoder:
         self.index = torch.zeros(1, dtype=torch.int64, device=device)
         self.new_tokens = torch.zeros(num_rows, self.num_steps, dtype=torch.int64, device=device)
         self.tokens = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self.positions = torch.tensor([len(context) for context in contexts], device=device)
+        self.planned = torch.zeros_like(self.new_tokens)
+        self.image_steps = range(0)
+        # What is drawn where logits are no numbers comes after the last code: padding, which ends the turn.
+        self.codes = torch.cat([forward.code_ids, forward.code_ids.new_tensor([grammar.vocab.pad_id])])
         logits, lens = self._prefill(contexts, 0), list(map(len, contexts))
         if self.is_guided:
             vocab = grammar.vocab
             tails = [context[open_image_start(context, vocab) :] or [vocab.begin_image_id] for context in contexts]
-            logits = guide(logits, self._prefill(tails, num_rows), self.state, options.cfg)
+            logits = self._guide(logits, self._prefill(tails, num_rows))
             lens += map(len, tails)
+        self.positions = torch.tensor(lens, device=device)  # of the branches, see `_place_branches`
         is_context = (
             torch.arange(self.cache.keys[0].shape[2], device=device) < torch.tensor(lens, device=device)[:, None]
         )
@@ -222,30 +236,30 @@ class _Decoder:
         self.mask.masked_fill_(~is_context, -torch.inf)
         self._draw(logits, is_image=False)
 
-    def step(self, index: int, is_image: bool) -> None:
-        """
-        Draw token `index`.
-
-        Args:
-            index: how many were drawn, the first (of the prompts' forward) included.
-            is_image: the host knows that every row is done or draws what belongs to the grid of an image: then logits
-                are computed of the image codes only.
-        """
-        num_visible = self._round_up(self.width + index)
+    def step(self, index: int) -> None:
+        """Draw token `index`: how many were drawn, the first (of the prompts' forward) included."""
+        is_image = index in self.image_steps
+        if not is_image:
+            self._catch_up()
+        key = (self._round_up(self.width + index), is_image)
         if not self.use_graphs:
-            self._step(num_visible, is_image)
+            self._step(*key)
             return
-        key = (num_visible, is_image)
         if key not in self.graphs:
             self.graphs[key] = capture_graph(lambda: self._step(*key), self._changing())
         self.graphs[key].replay()
 
-    def look(self, index: int) -> tuple[list[int], int]:
-        """Rows that still draw after token `index`, and for how many steps all rows are within an image."""
+    def look(self, index: int) -> list[int]:
+        """Rows that still draw after token `index`; plans the steps for which all of these are within an image."""
+        self._catch_up()
         is_alive = ~self.state.done & (index + 1 < self.room)
-        left = torch.where(is_alive, self.grammar.num_left(self.state), _FOREVER)
+        left = torch.where(is_alive, self.grammar.num_left(self.state), self.num_steps)
         num_left = left.tolist()  # the host waits for the device here
-        return [row for row, alive in enumerate(is_alive.tolist()) if alive], min(num_left)
+        first = index + 1
+        self.image_steps = range(first, min(first + min(num_left), self.num_steps))
+        if self.image_steps:
+            self._plan(first, len(self.image_steps))
+        return [row for row, alive in enumerate(is_alive.tolist()) if alive]
 
     def select(self, rows: list[int]) -> None:
         """Keep these rows only."""
@@ -255,40 +269,71 @@ class _Decoder:
         self.cache.select(cache_rows)
         self.mask = self.mask[cache_rows]
         self.state = GrammarState(*(tensor[kept] for tensor in _tensors(self.state)))
-        for name in ("room", "noise", "new_tokens", "tokens", "positions"):
+        for name in ("room", "noise", "new_tokens", "tokens", "planned"):
             setattr(self, name, getattr(self, name)[kept])
+        self.positions = self.positions[cache_rows]
+
+    def _plan(self, first: int, num: int) -> None:
+        """What tokens `first`, `first` + 1, ... must be that are no codes; -1 where a code is to be drawn."""
+        kinds = self.grammar.kinds_ahead(self.state, num)
+        in_room = torch.arange(first, first + num, device=kinds.device) < self.room[:, None]
+        self.planned[:, first : first + num] = self.grammar.only_token[torch.where(in_room, kinds, Kind.PADDING)]
+        self._place_branches()
+
+    def _catch_up(self) -> None:
+        """The state after the steps within images that were planned, which are over."""
+        if self.image_steps:
+            drawn = self.new_tokens[:, self.image_steps.start : self.image_steps.stop]
+            self._set_state(self.grammar.skip(self.state, len(self.image_steps)))
+            self.state.done.logical_or_((drawn == self.grammar.vocab.pad_id).any(1))
+            self.image_steps = range(0)
+
+    def _set_state(self, state: GrammarState) -> None:
+        for old, new in zip(_tensors(self.state), _tensors(state), strict=True):
+            old.copy_(new)
+
+    def _place_branches(self) -> None:
+        """Set the positions of the unconditional branches' next tokens: they count from the begin-image token."""
+        if self.is_guided:
+            self.positions[len(self.tokens) :] = (self.state.since_begin - 1).clamp(0, self.last_position)
 
     def _step(self, num_visible: int, is_image: bool) -> None:
-        tokens, positions, slot = self.tokens, self.positions, self.index + (self.width - 1)
+        tokens, slot = self.tokens, self.index + (self.width - 1)
         if self.is_guided:
-            num_rows = len(tokens)
             if not is_image:  # an image that begins is all that its unconditional branch sees
                 begins = (self.state.since_begin == 1)[:, None]
-                self.mask[num_rows:].masked_fill_(begins, -torch.inf)
+                self.mask[len(tokens) :].masked_fill_(begins, -torch.inf)
+                self._place_branches()
             tokens = tokens.repeat(2)
-            positions = torch.cat([positions, (self.state.since_begin - 1).clamp(0, self.last_position)])
         self.mask.index_fill_(1, slot, 0.0)
-        logits = self.forward(tokens, positions, self.cache, slot, self.mask[:, :num_visible], is_image).float()
+        visible = self.mask[:, :num_visible]
+        logits = self.forward(tokens, self.positions, self.cache, slot, visible, is_image).float()
         if self.is_guided:
-            logits = guide(*logits.chunk(2), self.state, self.options.cfg)
+            branches = logits.chunk(2)
+            logits = guide(*branches, self.options.cfg) if is_image else self._guide(*branches)
         self.positions.add_(1).clamp_(max=self.last_position)  # rows that are done are fed on, beside longer ones
         self._draw(logits, is_image)
 
+    def _guide(self, logits: torch.Tensor, unconditional: torch.Tensor) -> torch.Tensor:
+        """Guided logits [B, V] of the rows that are within the grid of an image, the others' as they are."""
+        in_rows = (self.state.since_begin >= 3)[:, None]
+        return torch.where(in_rows, guide(logits, unconditional, self.options.cfg), logits)
+
     def _draw(self, logits: torch.Tensor, is_image: bool) -> None:
         """Draw the next token of every row from logits [B, V] (of the image codes: [B, num_codes]), and note it."""
-        grammar = self.grammar
-        kind = torch.where(self.index < self.room, grammar.kind(self.state), Kind.PADDING)
-        noise = self.noise.index_select(1, self.index)[:, 0]
+        grammar, noise = self.grammar, self.noise.index_select(1, self.index)[:, 0]
         if is_image:
-            codes = self.forward.code_ids[sample_codes(logits, self.options, noise)]
-            tokens = torch.where(kind == Kind.CODE, codes, grammar.only_token[kind])
+            planned = self.planned.index_select(1, self.index)[:, 0]
+            tokens = torch.where(planned < 0, self.codes[sample_codes(logits, self.options, noise)], planned)
         else:
+            kind = torch.where(self.index < self.room, grammar.kind(self.state), Kind.PADDING)
             tokens = sample_tokens(logits, kind, grammar.allowed, self.options, noise)
+            tokens.masked_fill_(tokens == logits.shape[1], grammar.vocab.pad_id)
         tokens = self.forward.agree(tokens)
         self.tokens.copy_(tokens)
         self.new_tokens.index_copy_(1, self.index, tokens[:, None])
-        for old, new in zip(_tensors(self.state), _tensors(grammar.advance(self.state, tokens)), strict=True):
-            old.copy_(new)
+        if not is_image:
+            self._set_state(grammar.advance(self.state, tokens))
         self.index += 1
 
     def _changing(self) -> list[torch.Tensor]:
@@ -347,12 +392,12 @@ def _decode_all(decoder: _Decoder, progress: Callable[[int, int], None] | None) 
     new_tokens: list[list[int]] = [[] for _ in alive]
     report = progress or (lambda _num_tokens, _num_finished: None)
     interval = _CUDA_CHECK_INTERVAL if decoder.is_cuda else 1
-    num_image_steps = next_look = 0
+    next_look = 0
 
     for index in range(decoder.num_steps):  # token `index` is drawn
         report(len(alive), 0)
         if index >= next_look and index + 1 < decoder.num_steps:
-            keep, num_image_steps = decoder.look(index)
+            keep = decoder.look(index)
             if not keep:
                 break
             if 2 * len(keep) <= len(alive):
@@ -360,10 +405,9 @@ def _decode_all(decoder: _Decoder, progress: Callable[[int, int], None] | None) 
                 report(0, len(alive) - len(keep))
                 decoder.select(keep)
                 alive = [alive[row] for row in keep]
-            next_look = index + max(interval, min(num_image_steps, decoder.num_steps))
-            num_image_steps += index
+            next_look = index + max(interval, len(decoder.image_steps))
         if index + 1 < decoder.num_steps:
-            decoder.step(index + 1, is_image=index < num_image_steps)
+            decoder.step(index + 1)
     _hand_out(decoder, index + 1, alive, new_tokens)
     report(0, len(alive))
     return new_tokens
@@ -374,7 +418,7 @@ def _hand_out(decoder: _Decoder, num_tokens: int, alive: list[int], new_tokens: 
         new_tokens[row] = tokens
 
 
-def _finish(row: _Row, new_tokens: list[int], vocab: ChameleonVocab, max_len: int) -> Generation:
+def _finish(row: _Row, new_tokens: list[int], vocab: ChameleonVocab, max_gen_len: int, max_len: int) -> Generation:
     """Cut off the end of the turn and the padding after it (neither can be within an answer).
 
     `max_len`: of prompt and answer, the model's positions.
@@ -383,4 +427,6 @@ def _finish(row: _Row, new_tokens: list[int], vocab: ChameleonVocab, max_len: in
     tokens = row.forced + new_tokens[: min(stops, default=None)]
     if vocab.end_of_turn_id in new_tokens:
         return Generation(tokens)
-    return Generation(tokens, CUT_BY_LENGTH if len(row.prompt) + len(tokens) < max_len else CUT_BY_POSITIONS)
+    if len(row.prompt) + len(tokens) == max_len:
+        return Generation(tokens, CUT_BY_POSITIONS)
+    return Generation(tokens, CUT_BY_LENGTH if len(tokens) == max_gen_len else CUT_BY_NAN)

@@ -6,7 +6,7 @@ is complete can be decoded.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
@@ -33,7 +33,7 @@ class GrammarState:
     Attributes:
         since_begin: int64, tokens since the image began, its first one included; 0 outside of images.
         height, width: int64, the latent grid of the image in codes.
-        done: bool, the turn is over.
+        done: bool, the turn is over, or padding came.
     """
 
     since_begin: torch.Tensor
@@ -84,7 +84,7 @@ class ImageGrammar:
         return state
 
     def kind(self, state: GrammarState) -> torch.Tensor:
-        """The `Kind` of the next token of each row, int64 [B]."""
+        """The `Kind` of the next token of each row, int64 [B] (or what the tensors of the state broadcast to)."""
         body = state.since_begin - 3  # tokens of the rows so far
         row_len = state.width + 1
         kind = torch.where(body % row_len == state.width, Kind.NEW_LINE, Kind.CODE)
@@ -92,6 +92,16 @@ class ImageGrammar:
         kind = torch.where(body < 0, Kind.GRID_SIZE, kind)
         kind = torch.where(state.since_begin == 0, Kind.TEXT, kind)
         return torch.where(state.done, Kind.PADDING, kind)
+
+    def kinds_ahead(self, state: GrammarState, num: int) -> torch.Tensor:
+        """The same of the next `num` tokens, [B, num], where all of them belong to an image or follow the turn."""
+        rows = [tensor[:, None] for tensor in (state.since_begin, state.height, state.width, state.done)]
+        return self.kind(GrammarState(rows[0] + torch.arange(num, device=rows[0].device), *rows[1:]))
+
+    def skip(self, state: GrammarState, num: int) -> GrammarState:
+        """The state after these `num` tokens."""
+        is_over = num >= self.num_left(state)
+        return replace(state, since_begin=torch.where(is_over, 0, state.since_begin + num))
 
     def num_left(self, state: GrammarState) -> torch.Tensor:
         """How many tokens of the grid of its image and the end each row has yet to draw, int64 [B]; 0 elsewhere."""
@@ -109,7 +119,7 @@ class ImageGrammar:
             since_begin=torch.where(ends & (tokens >= 0), 0, state.since_begin + grows.long()),
             height=torch.where(grows & (state.since_begin == 1), side, state.height),
             width=torch.where(grows & (state.since_begin == 2), side, state.width),
-            done=state.done | (outside & (tokens == self.vocab.end_of_turn_id)),
+            done=state.done | (outside & (tokens == self.vocab.end_of_turn_id)) | (tokens == self.vocab.pad_id),
         )
 
 

@@ -20,7 +20,7 @@ from data.conversation import Turn
 from data.image_transform import open_image
 from data.item_processor import ItemProcessor, build_text_encode
 from data.vocab import GRID_PIXELS, IMAGE_SYMBOL, ChameleonVocab
-from model.generation import CUT_BY_LENGTH, CUT_BY_POSITIONS, Generation
+from model.generation import CUT_BY_LENGTH, CUT_BY_NAN, CUT_BY_POSITIONS, Generation
 from model.vqgan import VQGAN, load_vqgan, pixels_to_image
 from pre_tokenize.image_encoder import ImageEncoder
 
@@ -36,7 +36,7 @@ class Answer:
     Attributes:
         text: its text, with an image symbol where each image stands.
         images: the complete images, in order.
-        cut_by: as of its Generation; None, or the turn was longer than allowed, and text is as far as it came.
+        cut_by: as of its Generation; None, or the turn could not be ended, and text is as far as it came.
         is_image_cut_off: the cut was within an image, which is left out.
     """
 
@@ -152,6 +152,7 @@ def describe_cuts(answers: Sequence[Answer], max_gen_len: int) -> str:
     places = {
         CUT_BY_LENGTH: f"max_gen_len={max_gen_len} tokens",
         CUT_BY_POSITIONS: "the end of the model's positions, which only a shorter prompt can help",
+        CUT_BY_NAN: "logits that are no numbers: the weights are damaged, or too large for the precision",
     }
     num_cut = {place: sum(answer.cut_by == cause for answer in answers) for cause, place in places.items()}
     found = [f"{num} of {len(answers)} answers were cut off at {place}" for place, num in num_cut.items() if num]
@@ -214,6 +215,6 @@ def _check_turns(qas: Any) -> None:
 def parse_size(text: str) -> tuple[int, int]:
     """(width, height) of "768x512". Raises ValueError."""
     sides = text.lower().split("x")
-    if len(sides) != 2 or not all(side.isdigit() and int(side) for side in sides):
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) for side in sides):
         raise ValueError(f"{text!r} is no size; write width x height in pixels, e.g. 768x512")
     return int(sides[0]), int(sides[1])

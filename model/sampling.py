@@ -11,9 +11,10 @@ from numbers import Integral, Real
 
 import torch
 
-from model.image_grammar import GrammarState, Kind
+from model.image_grammar import Kind
 
-MIN_TEMPERATURE = 1e-6  # below, what is not greedy would leave the range of fp32
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6  # beyond, what is not greedy would leave the range of fp32
+MAX_CFG = 1e6  # likewise
 MAX_SEED = 2**63 - 1  # of PyTorch's generators
 _FEW = 64  # of so few, the largest are found faster by a partial sort than by a selection
 
@@ -24,11 +25,11 @@ class SamplingOptions:
     How tokens are drawn.
 
     Attributes:
-        temperature: 0 is greedy; else at least MIN_TEMPERATURE.
+        temperature: 0 is greedy; else from MIN_TEMPERATURE to MAX_TEMPERATURE.
         image_top_k, text_top_k: only the k most probable tokens (and those as probable as the last of them) are drawn
             from, inside and outside of images.
         cfg: classifier-free guidance inside images, `u + cfg * (c - u)` with the logits u of a branch that has seen
-            nothing before the image; 1 is without.
+            nothing before the image; 1 is without. From -MAX_CFG to MAX_CFG.
         seed: prompt i draws with a generator seeded by seed + i.
     """
 
@@ -40,10 +41,12 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         problems = []
-        if not (_is_number(self.temperature) and (self.temperature == 0 or self.temperature >= MIN_TEMPERATURE)):
-            problems.append(f"temperature is {self.temperature}; it must be 0 (greedy) or at least {MIN_TEMPERATURE}")
-        if not _is_number(self.cfg):
-            problems.append(f"cfg is {self.cfg}; it must be a number, 1 for no guidance")
+        if not (self.temperature == 0 or _is_number(self.temperature, MIN_TEMPERATURE, MAX_TEMPERATURE)):
+            bounds = f"from {MIN_TEMPERATURE} to {MAX_TEMPERATURE:.0f}"
+            problems.append(f"temperature is {self.temperature}; it must be 0 (greedy) or {bounds}")
+        if not _is_number(self.cfg, -MAX_CFG, MAX_CFG):
+            bounds = f"from {-MAX_CFG:.0f} to {MAX_CFG:.0f}"
+            problems.append(f"cfg is {self.cfg}; it must be a number {bounds}, 1 for no guidance")
         top_ks = self.image_top_k, self.text_top_k
         if not all(isinstance(top_k, Integral) and top_k >= 1 for top_k in top_ks):
             problems.append(f"top-k is {top_ks[0]} (image), {top_ks[1]} (text); both must be whole numbers from 1 on")
@@ -53,8 +56,8 @@ class SamplingOptions:
             raise ValueError("; ".join(problems) + ".")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and abs(value) < float("inf")
+def _is_number(value: object, least: float, most: float) -> bool:
+    return isinstance(value, Real) and least <= value <= most
 
 
 def draw_noise(seeds: Sequence[int], num_steps: int) -> torch.Tensor:
@@ -66,10 +69,9 @@ def draw_noise(seeds: Sequence[int], num_steps: int) -> torch.Tensor:
     return torch.stack([torch.rand(num_steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-def guide(logits: torch.Tensor, unconditional: torch.Tensor, state: GrammarState, cfg: float) -> torch.Tensor:
-    """Guided logits [B, V]: `u + cfg * (c - u)` in the rows of an image, as they are elsewhere."""
-    in_rows = (state.since_begin >= 3)[:, None]
-    return torch.where(in_rows, unconditional + cfg * (logits - unconditional), logits)
+def guide(logits: torch.Tensor, unconditional: torch.Tensor, cfg: float) -> torch.Tensor:
+    """Guided logits [B, V]: `u + cfg * (c - u)`, for the rows of an image."""
+    return unconditional + cfg * (logits - unconditional)
 
 
 def sample_tokens(
@@ -86,24 +88,30 @@ def sample_tokens(
         noise: fp32 [B] in [0, 1); not used if greedy.
 
     Returns:
-        int64 [B].
+        int64 [B]; V where an allowed logit is NaN or infinite.
     """
     logits = logits.float().masked_fill(~allowed[kind], -torch.inf)
     if options.temperature == 0:
-        return logits.argmax(-1)
+        return _largest(logits)
     is_text = (kind == Kind.TEXT)[:, None]
     least = torch.where(is_text, _least_kept(logits, options.text_top_k), _least_kept(logits, options.image_top_k))
     return _draw(logits.masked_fill(logits < least, -torch.inf), options.temperature, noise)
 
 
 def sample_codes(logits: torch.Tensor, options: SamplingOptions, noise: torch.Tensor) -> torch.Tensor:
-    """The same inside images: of logits [B, num_codes] of the image codes alone, which one, int64 [B]."""
+    """The same inside images: of logits [B, num_codes] of the image codes alone, which of them, int64 [B]."""
     logits = logits.float()
     if options.temperature == 0:
-        return logits.argmax(-1)
+        return _largest(logits)
     if options.image_top_k < logits.shape[1]:
         logits = logits.masked_fill(logits < _least_kept(logits, options.image_top_k), -torch.inf)
     return _draw(logits, options.temperature, noise)
+
+
+def _largest(logits: torch.Tensor) -> torch.Tensor:
+    """The first of the largest, as `_draw` V where it is no number."""
+    best = logits.max(-1)
+    return best.indices.masked_fill(~(best.values < torch.inf), logits.shape[1])
 
 
 def _least_kept(logits: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -120,7 +128,8 @@ def _draw(logits: torch.Tensor, temperature: float, noise: torch.Tensor) -> torc
     """
     The first token at which the sum of the probabilities so far exceeds the noise: i with probability p_i.
 
-    The noise is kept off 1, where rounding could find no token; one whose probability is 0 is never the first.
+    The noise is kept off 1, where rounding could find no token; one whose probability is 0 is never the first. Where a
+    logit is NaN or infinite so are the sums, and the search ends behind the last token.
     """
     cumulated = torch.softmax(logits / temperature, -1).cumsum(-1)
     threshold = noise[:, None].clamp(max=1 - 2**-20) * cumulated[:, -1:]

@@ -27,7 +27,7 @@ from PIL import Image
 
 from data.image_transform import crop_sizes
 from data.vocab import GRID_PIXELS, IMAGE_SYMBOL, ChameleonVocab
-from model.generation import CUT_BY_LENGTH, CUT_BY_POSITIONS, SamplingOptions
+from model.generation import CUT_BY_LENGTH, CUT_BY_NAN, CUT_BY_POSITIONS, SamplingOptions
 from model.progress import GenerationMeter
 from model.requests import check_image_symbols
 
@@ -150,6 +150,7 @@ class Page:
                 shown.append((image, f"seed {seed}{part}"))
         status = [last[0].total()] if last else []
         places = {CUT_BY_LENGTH: f"{max_gen_len} tokens", CUT_BY_POSITIONS: "the end of the model's positions"}
+        places[CUT_BY_NAN] = "logits that are no numbers"
         for cause, place in places.items():
             cut = [str(seed) for seed, answer in enumerate(answers, start=options.seed) if answer.cut_by == cause]
             if cut:
@@ -260,7 +261,7 @@ def _add_inputs(gradio, page: Page) -> tuple[list, Any, Any]:
         go = gradio.Button("Generate", variant="primary", scale=3, elem_id="go")
         stop = gradio.Button("Stop", scale=1, min_width=80, elem_id="stop")
     with gradio.Row():
-        size = gradio.Dropdown(list(page.sizes), value=NO_SIZE, label="Size", min_width=140, elem_id="size")
+        size = gradio.Dropdown(list(page.sizes), value=NO_SIZE, label="Size", min_width=220, elem_id="size")
         is_exact = page.solver.model.dtype == torch.float32
         info = None if is_exact else "alone, a seed may draw otherwise than among others (--precision fp32: the same)"
         num_pictures = gradio.Slider(1, MAX_PICTURES, 4, step=1, label="Answers", info=info, elem_id="num")

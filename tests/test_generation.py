@@ -10,9 +10,17 @@ from transformers import ChameleonForConditionalGeneration, LogitsProcessor, Log
 from data.vocab import ChameleonVocab
 from model.convert import export_hf
 from model.decode_step import DecodeStep
-from model.generation import CUT_BY_LENGTH, CUT_BY_POSITIONS, SamplingOptions, fit_batch_size, generate_batch
+from model.generation import (
+    CUT_BY_LENGTH,
+    CUT_BY_NAN,
+    CUT_BY_POSITIONS,
+    SamplingOptions,
+    fit_batch_size,
+    generate_batch,
+)
 from model.image_grammar import ImageGrammar, Kind
 from model.kv_cache import KVCache, free_bytes, row_bytes
+from model.root_forward import RootForward
 from model.sampling import draw_noise, sample_codes, sample_tokens
 from model.vqgan import VQGAN, save_vqgan
 from tests.decoder_helpers import random_tokens, small_config, small_model, small_vocabulary
@@ -170,6 +178,46 @@ def test_images_are_always_valid_or_reported_as_cut_off():
     assert {generation.finished for generation in generations} == {True, False}
 
 
+@pytest.mark.parametrize("is_sharded", [False, True])
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_end_their_answer_alone(temperature, cfg, is_sharded):
+    """An embedding that is NaN: of a word of two prompts, and of a code that comes within a picture."""
+    options = SamplingOptions(temperature, cfg=cfg, text_top_k=3)
+    prompts, forced = make_prompts((2, 2, 2, 2)), [IMAGE_START, [], IMAGE_START, []]
+    prompts[2][1] = prompts[3][1] = small_vocabulary()["the"]
+
+    def answer(model):
+        root = RootForward(model, VOCAB, torch.device("cpu"), torch.float32) if is_sharded else None
+        return generate_batch(model, prompts, VOCAB, options, 40, forced, root_forward=root)
+
+    expected, model = answer(make_model()), make_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[small_vocabulary()["the"]] = torch.nan
+        model.lm_head.weight[small_vocabulary()["the"]] = -1.0  # finite, whatever it is
+    found = answer(model)
+    assert [g.cut_by for g in found[2:]] == [CUT_BY_NAN] * 2 and [g.tokens for g in found[2:]] == forced[2:]
+    assert found[0].tokens[:13] == expected[0].tokens[:13] and found[0].cut_by in (None, CUT_BY_LENGTH, CUT_BY_NAN)
+
+    code, model = expected[0].tokens[6], make_model()
+    first = expected[0].tokens.index(code)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[code] = torch.nan
+    found = answer(model)[0]
+    assert found.cut_by == CUT_BY_NAN and found.tokens[: first + 1] == expected[0].tokens[: first + 1]
+    assert len(found.tokens) <= first + 2  # but for a new line, which nothing is drawn for
+
+
+def test_options_stay_where_fp32_has_numbers():
+    for values in (dict(temperature=1e6), dict(temperature=1e-6), dict(cfg=1e6), dict(cfg=-1e6), dict(cfg=0.0)):
+        options = SamplingOptions(**values)
+        found = generate_batch(make_model(), make_prompts((3,)), VOCAB, options, 14, [IMAGE_START])[0]
+        assert found.cut_by != CUT_BY_NAN and len(found.tokens) >= 13, values
+    for values in (dict(temperature=2e6), dict(temperature=1e300), dict(cfg=1e38), dict(cfg=-2e6)):
+        with pytest.raises(ValueError, match="it must be"):
+            SamplingOptions(**values)
+
+
 def test_progress_counts_all_answers():
     seen = []
     generate_batch(
@@ -280,6 +328,7 @@ def test_a_step_gives_the_numbers_of_the_model(overrides):
         places = [parameter.data_ptr() for parameter in model.parameters()]
         DecodeStep(model)
         assert places == [parameter.data_ptr() for parameter in model.parameters()]
+        assert (DecodeStep(model).layers[0].gate_up[5] == model.model.layers[0].mlp.gate_proj.weight[5]).all()
 
 
 def test_a_model_that_generated_can_be_trained_and_saved(tmp_path):

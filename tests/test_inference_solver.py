@@ -1,7 +1,9 @@
 """The inference solver on a small seeded checkpoint: what goes in, what comes out, and its command."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -257,12 +259,37 @@ def test_answers_at_a_time_are_those_that_have_room(solver, monkeypatch):
         assert num_bytes == 1 or all(nbytes <= CACHE_SHARE * num_bytes for _, nbytes in sizes)
 
 
+def write_long_checkpoint(folders: Path, folder: Path) -> None:
+    """The checkpoint with 65,536 positions."""
+    shutil.copytree(folders / "checkpoint", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 65536}))
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_generation_with_one_line(folders, tmp_path):
+    write_long_checkpoint(folders, tmp_path / "long")
+    extra = ["--model_path", str(tmp_path / "long"), "--max_gen_len", "65000", "--out", str(tmp_path / "out.png")]
+    arguments = [sys.executable, "inference_solver.py", *command(folders, *extra)]
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    try:
+        lines = iter(process.stderr.readline, "")
+        assert any("generating: " in line and "tokens/s" in line for line in lines)  # it is under way
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and out == ""
+    assert error.splitlines()[-1] == "inference_solver.py: interrupted" and "Traceback" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["long"]
+
+
 @pytest.mark.slow
 def test_too_little_memory_is_one_message(folders, tmp_path):
     """A process whose memory ends: a cache that the kernel refuses."""
-    shutil.copytree(folders / "checkpoint", tmp_path / "long")
-    config = json.loads((tmp_path / "long" / "config.json").read_text())
-    (tmp_path / "long" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 65536}))
+    write_long_checkpoint(folders, tmp_path / "long")
     script = (
         "import re, resource, sys, torch, inference_solver as command\n"
         "plain = command.fit_batch_size\n"
@@ -316,6 +343,28 @@ def test_command_answers_in_text(folders, solver, tmp_path, capsys):
     assert capsys.readouterr().out == solver.generate(paths, [[prompt, None]], 9, 0.0)[0] + "\n"
 
 
+def test_pictures_may_be_given_one_flag_each():
+    arguments = ["--model_path", "m", "--image", "a.png", "--image", "b.png", "c.png"]
+    assert build_parser().parse_args(arguments).image == [Path("a.png"), Path("b.png"), Path("c.png")]
+    assert build_parser().parse_args(arguments[:2]).image == []
+
+
+def test_a_checkpoint_of_nan_draws_nothing_and_says_so(folders, tmp_path, capsys, caplog):
+    model = small_model()
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.nan
+    export_hf(model, model.config, tmp_path / "nan", folders / "tokenizer")
+    extra = ["--model_path", str(tmp_path / "nan"), "--max_gen_len", "60"]
+    drawing = ["--size", "64x32", "--out", str(tmp_path / "out.png")]
+    for flags in ([*extra, *drawing], [*extra, *drawing, "--temperature", "0"], extra):
+        caplog.clear()
+        assert main(command(folders, *flags)) == 3
+        assert "1 of 1 answers were cut off at logits that are no numbers" in caplog.text
+        shown = capsys.readouterr()
+        assert shown.out == "\n" and ("--precision" in shown.err) == ("--out" in flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["nan"]
+
+
 def test_command_says_why_there_is_no_picture(folders, tmp_path, capsys):
     out_path = tmp_path / "out.png"
     assert main(command(folders, "--size", "64x32", "--max_gen_len", "9", "--out", str(out_path))) == 3
@@ -333,7 +382,10 @@ def test_command_says_why_there_is_no_picture(folders, tmp_path, capsys):
         (["--target_size", "100"], "--target_size: the target size must be a positive multiple of 32 pixels"),
         (["--temperature", "nan"], "temperature is nan"),
         (["--cfg", "inf"], "cfg is inf"),
+        (["--out", "/proc/out.png"], "--out /proc/out.png: nothing can be written into /proc"),
         (["--image", "absent.png"], "absent.png does not exist"),
+        (["--image", "tests"], "--image tests is a folder"),
+        (["--cfg", "1e300"], "cfg is 1e+300; it must be a number from -1000000 to 1000000"),
         (["--image", "pyproject.toml"], "image pyproject.toml cannot be read: Pillow knows no such image format"),
         (["--prompt", "<|image|>what"], "--prompt, --image: the text has 1 <|image|>, but there are 0 images"),
         (["--seed", "-1"], "seed is -1; it must be a whole number from 0"),
@@ -385,7 +437,9 @@ def test_tokenizer_of_another_model_is_refused(folders, tmp_path, capsys):
 
 def test_sizes_are_width_by_height():
     assert parse_size("768x512") == (768, 512)
-    for bad in ("768", "0x32", "axb"):
+    for bad in ("768", "0x32", "axb", "²x32"):
+        with pytest.raises(ValueError, match="is no size; write width x height"):
+            parse_size(bad)
         with pytest.raises(SystemExit):
             build_parser().parse_args(["--model_path", "m", "--prompt", "p", "--size", bad])
 
