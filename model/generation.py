@@ -17,7 +17,7 @@ from model.decode_step import LeanForward
 from model.image_grammar import GrammarState, ImageGrammar, Kind, open_image_start
 from model.kv_cache import KVCache, row_bytes
 from model.root_forward import RootForward
-from model.sampling import SamplingOptions, draw_noise, guide, sample_codes, sample_tokens
+from model.sampling import NO_TOKEN, SamplingOptions, draw_noise, guide, sample_codes, sample_tokens
 
 __all__ = ["CUT_BY_LENGTH", "CUT_BY_POSITIONS", "Generation", "SamplingOptions", "fit_batch_size", "generate_batch"]
 
@@ -107,8 +107,8 @@ def generate_batch(
         root_forward: every step through this forward of the whole model. All ranks call with the same arguments.
 
     Raises:
-        ValueError: an empty prompt, one that leaves no room, a vocabulary that is larger than the model's, or CUDA
-            graphs on another device.
+        ValueError: an empty prompt, one that leaves no room, a vocabulary that is larger than the model's, CUDA graphs
+            on another device, or logits that are not finite.
     """
     device = root_forward.device if root_forward else model.lm_head.weight.device
     if cuda_graph and device.type != "cuda":
@@ -206,6 +206,7 @@ class _Decoder:
         self.cache = KVCache(model.config, num_rows * (1 + self.is_guided), num_slots, forward.dtype, device)
         self.state = GrammarState(*(tensor.clone() for tensor in _tensors(grammar.start(contexts))))
         self.index = torch.zeros(1, dtype=torch.int64, device=device)
+        self.has_failed = torch.zeros((), dtype=torch.bool, device=device)  # some logits were not finite
         self.new_tokens = torch.zeros(num_rows, self.num_steps, dtype=torch.int64, device=device)
         self.tokens = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.positions = torch.tensor([len(context) for context in contexts], device=device)
@@ -245,7 +246,16 @@ class _Decoder:
         is_alive = ~self.state.done & (index + 1 < self.room)
         left = torch.where(is_alive, self.grammar.num_left(self.state), _FOREVER)
         num_left = left.tolist()  # the host waits for the device here
+        self.check()
         return [row for row, alive in enumerate(is_alive.tolist()) if alive], min(num_left)
+
+    def check(self) -> None:
+        """Raises ValueError if the logits of a token were not finite; on all ranks alike, as they agree on tokens."""
+        if self.has_failed.item():
+            raise ValueError(
+                "the model gives logits that are not finite: its training has diverged, its weights are damaged, or "
+                "they are too large for this precision"
+            )
 
     def select(self, rows: list[int]) -> None:
         """Keep these rows only."""
@@ -280,11 +290,15 @@ class _Decoder:
         kind = torch.where(self.index < self.room, grammar.kind(self.state), Kind.PADDING)
         noise = self.noise.index_select(1, self.index)[:, 0]
         if is_image:
-            codes = self.forward.code_ids[sample_codes(logits, self.options, noise)]
+            index = sample_codes(logits, self.options, noise)
+            codes = torch.where(index == NO_TOKEN, NO_TOKEN, self.forward.code_ids[index.clamp(min=0)])
             tokens = torch.where(kind == Kind.CODE, codes, grammar.only_token[kind])
         else:
             tokens = sample_tokens(logits, kind, grammar.allowed, self.options, noise)
         tokens = self.forward.agree(tokens)
+        is_none = tokens == NO_TOKEN  # the answer is worth nothing; what is fed must still be a token
+        self.has_failed |= is_none.any()
+        tokens = tokens.masked_fill(is_none, grammar.vocab.pad_id)
         self.tokens.copy_(tokens)
         self.new_tokens.index_copy_(1, self.index, tokens[:, None])
         for old, new in zip(_tensors(self.state), _tensors(grammar.advance(self.state, tokens)), strict=True):
@@ -293,7 +307,8 @@ class _Decoder:
 
     def _changing(self) -> list[torch.Tensor]:
         """What a step changes, but for the cache: a step that is run again writes the same there."""
-        return [self.index, self.new_tokens, self.tokens, self.positions, self.mask, *_tensors(self.state)]
+        own = [self.index, self.has_failed, self.new_tokens, self.tokens, self.positions, self.mask]
+        return [*own, *_tensors(self.state)]
 
     def _round_up(self, num_slots: int) -> int:
         return -(-num_slots // _CUDA_SLOTS) * _CUDA_SLOTS if self.is_cuda else num_slots
@@ -364,6 +379,7 @@ def _decode_all(decoder: _Decoder, progress: Callable[[int, int], None] | None) 
             num_image_steps += index
         if index + 1 < decoder.num_steps:
             decoder.step(index + 1, is_image=index < num_image_steps)
+    decoder.check()
     _hand_out(decoder, index + 1, alive, new_tokens)
     report(0, len(alive))
     return new_tokens

@@ -229,7 +229,7 @@ def _notes(page: RunPage) -> str:
 def _tiles(curves: Mapping[str, Curve]) -> str:
     """The key figures of those curves that are there."""
     tiles = [
-        _tile(f"{name}, {how}", f"{value:.4g}", color)
+        _tile(f"{name}, {how}", value, color)
         for key, name, color in (
             ("loss", "loss", "c-train"),
             ("val_loss", "validation loss", "c-val"),
@@ -262,11 +262,13 @@ def _last(curve: Curve | None) -> float | None:
     return float(there[-1]) if len(there) else None
 
 
-def _end(key: str, curve: Curve | None) -> list[tuple[str, float]]:
-    """(how it is taken, where a curve ends), if it has a value; of a noisy curve the end of its bold line."""
+def _end(key: str, curve: Curve | None) -> list[tuple[str, str]]:
+    """(how it is taken, where a curve ends), if there is one; of a noisy curve the end of its bold line."""
+    if curve is not None and key in ("loss", "val_loss") and np.isnan(curve[1][-1]):
+        return [("last", "none")]  # not an earlier one, as if all were well
     is_smoothed = curve is not None and _style(key) == "noisy" and len(curve[1]) >= MIN_TO_SMOOTH
     last = _last((curve[0], smooth(curve[1])) if is_smoothed else curve)
-    return [] if last is None else [("smoothed" if is_smoothed else "last", last)]
+    return [] if last is None else [("smoothed" if is_smoothed else "last", f"{last:.4g}")]
 
 
 def _duration(seconds: float) -> str:

@@ -14,6 +14,7 @@ import torch
 from model.image_grammar import GrammarState, Kind
 
 MIN_TEMPERATURE = 1e-6  # below, what is not greedy would leave the range of fp32
+NO_TOKEN = -1  # where no token can be drawn: the logits are not finite
 MAX_SEED = 2**63 - 1  # of PyTorch's generators
 _FEW = 64  # of so few, the largest are found faster by a partial sort than by a selection
 
@@ -86,11 +87,11 @@ def sample_tokens(
         noise: fp32 [B] in [0, 1); not used if greedy.
 
     Returns:
-        int64 [B].
+        int64 [B]; NO_TOKEN where the logits are not finite.
     """
     logits = logits.float().masked_fill(~allowed[kind], -torch.inf)
     if options.temperature == 0:
-        return logits.argmax(-1)
+        return _greatest(logits)
     is_text = (kind == Kind.TEXT)[:, None]
     least = torch.where(is_text, _least_kept(logits, options.text_top_k), _least_kept(logits, options.image_top_k))
     return _draw(logits.masked_fill(logits < least, -torch.inf), options.temperature, noise)
@@ -100,10 +101,16 @@ def sample_codes(logits: torch.Tensor, options: SamplingOptions, noise: torch.Te
     """The same inside images: of logits [B, num_codes] of the image codes alone, which one, int64 [B]."""
     logits = logits.float()
     if options.temperature == 0:
-        return logits.argmax(-1)
+        return _greatest(logits)
     if options.image_top_k < logits.shape[1]:
         logits = logits.masked_fill(logits < _least_kept(logits, options.image_top_k), -torch.inf)
     return _draw(logits, options.temperature, noise)
+
+
+def _greatest(logits: torch.Tensor) -> torch.Tensor:
+    tokens = logits.argmax(-1)  # nan counts as the greatest
+    greatest = logits.gather(1, tokens[:, None])[:, 0]
+    return tokens.masked_fill(~greatest.isfinite(), NO_TOKEN)
 
 
 def _least_kept(logits: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -123,5 +130,7 @@ def _draw(logits: torch.Tensor, temperature: float, noise: torch.Tensor) -> torc
     The noise is kept off 1, where rounding could find no token; one whose probability is 0 is never the first.
     """
     cumulated = torch.softmax(logits / temperature, -1).cumsum(-1)
-    threshold = noise[:, None].clamp(max=1 - 2**-20) * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, threshold, right=True)[:, 0]
+    total = cumulated[:, -1:]  # nan if any logit is nan or infinite
+    threshold = noise[:, None].clamp(max=1 - 2**-20) * total
+    tokens = torch.searchsorted(cumulated, threshold, right=True)
+    return tokens.masked_fill(~total.isfinite(), NO_TOKEN)[:, 0]

@@ -138,7 +138,7 @@ def open_run(output_dir: Path, names: Sequence[str], last_step: int) -> tuple[st
     In the file, the id is followed by a line `name step` for each tracker that the run has had.
     """
     path = output_dir / RUN_ID_NAME
-    run_id, *lines = (path.read_text() if path.is_file() else "").split("\n")
+    run_id, *lines = (path.read_text(errors="replace") if path.is_file() else "").split("\n")
     run_id = run_id.strip() or secrets.token_hex(4)
     known = {match[1]: int(match[2]) for line in lines if (match := re.fullmatch(r"(\w+) (\d+)", line))}
     known |= {name: max(known[name], last_step) if name in known else 0 for name in names}

@@ -13,7 +13,8 @@ from model.decode_step import DecodeStep
 from model.generation import CUT_BY_LENGTH, CUT_BY_POSITIONS, SamplingOptions, fit_batch_size, generate_batch
 from model.image_grammar import ImageGrammar, Kind
 from model.kv_cache import KVCache, free_bytes, row_bytes
-from model.sampling import draw_noise, sample_codes, sample_tokens
+from model.root_forward import RootForward
+from model.sampling import NO_TOKEN, draw_noise, sample_codes, sample_tokens
 from model.vqgan import VQGAN, save_vqgan
 from tests.decoder_helpers import random_tokens, small_config, small_model, small_vocabulary
 from tests.test_image_grammar import plain_allowed
@@ -250,6 +251,38 @@ def test_codes_are_drawn_as_from_all_logits():
     for options in (SamplingOptions(0.8, image_top_k=7), SamplingOptions(1.3, image_top_k=2000), GREEDY):
         expected = sample_tokens(logits, kind, grammar.allowed, options, noise)
         assert codes[sample_codes(logits[:, codes], options, noise)].equal(expected)
+
+
+@pytest.mark.parametrize("options", [GREEDY, SamplingOptions(), SamplingOptions(image_top_k=7)], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_draw_no_token(options, value):
+    grammar, codes = ImageGrammar(VOCAB, VOCAB.vocab_size), torch.tensor(sorted(VOCAB.image_token_ids.tolist()))
+    logits = torch.randn(4, VOCAB.vocab_size, generator=torch.Generator().manual_seed(3))
+    logits[1, codes[5]] = logits[2] = value
+    kind, noise = torch.full((4,), Kind.CODE), draw_noise(range(4), 4)[:, 0]
+    for drawn in (
+        sample_tokens(logits, kind, grammar.allowed, options, noise),
+        sample_codes(logits[:, codes], options, noise),
+    ):
+        assert (drawn == NO_TOKEN).tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("options", [GREEDY, SamplingOptions(cfg=2.5)], ids=["greedy", "cfg"])
+@pytest.mark.parametrize("way", ["lean", "root"])
+def test_a_model_that_has_diverged_is_one_error(options, way):
+    """At the first token, or only after an image code."""
+    for damage, num_prompts in ((lambda model: model.model.norm.weight, 5), (codes_of, 1)):
+        model = make_model()
+        damage(model).data.fill_(torch.nan)
+        root_forward = RootForward(model, VOCAB, torch.device("cpu"), torch.float32) if way == "root" else None
+        arguments = (make_prompts()[:num_prompts], VOCAB, options, 30, [IMAGE_START, [], [], [], []][:num_prompts])
+        with pytest.raises(ValueError, match="logits that are not finite"):
+            generate_batch(model, *arguments, root_forward=root_forward)
+
+
+def codes_of(model):
+    """The rows of the embedding that belong to image codes; their ids lie in a row."""
+    return model.model.embed_tokens.weight[min(VOCAB.image_token_ids) : max(VOCAB.image_token_ids) + 1]
 
 
 def test_noise_next_to_its_bounds_draws_tokens_that_are_allowed():

@@ -424,15 +424,17 @@ def test_pictures_of_a_prompt_stand_beside_its_words(tmp_path):
 
 
 def test_the_losses_on_top_are_the_ends_of_the_curves_that_are_drawn(tmp_path):
-    """One line of a noisy curve says little: the end of the bold line, where there is one."""
+    """One line of a noisy curve says little: the end of the bold line, where there is one; none if it is lost."""
 
-    def tiles(num_lines: int) -> list[str]:
+    def tiles(num_lines: int, **last) -> list[str]:
         lines = [line_at(step, loss=2.0 + 0.5 * (-1) ** step) for step in range(1, num_lines + 1)]
+        lines[-1] |= last
         lines.append({"step": num_lines, "epoch": 1.0, "val_loss": 2.25})
         text = write_report(write_lines(tmp_path / str(num_lines), lines)).read_text()
         return re.findall(r'<div class="tile c-\w+"><b>(.*?)</b><span>(.*?)</span>', text)
 
     assert tiles(20) == [("2.5", "loss, last"), ("2.25", "validation loss, last")]
+    assert tiles(40, loss=None)[0] == ("none", "loss, last")
     (value, how), validation = tiles(600)
     assert how == "loss, smoothed" and 1.9 < float(value) < 2.1 and validation == ("2.25", "validation loss, last")
 
