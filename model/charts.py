@@ -126,7 +126,7 @@ def tick_label(value: float, is_share: bool = False) -> str:
     if is_share:
         return f"{100 * value:.6g}%"
     size = abs(value)
-    if 0 < size < 1e-3:
+    if 0 < size < 1e-3 or size >= 1e12:
         mantissa, power = f"{value:.3e}".split("e")
         return f"{float(mantissa):g}e{int(power)}"
     for factor, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):

@@ -236,7 +236,17 @@ def test_log_ticks_are_few_and_inside(low, high):
 
 
 def test_labels_are_short():
-    labels = {20_000: "20k", 1_500_000: "1.5M", 2e-5: "2e-5", 1_500: "1,500", 0.3: "0.3", 0: "0", 12_500: "12.5k"}
+    labels = {
+        20_000: "20k",
+        1_500_000: "1.5M",
+        2e-5: "2e-5",
+        1_500: "1,500",
+        2e9: "2G",
+        1e30: "1e30",
+        0.3: "0.3",
+        0: "0",
+        12_500: "12.5k",
+    }
     assert {value: tick_label(value) for value in labels} == labels
     assert tick_label(0.415, is_share=True) == "41.5%"
 
