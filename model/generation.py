@@ -291,7 +291,7 @@ class _Decoder:
         noise = self.noise.index_select(1, self.index)[:, 0]
         if is_image:
             index = sample_codes(logits, self.options, noise)
-            codes = torch.where(index == NO_TOKEN, NO_TOKEN, self.forward.code_ids[index.clamp(min=0)])
+            codes = self.forward.code_ids[index.clamp(min=0)].masked_fill(index == NO_TOKEN, NO_TOKEN)
             tokens = torch.where(kind == Kind.CODE, codes, grammar.only_token[kind])
         else:
             tokens = sample_tokens(logits, kind, grammar.allowed, self.options, noise)
