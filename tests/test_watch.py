@@ -89,6 +89,7 @@ def test_a_step_in_time_leaves_nothing_and_a_late_one_is_told_once(tmp_path, cap
     told = (tmp_path / "hang-rank3.txt").read_text()
     assert told.count("rank 3: step 6 has not ended within 0.4 s; it is at tests/test_watch.py:") == 1
     assert "test_a_step_in_time_leaves_nothing_and_a_late_one_is_told_once" in told and "hang watch" not in told
+    assert told.count("most recent call first") >= 2, "the stacks of all threads"
     said = capfd.readouterr().err
     assert said.count("step 6 has not ended") == 1 and "most recent call first" in said
     assert "hang watch" not in {thread.name for thread in threading.enumerate()}
