@@ -233,7 +233,7 @@ class Solver:
         self.bad_data = BadData(options, self.bad_items, self.dataset.place, self.say, self.launch.is_main)
         self.guard = StepGuard(options.guard, torch.device("cpu") if options.parallel.cpu_offload else self.device)
         output_dir, rank = options.checkpoint.output_dir, self.launch.rank
-        self.profiler = StepProfiler(options.watch.profiled_steps, output_dir, rank)
+        self.profiler = StepProfiler(options.watch.profiled_steps, output_dir, rank, self.say)
         self.hang_watch = HangWatch(options.watch.hang_timeout_s, output_dir, rank)
         # The tokenizer is written from memory: the folder that it came from may be gone by then.
         self.saver = CheckpointSaver(

@@ -65,7 +65,8 @@ class BadData:
         if self._is_main:
             with (self._output_dir / BAD_STEPS_NAME).open("a") as file:
                 file.writelines(json.dumps({"step": step, "items": places}) + "\n" for step, places in held.items())
-            self._say(f"skipped {len(held)} steps: gradient not finite or too large (see {BAD_STEPS_NAME})")
+            steps = f"{len(held)} step{'s' if len(held) > 1 else ''}"
+            self._say(f"skipped {steps}: gradient not finite or too large (see {BAD_STEPS_NAME})")
         if is_too_many:
             raise RunError(
                 f"{self._max_bad_steps} steps in a row had a gradient that is not finite or above --skip_grad_norm and "

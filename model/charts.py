@@ -20,6 +20,7 @@ MIN_TO_SMOOTH = 30  # fewer values are only drawn raw
 LOG_FROM_RATIO = 30  # curves that span this factor start on the log scale
 NUM_X_TICKS, NUM_Y_TICKS = 6, 5  # about
 MAX_EPOCH_MARKS = 12
+MAX_LARGE_DOTS = 60  # of a sparse curve
 BOX = 1000  # width and height of the SVG's own units
 
 
@@ -125,7 +126,7 @@ def tick_label(value: float, is_share: bool = False) -> str:
     if is_share:
         return f"{100 * value:.6g}%"
     size = abs(value)
-    if 0 < size < 1e-3:
+    if 0 < size < 1e-3 or size >= 1e12:
         mantissa, power = f"{value:.3e}".split("e")
         return f"{float(mantissa):g}e{int(power)}"
     for factor, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
@@ -261,7 +262,8 @@ def _curve(series: Series, axis: _Axis, last_step: int) -> str:
     dots = "".join(f"M{a:.1f} {b:.1f}h0" for a, b in zip(x[is_there], heights[is_there], strict=True))
     if series.style == "sparse":
         line = _path(x[is_there], heights[is_there])
-        return f'<path class="line sparse {series.color}" d="{line}"/><path class="dots {series.color}" d="{dots}"/>'
+        kind = "dots many" if is_there.sum() > MAX_LARGE_DOTS else "dots"  # which must not hide the line below
+        return f'<path class="line sparse {series.color}" d="{line}"/><path class="{kind} {series.color}" d="{dots}"/>'
     if not _is_smoothed(series):
         line = f'<path class="line {series.color}" d="{_path(x, heights)}"/>'
         # A young run's few values would hardly be seen as a line.

@@ -67,6 +67,7 @@ summary { cursor: pointer; }
   stroke-dasharray: 1 5; }
 .scale .line { stroke: var(--c); stroke-width: 1.8; } .scale .sparse { stroke-width: 1.2; stroke-dasharray: 4 4; }
 .scale .dots { stroke: var(--c); stroke-width: 8; } .scale .dots.small { stroke-width: 5; }
+.scale .dots.many { stroke-width: 2.5; }
 .scale .smooth { display: none; stroke-width: 2.2; }
 .smoothed .smooth { display: inline; } .smoothed .raw { stroke-width: 1.2; opacity: .3; }
 .y, .x span { position: absolute; font-size: 12px; color: var(--soft); line-height: 1; white-space: nowrap; }

@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 
 from data.html_page import data_uri, escape
-from model.charts import Chart, Series, chart_html, hover_data
+from data.vocab import IMAGE_SYMBOL
+from model.charts import MIN_TO_SMOOTH, Chart, Series, chart_html, hover_data, smooth
 from model.report_assets import PAGE, SCRIPT, STYLE
 from model.samples_format import Sample, SampleStep
 
@@ -228,14 +229,14 @@ def _notes(page: RunPage) -> str:
 def _tiles(curves: Mapping[str, Curve]) -> str:
     """The key figures of those curves that are there."""
     tiles = [
-        _tile(name, f"{last:.4g}", color)
+        _tile(f"{name}, {how}", value, color)
         for key, name, color in (
-            ("loss", "loss, last line", "c-train"),
-            ("val_loss", "validation loss, last", "c-val"),
+            ("loss", "loss", "c-train"),
+            ("val_loss", "validation loss", "c-val"),
             ("text_loss", "text loss", "c-text"),
             ("image_loss", "image loss", "c-image"),
         )
-        if (last := _last(curves.get(key))) is not None
+        for how, value in _end(key, curves.get(key))
     ]
     for key, name in (("tokens_per_s", "tokens/s, median"), ("mfu", "MFU, median")):
         if _last(curves.get(key)) is not None:
@@ -261,6 +262,15 @@ def _last(curve: Curve | None) -> float | None:
     return float(there[-1]) if len(there) else None
 
 
+def _end(key: str, curve: Curve | None) -> list[tuple[str, str]]:
+    """(how it is taken, where a curve ends), if there is one; of a noisy curve the end of its bold line."""
+    if curve is not None and key in ("loss", "val_loss") and np.isnan(curve[1][-1]):
+        return [("last", "none")]  # not an earlier one, as if all were well
+    is_smoothed = curve is not None and _style(key) == "noisy" and len(curve[1]) >= MIN_TO_SMOOTH
+    last = _last((curve[0], smooth(curve[1])) if is_smoothed else curve)
+    return [] if last is None else [("smoothed" if is_smoothed else "last", f"{last:.4g}")]
+
+
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -278,9 +288,10 @@ def _samples(steps: Sequence[SampleStep]) -> str:
     by_prompt = [_by_prompt(column.samples) for column in columns]
     prompts = list(dict.fromkeys(key for cells in reversed(by_prompt) for key in cells))
     head = "".join(f"<th>step {column.step:,}</th>" for column in columns)
+    asked = {key: sample for cells in by_prompt for key, sample in cells.items()}  # of the newest step
     rows = "".join(
-        f'<tr><th scope="row">{escape(prompt[0])}</th>{"".join(_cell(cells.get(prompt)) for cells in by_prompt)}</tr>'
-        for prompt in prompts[:MAX_PROMPTS]
+        f"<tr>{_prompt(asked[key])}{''.join(_cell(cells.get(key)) for cells in by_prompt)}</tr>"
+        for key in prompts[:MAX_PROMPTS]
     )
     hidden = [f"{len(steps) - len(columns)} of {len(steps)} steps"] if len(columns) < len(steps) else []
     hidden += [f"{len(prompts) - MAX_PROMPTS} of {len(prompts)} prompts"] if len(prompts) > MAX_PROMPTS else []
@@ -299,6 +310,14 @@ def _by_prompt(samples: Sequence[Sample]) -> dict[tuple[str, int], Sample]:
         number = sum(prompt == sample.prompt for prompt, _ in found)
         found[sample.prompt, number] = sample
     return found
+
+
+def _prompt(sample: Sample) -> str:
+    """What was asked: its pictures, then its words."""
+    words, pictures = sample.prompt, "".join(map(_picture, sample.given_paths))
+    if len(sample.given_paths) == 1:
+        words = words.removeprefix(IMAGE_SYMBOL).strip()  # it stands above them
+    return f'<th scope="row">{pictures}{escape(words)}</th>'
 
 
 def _cell(sample: Sample | None) -> str:

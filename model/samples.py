@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from data.image_transform import crop_sizes
+from data.image_transform import crop_sizes, crop_to_rgb, open_image
 from data.vocab import IMAGE_SYMBOL, ChameleonVocab
 from model.chameleon import ChameleonXLLMXConfig
 from model.distributed import barrier, broadcast_from_main, from_main, gather_over_ranks
@@ -144,6 +144,11 @@ class Sampler:
         if self._has_vqgan:
             self._codec.check_vqgan()
             self._codec.vqgan.to(self._device)
+        size = self._options.target_size
+        self._given = {
+            index: [crop_to_rgb(open_image(path), size) for path in prompt.images]
+            for index, prompt in enumerate(self._prompts)
+        }
         contexts = [self._codec.encode_request(prompt.qas, prompt.images) for prompt in self._prompts]
         if self._has_vqgan:
             self._codec.vqgan.to("cpu")
@@ -213,14 +218,15 @@ class Sampler:
             (prompt.text, text, answer.images)
             for prompt, text, answer in zip(self._prompts, texts, answers, strict=True)
         ]
-        write_samples(self._output_dir, step, entries)
+        write_samples(self._output_dir, step, entries, self._given)
         if log_images is not None:
             named = {f"samples/{index:03d}": answer.images for index, answer in enumerate(answers) if answer.images}
             if named:
                 log_images(step, named)
         num_lost = sum(answer.text.count(IMAGE_SYMBOL) - len(answer.images) for answer in answers)
         if num_lost:
-            note += f"; {num_lost} pictures are left out: --vqgan_dir {self._options.vqgan_dir} is not a folder"
+            left_out = "1 picture is left out" if num_lost == 1 else f"{num_lost} pictures are left out"
+            note += f"; {left_out}: --vqgan_dir {self._options.vqgan_dir} is not a folder"
         if any(answer.is_cut_off for answer in answers):
             note += f"; {describe_cuts(answers, self._options.sample_max_gen_len)}"
         return note

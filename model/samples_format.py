@@ -1,14 +1,14 @@
 """Samples of a run by step: `output_dir/samples/step{STEP}/samples.json` and the pictures that it names. Owner of both.
 
-`samples.json` is a list of `{"prompt", "text", "files"}` in the order of the prompts: `text` is the answer without its
-pictures, `files` are names of PNG files beside it, none or more. A step's folder is whole or absent. `model/report.py`
-shows them.
+`samples.json` is a list of `{"prompt", "text", "files", "given"}` in the order of the prompts: `text` is the answer
+without its pictures, `files` are names of PNG files beside it, none or more; `given` are those of the prompt's own
+pictures, as the model saw them. A step's folder is whole or absent. `model/report.py` shows them.
 """
 
 import json
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,11 +23,12 @@ _FOLDER = re.compile(r"step(\d+)")
 
 @dataclass(frozen=True)
 class Sample:
-    """What the model answered to a prompt; `image_paths` are PNG files."""
+    """What the model answered to a prompt; `image_paths` are PNG files, `given_paths` those of the prompt."""
 
     prompt: str
     text: str
     image_paths: tuple[Path, ...] = ()
+    given_paths: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,16 @@ class SampleStep:
     samples: tuple[Sample, ...]
 
 
-def write_samples(output_dir: Path, step: int, samples: Iterable[tuple[str, str, Sequence[Image.Image]]]) -> Path:
-    """Writes the (prompt, text, images) after `step` and returns the folder; an older one of that step is replaced."""
+def write_samples(
+    output_dir: Path,
+    step: int,
+    samples: Iterable[tuple[str, str, Sequence[Image.Image]]],
+    given: Mapping[int, Sequence[Image.Image]] | None = None,
+) -> Path:
+    """Writes the (prompt, text, images) after `step` and returns the folder; an older one of that step is replaced.
+
+    `given`: the pictures of prompts that have some, by their place in `samples`.
+    """
     parent = output_dir / SAMPLES_DIR_NAME
     final = parent / f"step{step:08d}"
     writing, replaced = (parent / f".{kind}-{final.name}" for kind in ("writing", "replaced"))
@@ -48,10 +57,12 @@ def write_samples(output_dir: Path, step: int, samples: Iterable[tuple[str, str,
     writing.mkdir(parents=True)
     entries = []
     for index, (prompt, text, images) in enumerate(samples):
-        names = [f"{index:03d}-{number}.png" for number in range(len(images))]
-        for name, image in zip(names, images, strict=True):
-            image.save(writing / name)
-        entries.append({"prompt": prompt, "text": text, "files": names})
+        entry = {"prompt": prompt, "text": text}
+        for key, mark, pictures in (("files", "", images), ("given", "given-", (given or {}).get(index, ()))):
+            entry[key] = [f"{index:03d}-{mark}{number}.png" for number in range(len(pictures))]
+            for name, picture in zip(entry[key], pictures, strict=True):
+                picture.save(writing / name)
+        entries.append(entry)
     (writing / SAMPLES_NAME).write_text(json.dumps(entries, indent=1) + "\n")
     for path in (*writing.iterdir(), writing):
         sync_path(path)
@@ -84,11 +95,17 @@ def _read_folder(folder: Path) -> tuple[Sample, ...]:
     try:
         entries = json.loads(path.read_text())
         samples = tuple(
-            Sample(str(e["prompt"]), str(e["text"]), tuple(folder / n for n in e["files"])) for e in entries
+            Sample(
+                str(entry["prompt"]),
+                str(entry["text"]),
+                tuple(folder / name for name in entry["files"]),
+                tuple(folder / name for name in entry.get("given", ())),
+            )
+            for entry in entries
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error!r}; remove {folder} or write it again") from error
-    for image_path in (image_path for sample in samples for image_path in sample.image_paths):
+    for image_path in (path for sample in samples for path in (*sample.image_paths, *sample.given_paths)):
         if image_path.parent != folder or not image_path.is_file():
             raise ValueError(f"{path} names {image_path.name}, but {folder} holds no such file")
     return samples

@@ -3,13 +3,15 @@
 The work is done by accelerate's tracker classes, without its `Accelerator`, which would take over the process group.
 `metrics.jsonl` stays the truth: a tracker that fails is switched off, and training goes on. A run that is resumed goes
 on in the same curve: TensorBoard hides what was written after the resumed step (`purge_step`); the others know the run
-by an id kept in `output_dir`, and are not sent again the steps that they have.
+by an id kept in `output_dir`, and are not sent again the steps that they have. How far each of them has come is kept
+beside the id: once `metrics.jsonl` was cut back, it does not tell any more.
 """
 
 import contextlib
 import difflib
 import importlib.util
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,12 +72,10 @@ class Trackers:
         the curves. A tracker that cannot start is said once, and left out."""
         self._say = say
         self._trackers: dict[str, Any] = {}
-        self._known_step = 0
+        self._known_steps: dict[str, int] = {}
         if not options.names:
             return
-        run_id, is_known = _run_id(output_dir)
-        if is_known:
-            self._known_step = last_step
+        run_id, self._known_steps = open_run(output_dir, options.names, last_step)
         with _single_process():
             from accelerate.state import PartialState
             from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -120,7 +120,8 @@ class Trackers:
 
     def _of_step(self, step: int) -> list[tuple[str, Any]]:
         """The trackers that do not have this step yet; TensorBoard has hidden it."""
-        return [(n, tracker) for n, tracker in self._trackers.items() if n == "tensorboard" or step > self._known_step]
+        known = self._known_steps
+        return [(n, tracker) for n, tracker in self._trackers.items() if n == "tensorboard" or step > known[n]]
 
     @contextlib.contextmanager
     def _watched(self, name: str) -> Iterator[None]:
@@ -131,15 +132,19 @@ class Trackers:
             self._say(f"--log_with {name} is off from here on: {type(error).__name__}: {error}; metrics.jsonl goes on")
 
 
-def _run_id(output_dir: Path) -> tuple[str, bool]:
-    """(the id of the run in that folder, made if it has none; whether it had one)."""
+def open_run(output_dir: Path, names: Sequence[str], last_step: int) -> tuple[str, dict[str, int]]:
+    """(the id of the run in that folder, made if it has none; the last step that each tracker has, 0 if it is new).
+
+    In the file, the id is followed by a line `name step` for each tracker that the run has had.
+    """
     path = output_dir / RUN_ID_NAME
-    if path.is_file():
-        return path.read_text().strip(), True
-    run_id = secrets.token_hex(4)
+    run_id, *lines = (path.read_text(errors="replace") if path.is_file() else "").split("\n")
+    run_id = run_id.strip() or secrets.token_hex(4)
+    known = {match[1]: int(match[2]) for line in lines if (match := re.fullmatch(r"(\w+) (\d+)", line))}
+    known |= {name: max(known[name], last_step) if name in known else 0 for name in names}
     with open_whole(path) as file:
-        file.write(f"{run_id}\n".encode())
-    return run_id, False
+        file.write("".join(f"{line}\n" for line in (run_id, *(f"{n} {step}" for n, step in known.items()))).encode())
+    return run_id, known
 
 
 def _send_images(name: str, tracker: Any, step: int, images: Mapping[str, Sequence[Image.Image]]) -> None:

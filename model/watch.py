@@ -11,7 +11,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -64,8 +64,9 @@ class StepProfiler:
     chrome://tracing. The step before the first is recorded too, and thrown away: starting the profiler makes it slow.
     """
 
-    def __init__(self, steps: range, output_dir: Path, rank: int) -> None:
-        self._steps, self._folder, self._rank = steps, output_dir / PROFILE_DIR, rank
+    def __init__(self, steps: range, output_dir: Path, rank: int, say: Callable[[str], None]) -> None:
+        """`say` tells a line on rank 0: what was written, or that the run had none of these steps."""
+        self._steps, self._folder, self._rank, self._say = steps, output_dir / PROFILE_DIR, rank, say
         self._profiler: torch.profiler.profile | None = None
         self._first = self._last = 0
 
@@ -82,10 +83,12 @@ class StepProfiler:
                 self.close()
 
     def close(self) -> None:
-        """Writes what there is of a profile that is not complete."""
+        """Writes what there is of a profile that is not complete; says so if there is nothing of it."""
         if self._profiler is not None:
             self._profiler.stop()
-            self._profiler, self._steps = None, range(0)
+        elif self._steps:
+            self._say_nothing_came()
+        self._profiler, self._steps = None, range(0)
 
     def _start(self, number: int) -> None:
         num_warmup = int(number < self._steps[0])
@@ -103,9 +106,19 @@ class StepProfiler:
         self._profiler.start()
 
     def _write(self, profiler: torch.profiler.profile) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        name = f"rank{self._rank}-steps{self._first}-{self._last}.json.gz"
-        profiler.export_chrome_trace(str(self._folder / name))
+        if self._last < self._first:  # the run ended with the step before the first
+            self._say_nothing_came()
+            return
+        path = self._folder / f"rank{self._rank}-steps{self._first}-{self._last}.json.gz"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(path))
+            self._say(f"{path} is the profile of rank {self._rank}; open it in https://ui.perfetto.dev")
+        except OSError as error:  # no reason to end a training
+            self._say(f"no profile, training goes on: {error}")
+
+    def _say_nothing_came(self) -> None:
+        self._say(f"no profile: this run took no step from {self._steps[0]} to {self._steps[-1]}")
 
 
 class HangWatch:

@@ -10,13 +10,15 @@ import subprocess
 import sys
 import termios
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from small_run import ROOT, call_main, read_lines, solver_args, train
+from small_run import ROOT, call_main, environment, read_lines, solver_args, train
 
+from model.distributed import detect_launch, process_group
 from model.gpu_peaks import mean_document_len, peak_flops
 from model.metrics import (
     SUMMED_FIELDS,
@@ -28,6 +30,8 @@ from model.metrics import (
     read_numbers,
     summarize,
 )
+from model.options import Options, build_parser
+from model.run_log import RunLog, memory_bytes
 
 CPU = torch.device("cpu")
 # In the order of SUMMED_FIELDS: ce, z, targets, text ce, text targets, image ce, image targets.
@@ -185,6 +189,32 @@ def test_figures_are_reduced_once_per_interval_and_over_ranks(two_types, tmp_pat
             assert loss == pytest.approx(total / sum(other["num_valid_tokens"] for other in of_type), rel=1e-4)
 
 
+def log_of_a_rank_that_waits(folder: Path) -> None:
+    """Run on two ranks: rank 1 waits for its rows half a second, and holds 0.3 GiB more."""
+    launch = detect_launch()
+    options = Options.from_namespace(build_parser().parse_args(["--data_config", "x", "--output_dir", str(folder)]))
+    with process_group(launch, "cpu", timeout_s=60) as device:
+        held = b"1" * (launch.rank * 3 * 2**30 // 10)
+        run_log = RunLog(options, 0, device, launch.is_main, ["a"])
+        with run_log.waiting():
+            time.sleep(0.5 * launch.rank)
+        figures, _ = run_log.collect(torch.zeros(1))
+        if launch.is_main:
+            print(json.dumps(figures | {"own_gib": memory_bytes(device)[0] / 2**30, "held": len(held)}))
+
+
+@pytest.mark.slow
+def test_waiting_and_memory_are_those_of_the_rank_with_the_most(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launcher, __file__, str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert line["held"] == 0 and line["data_wait_ms"] >= 500
+    assert line["memory_gib"] > line["own_gib"] + 0.2
+
+
 @pytest.mark.parametrize(
     ("name", "flops"),
     [
@@ -203,3 +233,7 @@ def test_peak_flops_by_name(name, flops):
 
 def test_the_mean_document_is_that_of_a_token():
     assert mean_document_len(np.array([100, 300], np.int32)) == pytest.approx((100 * 100 + 300 * 300) / 400)
+
+
+if __name__ == "__main__":
+    log_of_a_rank_that_waits(Path(sys.argv[1]))

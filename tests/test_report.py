@@ -236,7 +236,17 @@ def test_log_ticks_are_few_and_inside(low, high):
 
 
 def test_labels_are_short():
-    labels = {20_000: "20k", 1_500_000: "1.5M", 2e-5: "2e-5", 1_500: "1,500", 0.3: "0.3", 0: "0", 12_500: "12.5k"}
+    labels = {
+        20_000: "20k",
+        1_500_000: "1.5M",
+        2e-5: "2e-5",
+        1_500: "1,500",
+        2e9: "2G",
+        1e30: "1e30",
+        0.3: "0.3",
+        0: "0",
+        12_500: "12.5k",
+    }
     assert {value: tick_label(value) for value in labels} == labels
     assert tick_label(0.415, is_share=True) == "41.5%"
 
@@ -396,13 +406,54 @@ def test_samples_come_back_as_they_were_written(tmp_path):
     assert read_samples(tmp_path / "none") == []
 
 
+@pytest.mark.parametrize("key", ["files", "given"])
 @pytest.mark.parametrize("name", ["../../secret.png", "gone.png", "/etc/hostname"])
-def test_samples_name_only_files_of_their_folder(tmp_path, name):
+def test_samples_name_only_files_of_their_folder(tmp_path, name, key):
     (tmp_path / "secret.png").touch()
     folder = write_samples(tmp_path, 1, [("a", "b", [])])
-    (folder / "samples.json").write_text(json.dumps([{"prompt": "a", "text": "b", "files": [name]}]))
+    (folder / "samples.json").write_text(json.dumps([{"prompt": "a", "text": "b", "files": [], key: [name]}]))
     with pytest.raises(ValueError, match="holds no such file"):
         read_samples(tmp_path)
+
+
+def test_pictures_of_a_prompt_stand_beside_its_words(tmp_path):
+    """Two prompts of the same words are told apart by them; what was written before pictures were kept is shown too."""
+    folder, colors = write_lines(tmp_path, [line_at(2)]), ("red", "blue")
+    given = {number: [Image.new("RGB", (8, 4), color)] for number, color in enumerate(colors)}
+    write_samples(folder, 2, [("<|image|>Describe it.", f"it is {color}", []) for color in colors], given)
+    samples = read_samples(folder)[0].samples
+    assert [Image.open(one.given_paths[0]).getpixel((0, 0)) for one in samples] == [(255, 0, 0), (0, 0, 255)]
+    asked = re.findall(r'<th scope="row">(.*?)</th><td>(.*?)</td>', write_report(folder).read_text())
+    assert [re.sub('src="[^"]*"', "", question) for question, _ in asked] == [
+        '<img class="pixelated" alt="" title="8 × 4 pixels" >Describe it.'
+    ] * 2
+    assert asked[0][0] != asked[1][0] and [answer for _, answer in asked] == ["<p>it is red</p>", "<p>it is blue</p>"]
+    path = folder / "samples" / "step00000002" / "samples.json"
+    path.write_text(json.dumps([{"prompt": "<|image|>Describe it.", "text": "it is red", "files": []}]))
+    assert '<th scope="row">&lt;|image|&gt;Describe it.</th>' in write_report(folder).read_text()
+
+
+def test_the_losses_on_top_are_the_ends_of_the_curves_that_are_drawn(tmp_path):
+    """One line of a noisy curve says little: the end of the bold line, where there is one; none if it is lost."""
+
+    def tiles(num_lines: int, **last) -> list[str]:
+        lines = [line_at(step, loss=2.0 + 0.5 * (-1) ** step) for step in range(1, num_lines + 1)]
+        lines[-1] |= last
+        lines.append({"step": num_lines, "epoch": 1.0, "val_loss": 2.25})
+        text = write_report(write_lines(tmp_path / str(num_lines), lines)).read_text()
+        return re.findall(r'<div class="tile c-\w+"><b>(.*?)</b><span>(.*?)</span>', text)
+
+    assert tiles(20) == [("2.5", "loss, last"), ("2.25", "validation loss, last")]
+    assert tiles(40, loss=None)[0] == ("none", "loss, last")
+    (value, how), validation = tiles(600)
+    assert how == "loss, smoothed" and 1.9 < float(value) < 2.1 and validation == ("2.25", "validation loss, last")
+
+
+@pytest.mark.parametrize("number, kind", [(60, "dots"), (61, "dots many")])
+def test_many_validations_do_not_hide_the_training(tmp_path, number, kind):
+    lines = [{"step": step, "epoch": 0.1, "val_loss": 2.0} for step in range(1, number + 1)]
+    kinds = set(re.findall(r'<path class="(dots[^"]*) c-val"', write_report(write_lines(tmp_path, lines)).read_text()))
+    assert kinds == {kind}
 
 
 def test_many_steps_of_samples_are_thinned_to_both_ends(tmp_path):

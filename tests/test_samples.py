@@ -99,6 +99,8 @@ def test_training_notices_nothing_and_the_report_shows_them(small_task, folder, 
         assert [sample.prompt for sample in step.samples][2:] == ["<|image|>word80", "word85\nword86\nword87"]
         sizes = [[Image.open(path).size for path in sample.image_paths[:1]] for sample in step.samples]
         assert sizes[0] == [(64, 32)] and sizes[2] == [(32, 32)]
+        given = [[Image.open(path).size for path in sample.given_paths] for sample in step.samples]
+        assert given == [[], [], [(64, 32)], []], "cropped as the model saw it"
         assert not any("<|image|>" in sample.text for sample in step.samples)
     assert not (tmp_path / "plain" / "samples").exists()
     page = (tmp_path / "sampled" / "report.html").read_text()
@@ -194,6 +196,15 @@ def test_what_cannot_be_written_does_not_end_the_training(small_task, folder, tm
     assert call_main(solver_args(small_task, out, **sample_flags(folder, 2, max_steps=3)))[0] == 0
     assert "no samples of step 2, training goes on: NotADirectoryError" in capsys.readouterr().out
     assert list(losses(out)) == [1, 2, 3]
+
+
+def test_a_run_that_diverges_ends_with_its_own_message(small_task, folder, tmp_path, capsys):
+    """Samples of weights that give no finite logits end nothing: that the steps are skipped does."""
+    flags = sample_flags(folder, 2, lr=1e30, clip_grad=0)
+    code, message = call_main(solver_args(small_task, tmp_path / "out", **flags))
+    assert code == 1 and "5 steps in a row had a gradient that is not finite" in message
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("samples of step 4 in")]
+    assert len(lines) == 1 and "answers were cut off at logits that are no numbers" in lines[0]
 
 
 def test_samples_of_text_need_no_vqgan(small_task, tmp_path, capsys):

@@ -6,12 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_run import call_main, losses, read_lines, solver_args, train
+from torch.distributed.fsdp import FSDPModule
 
 from data.data_config import load_data_config
 from data.dataset import TokenDataset
 from data.packing import PlanOptions
 from model.convert import load_pretrained
-from model.validation import ValidationOptions, build_rows
+from model.distributed import Launch, process_group
+from model.parallelize import ParallelOptions, build_mesh, parallelize
+from model.validation import ValidationOptions, Validator, build_rows
 
 
 def evaluate(args, capsys):
@@ -124,10 +127,23 @@ def test_the_training_does_not_notice(small_task, tmp_path, capsys):
     assert older["step"] == 5 and older["val_loss"] == pytest.approx(lines[5]["val_loss"], rel=1e-6)
 
 
+@pytest.mark.parametrize("data_parallel", ["fsdp", "sdp"])
+def test_gathered_weights_are_let_go_of(two_types, data_parallel):
+    dataset = TokenDataset(load_data_config(two_types / "data.yaml"), 64)
+    options = ParallelOptions(precision="fp32", compile=False, data_parallel=data_parallel)
+    with process_group(Launch(), "cpu", timeout_s=60) as device:
+        model = load_pretrained(two_types / "init").train()
+        model = parallelize(model, build_mesh(options, "cpu", 1), options)
+        plan_options = PlanOptions(batch_size=5, max_seq_len=64, units_per_step=1)
+        Validator(dataset, plan_options, 0, 1, 0, device, z_loss_weight=0.0).run(model)
+        groups = [part._get_fsdp_state()._fsdp_param_group for part in model.modules() if isinstance(part, FSDPModule)]
+    is_gathered = [group.is_unsharded for group in groups if group is not None]
+    assert model.training and len(is_gathered) >= 3 and not any(is_gathered)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("data_parallel", ["fsdp", "sdp"])
 def test_real_ranks_do_not_notice_either(small_task, tmp_path, data_parallel):
-    """Parameters that validation gathered are let go of: a step after it computes with the new ones."""
     changes = CHANGES | {"batch_size": 1, "data_parallel": data_parallel, "max_steps": 5, "num_workers": 0}
     train(2, solver_args(small_task, tmp_path / "plain", **changes))
     validated = changes | {"val_data_config": small_task / "data.yaml", "val_interval": 1}

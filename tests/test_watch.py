@@ -23,10 +23,11 @@ def steps_in(trace: Path) -> int:
     return len({event["ts"] for event in events if event.get("name", "").startswith("Optimizer.step#AdamW.step")})
 
 
-def test_profile_writes_a_trace_of_these_steps(small_task, tmp_path):
+def test_profile_writes_a_trace_of_these_steps(small_task, tmp_path, capsys):
     out = tmp_path / "out"
     assert call_main(solver_args(small_task, out, max_steps=6, profile="3:5")) == (0, "")
     (trace,) = (out / "profile").iterdir()
+    assert f"{trace} is the profile of rank 0" in capsys.readouterr().out
     assert trace.name == "rank0-steps3-5.json.gz" and steps_in(trace) == 3
     assert call_main(solver_args(small_task, tmp_path / "plain", max_steps=6)) == (0, "")
     assert losses(out) == losses(tmp_path / "plain") and not (tmp_path / "plain" / "profile").exists()
@@ -36,6 +37,22 @@ def test_profile_from_the_first_step_on_and_of_a_run_that_ends_before(small_task
     assert call_main(solver_args(small_task, tmp_path / "out", max_steps=2, profile="1:9")) == (0, "")
     (trace,) = (tmp_path / "out" / "profile").iterdir()
     assert trace.name == "rank0-steps1-2.json.gz" and steps_in(trace) == 2
+
+
+@pytest.mark.parametrize("steps", ["4:9", "3:3", "5:5"])
+def test_a_profile_of_steps_that_never_come_is_told(small_task, tmp_path, capsys, steps):
+    """The run ends two steps before the first, or with the one before it, which is recorded and thrown away."""
+    assert call_main(solver_args(small_task, tmp_path / "out", max_steps=2, profile=steps)) == (0, "")
+    start, end = steps.split(":")
+    assert f"no profile: this run took no step from {start} to {end}\n" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "profile").exists()
+
+
+def test_a_profile_that_cannot_be_written_does_not_end_the_training(small_task, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "profile").write_text("no folder")
+    assert call_main(solver_args(small_task, tmp_path / "out", max_steps=4, profile="2:2")) == (0, "")
+    assert "no profile, training goes on: " in capsys.readouterr().out and len(losses(tmp_path / "out")) == 4
 
 
 @pytest.mark.slow
@@ -72,6 +89,7 @@ def test_a_step_in_time_leaves_nothing_and_a_late_one_is_told_once(tmp_path, cap
     told = (tmp_path / "hang-rank3.txt").read_text()
     assert told.count("rank 3: step 6 has not ended within 0.4 s; it is at tests/test_watch.py:") == 1
     assert "test_a_step_in_time_leaves_nothing_and_a_late_one_is_told_once" in told and "hang watch" not in told
+    assert told.count("most recent call first") >= 2, "the stacks of all threads"
     said = capfd.readouterr().err
     assert said.count("step 6 has not ended") == 1 and "most recent call first" in said
     assert "hang watch" not in {thread.name for thread in threading.enumerate()}
