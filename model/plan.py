@@ -147,7 +147,9 @@ def print_plan(options: Options, launch: Launch) -> int:
         *options.optim.problems(),
         *options.parallel.problems(world_size, min(RANKS_PER_NODE, world_size)),
         *options.trainable.problems(),
-        *options.float8.problems(None, options.parallel.precision, options.trainable.is_partial),
+        *options.float8.problems(
+            None, options.parallel.precision, options.trainable.is_partial, options.data.max_row_len
+        ),
     ]
     try:
         config = find_config(options)
@@ -162,7 +164,7 @@ def print_plan(options: Options, launch: Launch) -> int:
         epoch = size_epoch(options, world_size)
     except (ValueError, OSError) as error:
         unknown = str(error)
-    row_len = epoch.max_row_len if epoch else options.data.batch_size * options.data.max_seq_len
+    row_len = epoch.max_row_len if epoch else options.data.max_row_len
     document_len = epoch.max_document_len if epoch else options.data.max_seq_len
     mean_len = epoch.mean_document_len if epoch else document_len
     memory = plan_memory(config, options, world_size, row_len, document_len, mean_len)
