@@ -246,7 +246,8 @@ def test_a_step_that_the_profiler_did_not_see_has_no_kinds():
 
 @pytest.mark.parametrize(("gib", "size"), [(139.8, "7B"), (79.1, "1B")])
 def test_the_size_measured_is_one_that_the_gpu_can_train(monkeypatch, gib, size):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, int(gib * 2**30)))
+    properties = SimpleNamespace(total_memory=int(gib * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert default_model_size("cuda") == size and default_model_size("cpu") == "tiny"
 
 

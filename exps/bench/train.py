@@ -140,7 +140,8 @@ def default_model_size(device: str) -> str:
     """The largest size that a training of all its weights in fp32 leaves room for."""
     if device != "cuda":
         return "tiny"
-    return "7B" if torch.cuda.mem_get_info()[1] >= MIN_GIB_FOR_7B * GIB else "1B"
+    total = torch.cuda.get_device_properties(0).total_memory  # needs no context, which would take some of it
+    return "7B" if total >= MIN_GIB_FOR_7B * GIB else "1B"
 
 
 def find_problems(args: argparse.Namespace) -> list[str]:

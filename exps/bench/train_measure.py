@@ -41,9 +41,8 @@ KINDS = {
     "copies": r"^(?!triton_).*(c10d|fsdp|nccl|memcpy|memset|copy|split_with|chunk_cat|all_gather|reduce_scatter)",
     "optimizer": r"adam|_foreach|multi_tensor|lpnorm",
 }
-OUT_OF_MEMORY = (
-    r"out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED"  # of what allocates beside torch: NCCL, cuBLAS, Triton
-)
+# How it is said by what allocates beside torch's allocator: NCCL, cuBLAS, cuDNN, Triton.
+OUT_OF_MEMORY = r"out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED"
 
 
 @dataclass(frozen=True)
