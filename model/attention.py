@@ -240,7 +240,8 @@ def _varlen(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    # squeeze: the backward of x[0] would fill a tensor with zeros and copy the gradient into it.
+    query, key, value = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))
     out = varlen_attn(
         query,
         key,

@@ -35,7 +35,9 @@ def prepare(options: Options, launch: Launch) -> tuple[TokenDataset, TokenDatase
         *options.optim.problems(),
         *options.parallel.problems(launch.world_size, launch.local_world_size),
         *(_find_eval_problems(options) if eval_only else options.checkpoint.problems()),
-        *options.float8.problems(options.run.device, options.parallel.precision, options.trainable.is_partial),
+        *options.float8.problems(
+            options.run.device, options.parallel.precision, options.trainable.is_partial, options.data.max_row_len
+        ),
         *options.trackers.problems(),
         *options.watch.problems(),
     ]

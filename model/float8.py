@@ -24,10 +24,11 @@ class Float8Options:
 
     float8: bool = False
 
-    def problems(self, device: str | None, precision: str, is_partial: bool = False) -> list[str]:
+    def problems(self, device: str | None, precision: str, is_partial: bool = False, row_len: int = 0) -> list[str]:
         """What is wrong with these options on a device (`auto`, `cuda` or `cpu`), one sentence each.
 
         Without a device (None: a plan) its abilities are not asked for. `is_partial`: some weights are frozen.
+        `row_len`: tokens of the longest row, which is the inner dimension of the products that give gradients.
         """
         if not self.float8:
             return []
@@ -36,6 +37,11 @@ class Float8Options:
             found.append(f"--float8 goes with --precision bf16 (what is not in fp8 is in bf16), got {precision}")
         if is_partial:
             found.append("--float8 trains every weight: leave it out with --lora_rank or --train_only")
+        if row_len % MULTIPLE_OF:
+            found.append(
+                f"--float8 needs rows of a multiple of {MULTIPLE_OF} tokens, got {row_len} (--batch_size times "
+                "--max_seq_len): choose another --max_seq_len"
+            )
         if importlib.util.find_spec("torchao") is None:
             found.append(f"--float8 needs torchao: pip install --no-deps {TORCHAO_PIN}")
         if device is None:

@@ -125,9 +125,10 @@ class _FusedLinearLoss(torch.autograd.Function):
             ce[part] = lse[part] - logits.gather(1, y)[:, 0]
             if not (needs_hidden or needs_weight or needs_rows):
                 continue
-            factor = 1 + 2 * z_loss_weight * lse[part, None]
+            # The scale is in both terms, which are narrow: another pass over the logits would cost more.
+            factor = scale * (1 + 2 * z_loss_weight * lse[part, None])
             grad_logits = logits.sub_(lse[part, None]).exp_().mul_(factor)
-            grad_logits.scatter_add_(1, y, torch.full_like(lse[part, None], -1.0)).mul_(scale)
+            grad_logits.scatter_add_(1, y, scale * torch.full_like(factor, -1.0))
             grad_logits = grad_logits.to(x.dtype)
             if needs_hidden:
                 grad_hidden[part] = grad_logits @ weight

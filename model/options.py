@@ -80,6 +80,11 @@ class DataOptions:
     num_workers: int = 8
     pin_mem: bool = True
 
+    @property
+    def max_row_len(self) -> int:
+        """Tokens of the longest row that there may be."""
+        return self.batch_size * self.max_seq_len
+
 
 @dataclass(frozen=True)
 class RunOptions:

@@ -124,7 +124,8 @@ def parallelize(
 
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
+            if mesh.size() > 1:  # a rank alone would divide by 1.0: another copy of each gradient in fp32
+                module.set_gradient_divide_factor(1.0)
             # A plain sum: gloo has no premultiplied one, and NCCL's mean is not to be trusted with a single rank.
             module.set_force_sum_reduction_for_comms(True)
     return model

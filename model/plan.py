@@ -148,7 +148,9 @@ def print_plan(options: Options, launch: Launch) -> int:
         *options.optim.problems(),
         *options.parallel.problems(world_size, min(RANKS_PER_NODE, world_size)),
         *options.trainable.problems(),
-        *options.float8.problems(None, options.parallel.precision, options.trainable.is_partial),
+        *options.float8.problems(
+            None, options.parallel.precision, options.trainable.is_partial, options.data.max_row_len
+        ),
     ]
     try:
         config = find_config(options)
@@ -164,7 +166,7 @@ def print_plan(options: Options, launch: Launch) -> int:
         epoch = size_epoch(options, world_size)
     except (ValueError, OSError) as error:
         unknown = str(error)
-    row_len = epoch.max_row_len if epoch else options.data.batch_size * options.data.max_seq_len
+    row_len = epoch.max_row_len if epoch else options.data.max_row_len
     if row_len > MAX_ROW_LEN:
         problem = f"a row of {row_len:,} tokens is too long (places in it are int32)"
         return stop_at_start(launch, f"finetune_solver.py: {problem}: lower --batch_size or --max_seq_len")

@@ -69,13 +69,14 @@ def forward_row(
 ) -> ChameleonXLLMXOutput:
     """The model's output for one row, its loss the sum over targets times a scale.
 
-    Everything goes through the forward of the root, which gathers what the ranks share.
+    Everything goes through the forward of the root, which gathers what the ranks share. What FSDP finds there on the
+    host it copies itself, and waits until the device has done all that was queued: so nothing is left for it to copy.
     """
     return model(
         input_ids=row["input_ids"].to(device, non_blocking=True),
         labels=row["labels"].to(device, non_blocking=True),
         position_ids=row["position_ids"].to(device, non_blocking=True),
-        cu_seqlens=row["cu_seqlens"],
+        cu_seqlens=row["cu_seqlens"].to(device, non_blocking=True),
         max_seqlen=max_seqlen,
         num_valid=row["num_valid_tokens"],
         loss_scale=loss_scale,

@@ -34,13 +34,15 @@ def run_all(tmp_path: Path, **env: str) -> subprocess.CompletedProcess:
 
 
 def make_launcher(tmp_path: Path) -> str:
-    """A `python` that runs no bench but prints what one could, and fails as the bench of checkpoints."""
+    """A `python` that runs no bench but prints what one could; the bench of checkpoints fails before it has a result,
+    that of generation with one."""
     launcher = tmp_path / "python"
     launcher.write_text(
         f"""#!/bin/bash
 case "$*" in
   *table.py*) exec {sys.executable} "$@" ;;
   *checkpoint.py*) echo "no space left on device" >&2; exit 3 ;;
+  *generate.py*) echo '{json.dumps(RESULT)}'; exit 1 ;;
   *) echo "| a table |"; echo '{json.dumps(RESULT)}' ;;
 esac
 """
@@ -60,6 +62,8 @@ def test_every_bench_runs_and_one_that_fails_is_a_line_and_the_exit_code(tmp_pat
     assert table in done.stdout
     assert re.search(r"a device; torch 2\.13\.0; \d{4}-\d\d-\d\d", table)
     assert "| checkpoint | failed: exit code 3, see checkpoint.err | | | |" in table
+    assert "| generate | failed: exit code 1, see generate.err | | | |" in table
+    assert "| generate | **time** |  |  | **0.25** |" in table, "what it measured before it failed"
     assert "| loss | **time** |  |  | **0.25** |" in table and "| loss | nested.gib | 1 | 4 | 0.25 |" in table
     assert "items" not in table.split("    python")[0], "what both ways share is no result"
     assert sum("    python exps/bench/" in line for line in table.splitlines()) == len(names) + 1
@@ -69,6 +73,16 @@ def bench_names() -> set[str]:
     """The scripts of exps/bench that measure something."""
     scripts = (ROOT / "exps" / "bench").glob("*.py")
     return {path.stem for path in scripts if '"ratio"' in path.read_text()} - {"sweep", "table"}
+
+
+def test_a_bench_that_no_time_is_left_for_is_a_line_beside_the_others(tmp_path):
+    launcher = Path(make_launcher(tmp_path))
+    launcher.write_text(launcher.read_text().replace("*generate.py*)", "*attention.py*) sleep 60 ;;\n  *generate.py*)"))
+    done = run_all(tmp_path, PYTHON=str(launcher), SCALE="gpu", TOTAL_S="2", BENCHES="loss attention data")
+    assert done.returncode == 1 and "no time was left of TOTAL_S=2" in done.stderr
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| loss | **time** |  |  | **0.25** |" in table
+    assert "| attention | failed: exit code 124" in table and "| data | failed: exit code 124" in table
 
 
 @pytest.mark.slow
@@ -125,7 +139,9 @@ def test_ways_of_a_baseline_are_compared_one_by_one():
         ("speed (batched)", "5", "2", "2.5"),
         ("speed (one by one)", "5", "1", "5"),
     ]
-    assert list(figures({"ratio": None, "ours": {"speed": 5}, "baseline": None})) == []
+    assert list(figures({"ratio": None, "ours": {"speed": 5}, "baseline": None})) == [("speed", "5", "", "")]
+    failed = {"fits": False, "reason": "CUDA out of memory"}
+    assert list(figures({"ratio": None, "ours": {"speed": 5}, "baseline": failed})) == [("speed", "5", "", "")]
 
 
 def test_variants_of_the_sweep_are_trainings():

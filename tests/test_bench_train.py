@@ -4,12 +4,16 @@ import functools
 import json
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
-from exps.bench.train import format_way, main, measure_alone
-from exps.bench.train_measure import Task, covered, out_of_memory, parse_training, sum_by_kind
+from exps.bench.sweep import format_variant
+from exps.bench.train import default_model_size, format_way, main, measure_alone
+from exps.bench.train_measure import Task, covered, out_of_memory, parse_training, read_kernels, sum_by_kind
 from exps.bench.train_ways import Ours, Recipe, Work, bench_config, fill_rows, make_items, pad_items, spread_lengths
 from model import loss as loss_module
 from model.distributed import Launch, process_group
@@ -147,8 +151,11 @@ def test_kinds_of_work_and_time_with_a_kernel_running():
         "Memcpy DtoD (Device -> Device)": 3,
         "triton_poi_fused_mul_silu_0": 4,
         "void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>": 5,
+        # Casts are among what is compiled, lists are copied by what the optimizer uses too.
+        "triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_1": 10,
+        "void at::native::multi_tensor_apply_kernel<TensorListMetadata<2>, CopyFunctor<float, 2, 1, 1>, Copy>": 20,
     }
-    kinds = {"attention": 1, "matrix products": 2, "optimizer": 5, "copies": 3, "other": 4}
+    kinds = {"attention": 1, "matrix products": 2, "optimizer": 5, "copies": 23, "other": 14}
     assert sum_by_kind(names) == kinds
     assert covered([(0, 2), (1, 3), (5, 6), (5, 5.5)]) == 4
 
@@ -188,9 +195,60 @@ def test_what_does_not_fit_is_told_from_what_failed():
         torch.empty(1 << 60, dtype=torch.uint8)
     assert out_of_memory(raised.value) == "CPU out of memory"
     assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried")) == "CUDA out of memory"
+    for beside_torch in (
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+        "Triton Error [CUDA]: out of memory",
+    ):
+        assert out_of_memory(RuntimeError(beside_torch)) == "CUDA out of memory"
     assert out_of_memory(RuntimeError("shapes cannot be multiplied")) is None
     line = format_way("bf16", "baseline", {"fits": False, "reason": "CUDA out of memory", "reduced": ""})
     assert "does not fit: CUDA out of memory" in line and line.count("|") == 14
+
+
+@pytest.mark.slow
+def test_a_measurement_that_does_not_end_is_ended_and_one_without_time_is_not_begun():
+    endless = Task("ours", ["--model_size=tiny"], "cpu", {"item_lens": [20], "row_len": 20}, repeats=10**9)
+    result = measure_alone(endless, until=time.monotonic() + 2)
+    assert result == {"fits": False, "failed": True, "reason": "ended after 2 s, when its time was over"}
+    assert measure_alone(endless, until=time.monotonic())["reason"] == "no time left"
+
+
+@pytest.mark.slow
+def test_what_ours_measured_is_told_when_the_baseline_fails(monkeypatch, capsys):
+    monkeypatch.setattr("exps.bench.train.measure_baseline", lambda *_: {"fits": False, "failed": True, "reason": "x"})
+    flags = ["--device=cpu", "--model_size=tiny", "--item_len=20", "--num_items=1", "--repeats=1", "--minutes=5"]
+    assert main([*flags, "--baseline"]) == 1
+    *table, last = capsys.readouterr().out.splitlines()
+    summary = json.loads(last)
+    assert summary["ours"]["tokens_per_s"] > 0 and summary["ratio"] is None
+    assert any("| fp32 | baseline | failed: x |" in line for line in table)
+
+
+def test_the_kernels_of_a_profile_are_those_of_the_device_without_marks_of_the_program():
+    def event(name, device, start, end, is_mark=False):
+        time_range = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
+        return SimpleNamespace(name=name, device_type=device, time_range=time_range, is_user_annotation=is_mark)
+
+    cuda, cpu = DeviceType.CUDA, DeviceType.CPU
+    events = [event("gemm", cuda, 0, 3000), event("gemm", cuda, 2000, 4000), event("FSDP::x", cuda, 0, 9000, True)]
+    assert read_kernels([*events, event("aten::mm", cpu, 0, 9000)]) == ({"gemm": 5.0}, 4.0)
+    assert read_kernels([]) == ({}, 0.0)
+
+
+def test_a_step_that_the_profiler_did_not_see_has_no_kinds():
+    ms = {"median": 1.0, "min": 1.0, "max": 1.0}
+    result = {"fits": True, "tokens_per_s": 1.0, "ms_per_step": ms, "tflops": 1.0, "peak_gib": 1.0, "kinds_ms": None}
+    result |= {"phases_ms": {"loss": 1.0, "optimizer": 1.0}, "mfu": {"datasheet": None, "matrix_rate": 0.5}}
+    assert format_way("bf16", "ours", result).endswith("| - |")
+    assert format_variant({**result, "variant": "1 row"}).endswith("| 100.0% | - | - | - |")
+
+
+@pytest.mark.parametrize(("gib", "size"), [(139.8, "7B"), (79.1, "1B")])
+def test_the_size_measured_is_one_that_the_gpu_can_train(monkeypatch, gib, size):
+    properties = SimpleNamespace(total_memory=int(gib * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert default_model_size("cuda") == size and default_model_size("cpu") == "tiny"
 
 
 def test_the_options_of_the_lora_script_train_here():
@@ -210,6 +268,7 @@ def test_the_options_of_the_lora_script_train_here():
         (["--item_len", "30", "20"], "--item_len must be one or two lengths of 2 to --row_len 4096"),
         (["--item_len", "5000"], "--item_len must be one or two lengths of 2 to --row_len 4096"),
         (["--rows", "0"], "--rows must be at least 1, got 0"),
+        (["--minutes", "0"], "--minutes must be above 0, got 0"),
         (["--device", "cpu", "--float8"], "--float8 needs a GPU"),
         (["--dropout", "2"], "--dropout must lie between 0 and 1, got 2"),
         (["--lora_rank", "-1"], "--lora_rank must not be negative, got -1"),

@@ -77,6 +77,14 @@ def test_what_cannot_run_is_refused_with_its_reason():
     assert "needs a GPU with fp8" in found and "--precision bf16" in found and "got fp32" in found
 
 
+def test_rows_that_the_products_of_gradients_do_not_take_are_refused():
+    """The tokens of a row are the inner dimension of the products that give the gradients of weights."""
+    options = Float8Options(float8=True)
+    assert not any("rows" in problem for problem in options.problems(None, "bf16", row_len=2 * 4096))
+    (found,) = (problem for problem in options.problems(None, "bf16", row_len=3 * 4090) if "rows" in problem)
+    assert "multiple of 16 tokens, got 12270" in found
+
+
 def test_without_torchao_the_error_says_what_to_install():
     code = """
 import sys

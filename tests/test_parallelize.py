@@ -254,6 +254,26 @@ def test_gradients_of_a_single_rank(precision, checkpointing):
     assert_equal_to_plain(gradients_alone(**arguments), DTYPES[precision], bound)
 
 
+def test_a_rank_alone_does_not_divide_its_gradients():
+    """A division by 1.0 would cost another copy of each part's gradients in fp32 in every micro-step."""
+    from model.distributed import Launch, process_group
+
+    options, divided = ParallelOptions(precision="bf16"), []
+
+    class RecordDivisions(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (torch.ops.aten.div, torch.ops.aten.div_):
+                divided.append(args[0].numel())
+            return func(*args, **(kwargs or {}))
+
+    with process_group(Launch(), "cpu", timeout_s=60):
+        model, _ = build_sharded(Launch(), options)
+        with RecordDivisions():
+            next(run_step(Launch(), model, options))
+        num_values = sum(parameter.grad.numel() for parameter in model.model.layers[0].parameters())
+    assert num_values not in divided
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("job", ["fsdp", "sdp", "hsdp_1", "hsdp", "compiled", "offloaded"])
 def test_gradients_of_several_ranks(result_of, job):

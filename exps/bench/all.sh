@@ -5,8 +5,9 @@
 #
 # OUT (default output/bench) is the folder of the results: NAME.json, NAME.log, NAME.err, and table.md. SCALE says how
 # large they are: gpu (within 8 minutes on one GPU), cpu or ci (the smallest); by default what the machine has. BENCHES
-# (default: all of them) names those to run, LIMIT_S (default 240) the longest that one may take. A bench that fails is
-# a line of the table that says so, and the script then ends with exit code 1.
+# (default: all of them) names those to run, LIMIT_S (default 240) the longest that one may take, TOTAL_S (default 480
+# on a GPU, else no limit) the longest that all may take. A bench that fails, or that no time is left for, is a line of
+# the table that says so, beside what it measured before, and the script then ends with exit code 1.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -23,8 +24,9 @@ for name in $BENCHES; do
     exit 2
   fi
 done
+total=${TOTAL_S:-}
 case $SCALE in
-  gpu) limit=${LIMIT_S:-240} ;;
+  gpu) limit=${LIMIT_S:-240} total=${TOTAL_S:-480} ;;
   cpu) limit=${LIMIT_S:-1800} ;;
   ci) limit=${LIMIT_S:-240} ;;
   *) echo "exps/bench/all.sh: SCALE must be gpu, cpu or ci, got '$SCALE'" >&2 && exit 2 ;;
@@ -35,18 +37,25 @@ mkdir -p "$OUT"
 : > "$OUT/runs.tsv"
 trap 'running=$(jobs -p); if [[ -n $running ]]; then kill $running; wait; fi' EXIT
 
-# bench SCRIPT FLAGS...: runs it if BENCHES names it.
+# bench SCRIPT FLAGS...: runs it if BENCHES names it. One that fails may have measured one of its ways: its object stays.
 bench() {
-  local name start=$SECONDS code=0
+  local name start=$SECONDS code=0 seconds=$limit
   name=$(basename "$1" .py)
   [[ " $BENCHES " == *" $name "* ]] || return 0
   printf '[%3d s] %s\n' "$SECONDS" "$*"
-  rm -f "$OUT/$name.json"
-  timeout "$limit" $PYTHON -u "$@" > "$OUT/$name.log" 2> "$OUT/$name.err" &
-  wait $! || code=$?
-  if ((code == 0)); then
-    tail -n 1 "$OUT/$name.log" > "$OUT/$name.json.part" && mv "$OUT/$name.json.part" "$OUT/$name.json"
+  rm -f "$OUT/$name.json" "$OUT/$name.log"
+  if [[ -n $total ]] && ((total - SECONDS < seconds)); then seconds=$((total - SECONDS)); fi
+  if ((seconds > 0)); then
+    timeout --kill-after=10 "$seconds" $PYTHON -u "$@" > "$OUT/$name.log" 2> "$OUT/$name.err" &
+    wait $! || code=$?
+    if [[ $(tail -n 1 "$OUT/$name.log") == "{"*"}" ]]; then
+      tail -n 1 "$OUT/$name.log" > "$OUT/$name.json.part" && mv "$OUT/$name.json.part" "$OUT/$name.json"
+    fi
   else
+    code=124 # as `timeout` says it
+    echo "no time was left of TOTAL_S=$total" > "$OUT/$name.err"
+  fi
+  if ((code != 0)); then
     failed=1
     echo "exps/bench/all.sh: $name ended with exit code $code after $((SECONDS - start)) s:" >&2
     tail -n 5 "$OUT/$name.err" >&2
@@ -57,7 +66,7 @@ bench() {
 if [[ $SCALE == gpu ]]; then
   bench exps/bench/loss.py --num_tokens 8192 --hidden_size 4096
   bench exps/bench/attention.py --row_len 4096 --item_len 300 1100
-  bench exps/bench/train.py --model_size 7B --rows 2 --baseline
+  bench exps/bench/train.py --rows 2 --baseline --minutes 3.5
   bench exps/bench/metrics.py --num_steps 20 --repeats 1
   bench exps/bench/generate.py --model_size 1B --batch_sizes 8 --cfg 4 --num_tokens 256 --repeats 1 --ways ours batched
   bench exps/bench/checkpoint.py --gigabytes 2 --repeats 1

@@ -113,7 +113,7 @@ def build_training(
 ) -> tuple[Callable[[], None], CheckpointSaver]:
     """A training step without arguments, which waits for the device, and the saver of its model."""
     config = build_config("tiny", **model_shape(gigabytes))
-    options = ParallelOptions(precision="bf16" if device.type == "cuda" else "fp32")
+    options = ParallelOptions(precision="bf16" if device.type == "cuda" else "fp32", compile=False)
     model = parallelize(build_model(config), build_mesh(options, device.type, 1), options).to_empty(device=device)
     reset_rotary_buffers(model)
     init_weights(model, 0)

@@ -22,6 +22,10 @@ class OutOfMemory(RuntimeError):
     """A measurement was killed, as Linux does with the process that wants more memory than there is."""
 
 
+class TookTooLong(RuntimeError):
+    """A measurement did not end in its time, and was killed."""
+
+
 def build_bench_parser(description: str | None, repeats: str | None = None) -> argparse.ArgumentParser:
     """A parser with what `add_common_flags` adds."""
     parser = argparse.ArgumentParser(
@@ -57,17 +61,21 @@ def exit_on_sigterm() -> None:
         signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
 
 
-def run_alone(module: str, task: dict, env: dict[str, str] | None = None) -> dict:
+def run_alone(module: str, task: dict, env: dict[str, str] | None = None, limit_s: float | None = None) -> dict:
     """What `main(["--task", ...])` of a module prints last, as JSON, in a process of its own.
 
     The module is not the main one there, so that loader processes started by it need not import it again. `env` is
     added to the environment.
 
-    Raises OutOfMemory if the process was killed, RuntimeError if it failed otherwise.
+    Raises OutOfMemory if the process was killed, TookTooLong if it had not ended after `limit_s` seconds, RuntimeError
+    if it failed otherwise.
     """
     code = f"import sys; from {module} import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "--task", json.dumps(task)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **(env or {})})
+    command, env = [sys.executable, "-c", code, "--task", json.dumps(task)], {**os.environ, **(env or {})}
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        raise TookTooLong(f"the measurement {task} took longer than the {limit_s:.0f} s that it had") from None
     if done.returncode == -signal.SIGKILL:
         raise OutOfMemory(f"the measurement {task} was killed, perhaps for want of memory")
     if done.returncode:

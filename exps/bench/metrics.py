@@ -27,7 +27,7 @@ from tokenizers import Tokenizer  # noqa: E402
 from tokenizers.models import WordLevel  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
-from exps.bench.common import choose_device, device_name, run_alone, versions  # noqa: E402
+from exps.bench.common import choose_device, device_name, exit_on_sigterm, run_alone, versions  # noqa: E402
 from exps.bench.synthetic import VOCAB_SIZE, write_pool, write_record  # noqa: E402
 from finetune_solver import Solver  # noqa: E402
 from model.checks import prepare  # noqa: E402
@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(args, name) < 1:
             print(f"--{name} must be at least 1, got {getattr(args, name)}", file=sys.stderr)
             return 2
+    exit_on_sigterm()
     device, load_before = choose_device(args.device), os.getloadavg()[0]
     task = {"num_steps": args.num_steps, "batch_size": args.batch_size, "log_with": args.log_with, "device": device}
     results: dict[str, list[dict]] = {EVERY_STEP: [], NOTHING: []}
@@ -116,6 +117,7 @@ def measure(way: str, folder: str, num_steps: int, batch_size: int, log_with: st
         *("--output_dir", output_dir, "--batch_size", str(batch_size), "--accum_iter", "1", "--max_seq_len", "160"),
         *("--max_steps", str(NUM_WARMUP + num_steps), "--epochs", "1", "--num_workers", "0", "--log_interval", "1"),
         *("--precision", "bf16" if device == "cuda" else "fp32", "--device", device, "--log_with", log_with),
+        "--no_compile",  # rows have several lengths: compiling for them would fall into the steps that are measured
     ]
     options = Options.from_namespace(build_solver_parser().parse_args(args))
     with contextlib.redirect_stdout(sys.stderr):

@@ -23,6 +23,7 @@ from exps.bench.train_measure import MATRIX_RATE, Task, parse_training
 from exps.bench.train_ways import Work, fill_rows
 
 RESERVE_S = 5.0  # a variant begins only if the longest so far and this much still fit
+FIRST_S = 240.0  # what the first variant, and the matrix rate before it, may take however little time there is
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,15 @@ def run_sweep(task: Task, work: Work, minutes: float, skip: int = 0) -> int:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as cache_dir:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache_dir)
-        matrix = measure_alone(dataclasses.replace(task, way=MATRIX_RATE))
+        until = started + max(minutes * 60, FIRST_S)
+        matrix = measure_alone(dataclasses.replace(task, way=MATRIX_RATE), until)
         for variant in variants:
             began = time.monotonic()
             if rows and began - started + longest + RESERVE_S > minutes * 60:
                 rows.append({"variant": str(variant), "fits": None, "reason": "not run: no time left"})
                 continue
             changed = apply(variant, task, work)
-            result = with_shares(measure_alone(changed), matrix, parse_training(changed.training), task.device)
+            result = with_shares(measure_alone(changed, until), matrix, parse_training(changed.training), task.device)
             longest = max(longest, time.monotonic() - began)
             rows.append({"variant": str(variant), **result, "seconds": time.monotonic() - began})
             print(format_variant(rows[-1]), flush=True)
@@ -134,7 +136,7 @@ def format_variant(row: dict[str, Any]) -> str:
     if not row["fits"]:
         what = row["reason"] if row["fits"] is None else why_not(row)
         return f"| {row['variant']} | {what} |" + " |" * 8
-    phases, mfu = row["phases_ms"], row["mfu"]
+    phases, mfu, kinds = row["phases_ms"], row["mfu"], row["kinds_ms"]
     total = sum(phases.values())
     shares = ["-" if share is None else f"{share:.1%}" for share in mfu.values()]
     peak = f"{row['peak_gib']:.1f}" + (f" ({row['reserved_gib']:.1f})" if "reserved_gib" in row else "")
@@ -145,9 +147,7 @@ def format_variant(row: dict[str, Any]) -> str:
         *shares,
         peak,
         f"{(phases['loss'] + phases['optimizer']) / total:.1%}",
-        f"{row['kinds_ms']['attention'] / total:.1%}",
-        f"{row['kinds_ms']['copies'] / total:.1%}",
-        f"{row['kinds_ms']['idle'] / total:.1%}",
+        *(f"{kinds[kind] / total:.1%}" if kinds else "-" for kind in ("attention", "copies", "idle")),
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -36,8 +36,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_result(folder: Path, run: Mapping[str, str]) -> dict[str, Any] | None:
-    """The JSON object of a bench, None if it failed."""
-    return None if run["exit_code"] != "0" else json.loads((folder / f"{run['name']}.json").read_text())
+    """The JSON object of a bench; None if it ended before it had one."""
+    path = folder / f"{run['name']}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def format_table(runs: list[dict[str, str]], results: Mapping[str, dict[str, Any] | None], date: datetime.date) -> str:
@@ -53,8 +54,9 @@ def format_table(runs: list[dict[str, str]], results: Mapping[str, dict[str, Any
     ]
     for run in runs:
         name, result = run["name"], results[run["name"]]
-        if result is None:
+        if run["exit_code"] != "0" or result is None:
             lines.append(f"| {name} | failed: exit code {run['exit_code']}, see {name}.err | | | |")
+        if result is None:
             continue
         lines += [f"| {name} | {' | '.join(cells)} |" for cells in figures(result)]
     commands = [f"    {run['command']}  # {run['seconds']} s" for run in runs]
@@ -62,11 +64,15 @@ def format_table(runs: list[dict[str, str]], results: Mapping[str, dict[str, Any
 
 
 def figures(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    """(figure, ours, baseline, ratio): first the ratios that the bench gives, then each number that both ways have."""
+    """(figure, ours, baseline, ratio): first the ratios that the bench gives, then each number that both ways have, or
+    those of ours where the baseline has none."""
     ratio = result["ratio"]
     for name, value in flatten({"ratio": ratio} if not isinstance(ratio, Mapping) else ratio):
         yield f"**{name}**", "", "", f"**{number(value)}**"
     ours, baseline = result["ours"], result["baseline"] or {}
+    if not dict(flatten(baseline)):
+        alone = ((name, value) for name, value in flatten(ours) if name.split(".")[0] not in LEFT_OUT)
+        yield from ((name, number(value), "", "") for name, value in alone)
     ways = {way: value for way, value in baseline.items() if isinstance(value, Mapping) and value.keys() & ours.keys()}
     for way, values in (ways or {"": baseline}).items():
         others = dict(flatten(values))

@@ -22,6 +22,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,8 +30,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import torch  # noqa: E402
+
 from exps.bench.common import (  # noqa: E402
     OutOfMemory,
+    TookTooLong,
     add_common_flags,
     choose_device,
     device_name,
@@ -39,7 +43,7 @@ from exps.bench.common import (  # noqa: E402
     run_alone,
     versions,
 )
-from exps.bench.train_measure import MATRIX_RATE, Task, parse_training  # noqa: E402
+from exps.bench.train_measure import GIB, MATRIX_RATE, Task, parse_training  # noqa: E402
 from exps.bench.train_ways import WAYS, Work, fill_rows, spread_lengths  # noqa: E402
 from model.chameleon import MODEL_SIZES  # noqa: E402
 from model.gpu_peaks import peak_flops  # noqa: E402
@@ -48,6 +52,8 @@ from model.options import build_parser as build_training_parser  # noqa: E402
 
 OURS, BASELINE = WAYS
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+MIN_GIB_FOR_7B = 110  # 16 bytes for each of its parameters are 104 GiB
+SWEEP_MINUTES = 8.0
 PHASES = ("forward", "loss", "backward", "optimizer")
 
 
@@ -65,7 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
 def add_bench_flags(group: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     add_common_flags(group, repeats="steps measured")
     add = group.add_argument
-    add("--model_size", choices=tuple(MODEL_SIZES), help="default: 7B on CUDA, tiny on a CPU")
+    size_help = f"default: 7B on a GPU of {MIN_GIB_FOR_7B} GiB or more, 1B on a smaller one, tiny on a CPU"
+    add("--model_size", choices=tuple(MODEL_SIZES), help=size_help)
     add("--precision", nargs="+", choices=("fp32", "tf32", "bf16"), help="default: bf16 on CUDA, fp32 on a CPU")
     add("--rows", type=int, default=1, help="full rows that one micro-step takes, as one (default 1)")
     add("--row_len", type=int, default=4096, help="tokens of a row, and the longest item (default 4096)")
@@ -77,7 +84,8 @@ def add_bench_flags(group: argparse.ArgumentParser | argparse._ArgumentGroup) ->
     add("--baseline", action="store_true", help="measure the recipe's way too")
     add("--sweep", action="store_true", help="measure ours with one option after another instead (exps/bench/sweep.py)")
     add("--skip", type=int, default=0, help="variants of --sweep to leave out at its start (default 0)")
-    add("--minutes", type=float, default=8.0, help="that --sweep may take (default 8)")
+    limit = f"default: no limit; {SWEEP_MINUTES:g} for --sweep"
+    add("--minutes", type=float, help=f"for all measurements; one that lasts longer is ended, and has failed ({limit})")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     add_bench_flags(own)
     args, training = own.parse_known_args(argv)
     device = choose_device(args.device)
-    args.model_size = args.model_size or ("7B" if device == "cuda" else "tiny")
+    args.model_size = args.model_size or default_model_size(device)
     args.item_len = args.item_len or [args.row_len]
     problems = find_problems(args)
     if not problems:
@@ -99,7 +107,9 @@ def main(argv: list[str] | None = None) -> int:
                 + options.parallel.problems(1, 1)
                 + options.trainable.problems()
             )
-            problems += options.float8.problems(device, options.parallel.precision, options.trainable.is_partial)
+            problems += options.float8.problems(
+                device, options.parallel.precision, options.trainable.is_partial, work.row_len
+            )
     if problems:
         print("; ".join(problems), file=sys.stderr)
         return 2
@@ -107,9 +117,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.sweep:
         from exps.bench.sweep import run_sweep  # which measures by what stands here
 
-        return run_sweep(tasks[0], work, args.minutes, args.skip)
+        return run_sweep(tasks[0], work, args.minutes or SWEEP_MINUTES, args.skip)
     load_before = os.getloadavg()[0]
-    rows = [compare(task, work, args.baseline) for task in tasks]
+    until = time.monotonic() + 60 * args.minutes if args.minutes else None
+    rows = [compare(task, work, args.baseline, until) for task in tasks]
     summary = {
         "bench": "train",
         "device": device_name(device),
@@ -125,9 +136,19 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if all(row["ours"]["fits"] for row in rows) and not has_failed else 1
 
 
+def default_model_size(device: str) -> str:
+    """The largest size that a training of all its weights in fp32 leaves room for."""
+    if device != "cuda":
+        return "tiny"
+    total = torch.cuda.get_device_properties(0).total_memory  # needs no context, which would take some of it
+    return "7B" if total >= MIN_GIB_FOR_7B * GIB else "1B"
+
+
 def find_problems(args: argparse.Namespace) -> list[str]:
     names = ("repeats", "rows", "row_len", "num_items", "accum_iter", "warmup", "loss_chunk")
     found = [problem] if (problem := find_too_small(args, *names)) else []
+    if args.minutes is not None and not args.minutes > 0:
+        found.append(f"--minutes must be above 0, got {args.minutes:g}")
     lengths = args.item_len
     if len(lengths) > 2 or not 2 <= lengths[0] <= lengths[-1] <= args.row_len:
         bounds = f"one or two lengths of 2 to --row_len {args.row_len}, the shortest first"
@@ -162,15 +183,15 @@ def build_task(
     )
 
 
-def compare(task: Task, work: Work, with_baseline: bool) -> dict[str, Any]:
-    """One row of the summary: both ways in one precision, and the matrix rate beside them."""
+def compare(task: Task, work: Work, with_baseline: bool, until: float | None = None) -> dict[str, Any]:
+    """One row of the summary: both ways in one precision, and the matrix rate beside them; no later than `until`."""
     options = parse_training(task.training)
-    matrix = measure_alone(replace(task, way=MATRIX_RATE))
-    ours = with_shares(measure_alone(task), matrix, options, task.device)
+    matrix = measure_alone(replace(task, way=MATRIX_RATE), until)
+    ours = with_shares(measure_alone(task, until), matrix, options, task.device)
     row: dict[str, Any] = {"precision": options.parallel.precision, "ours": ours, "baseline": None, "ratio": None}
     row["matrix_rate"] = matrix
     if with_baseline:
-        row["baseline"] = baseline = with_shares(measure_baseline(task, work), matrix, options, task.device)
+        row["baseline"] = baseline = with_shares(measure_baseline(task, work, until), matrix, options, task.device)
         if ours["fits"] and baseline["fits"]:
             row["ratio"] = {
                 "tokens_per_s": ours["tokens_per_s"] / baseline["tokens_per_s"],
@@ -179,28 +200,33 @@ def compare(task: Task, work: Work, with_baseline: bool) -> dict[str, Any]:
     return row
 
 
-def measure_alone(task: Task) -> dict[str, Any]:
-    """What a process of its own measures.
+def measure_alone(task: Task, until: float | None = None) -> dict[str, Any]:
+    """What a process of its own measures, ended at `until` (of `time.monotonic`) if it has not ended by then.
 
-    `fits` is False if it has too little memory, and where it ended with another error, which it has told itself; then
-    `failed` is True.
+    `fits` is False if it has too little memory, and where it took too long or ended with another error, which it has
+    told itself; then `failed` is True.
     """
+    left_s = None if until is None else until - time.monotonic()
+    if left_s is not None and left_s <= 0:
+        return {"fits": False, "failed": True, "reason": "no time left"}
     # Near the limit of a GPU, blocks of fixed size leave gaps between them that no tensor fits.
     env = {ALLOCATOR: os.environ.get(ALLOCATOR, "expandable_segments:True")} if task.device == "cuda" else {}
     try:
-        return run_alone("exps.bench.train_measure", asdict(task), env)
+        return run_alone("exps.bench.train_measure", asdict(task), env, left_s)
     except OutOfMemory as error:
         return {"fits": False, "reason": str(error).split(",")[-1].strip()}
+    except TookTooLong:
+        return {"fits": False, "failed": True, "reason": f"ended after {left_s:.0f} s, when its time was over"}
     except RuntimeError as error:
         return {"fits": False, "failed": True, "reason": str(error).rpartition("}")[2].strip()}
 
 
-def measure_baseline(task: Task, work: Work) -> dict[str, Any]:
+def measure_baseline(task: Task, work: Work, until: float | None = None) -> dict[str, Any]:
     """The recipe's way; if it does not fit, with recomputation, then with half the items, down to one."""
     recompute, num_items = [], len(work.item_lens)
     while True:
         smaller = asdict(work.first_items(num_items))
-        result = measure_alone(replace(task, way=BASELINE, training=[*task.training, *recompute], work=smaller))
+        result = measure_alone(replace(task, way=BASELINE, training=[*task.training, *recompute], work=smaller), until)
         result["reduced"] = ", ".join(
             [f"{num_items} of {len(work.item_lens)} items"] * (num_items < len(work.item_lens))
             + ["recomputed"] * bool(recompute)
@@ -257,14 +283,14 @@ def format_way(precision: str, way: str, result: dict[str, Any]) -> str:
     name = f"{way} ({result['reduced']})" if result.get("reduced") else way
     if not result["fits"]:
         return f"| {precision} | {name} | {why_not(result)} " + "| " * 10 + "|"
-    ms, mfu = result["ms_per_step"], result["mfu"]
+    ms, mfu, kinds = result["ms_per_step"], result["mfu"], result["kinds_ms"]
     shares = " | ".join("-" if share is None else f"{share:.1%}" for share in mfu.values())
     peak = f"{result['peak_gib']:.2f}" + (f" ({result['reserved_gib']:.2f})" if "reserved_gib" in result else "")
     phases = " | ".join(f"{result['phases_ms'].get(phase, 0):.4g}" for phase in PHASES)
     return (
         f"| {precision} | {name} | {result['tokens_per_s']:,.0f} | {ms['median']:.4g} ({ms['min']:.4g} to "
         f"{ms['max']:.4g}) | {result['tflops']:.3g} | {shares} | {peak} | {phases} | "
-        f"{result['kinds_ms']['attention']:.4g} |"
+        f"{format(kinds['attention'], '.4g') if kinds else '-'} |"
     )
 
 

@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,17 @@ from model.parallelize import DTYPES, set_matmul_precision  # noqa: E402
 
 MATRIX_RATE = "matrix_rate"  # a way of `Task`: products of matrices instead of a step
 GIB = 2**30
-# Kinds of work by the names of operators (CPU) and kernels (CUDA); the first that fits counts.
+# Kinds of work by the names of operators (CPU) and kernels (CUDA); the first that fits counts. Copies come before the
+# optimizer, since copies of lists run in its `multi_tensor` kernels too; what is compiled is named after all that it
+# does, casts (`_to_copy`) among it, and is no copy.
 KINDS = {
     "attention": r"_scaled_dot_product|attend_documents|flash|fmha|sdpa|flex_attention",
     "matrix products": r"^aten::(mm|addmm|bmm|baddbmm|addmm_|_scaled_mm)$|gemm|cutlass|nvjet|xmma|cublas",
+    "copies": r"^(?!triton_).*(c10d|fsdp|nccl|memcpy|memset|copy|split_with|chunk_cat|all_gather|reduce_scatter)",
     "optimizer": r"adam|_foreach|multi_tensor|lpnorm",
-    "copies": r"^c10d|fsdp|nccl|memcpy|memset|copy|split_with_sizes|chunk_cat|all_gather|reduce_scatter",
 }
+# How it is said by what allocates beside torch's allocator: NCCL, cuBLAS, cuDNN, Triton.
+OUT_OF_MEMORY = r"out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED"
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,9 @@ def out_of_memory(error: RuntimeError) -> str | None:
     """What to say of an error if it is one of too little memory; None if it is another."""
     if "DefaultCPUAllocator: can't allocate memory" in str(error):  # an ordinary RuntimeError
         return "CPU out of memory"
-    return str(error).split(".")[0] if isinstance(error, torch.OutOfMemoryError) else None
+    if isinstance(error, torch.OutOfMemoryError):
+        return str(error).split(".")[0]
+    return "CUDA out of memory" if re.search(OUT_OF_MEMORY, str(error), re.I) else None
 
 
 def parse_training(arguments: Sequence[str]) -> Options:
@@ -166,28 +172,37 @@ def profile_step(step: Callable[[Marks], object], device: torch.device) -> dict[
     """Milliseconds of one step by phase and by kind of work, and the ten operators or kernels that take longest.
 
     `idle` is the time in which no kernel ran. Kinds can add up to more than the step, since copies run beside products.
-    On CUDA the phases are those of another step, without the profiler: it makes the host slower, but no kernel.
+    On CUDA the phases are those of another step, without the profiler: it makes the host slower, but no kernel. Where
+    the profiler fails there, or may not see kernels, there are no kinds: what was measured before is not lost.
     """
     phases = mark_step(step, device) if device.type == "cuda" else {}
     activity = torch.profiler.ProfilerActivity
     activities = [activity.CPU, activity.CUDA] if device.type == "cuda" else [activity.CPU]
-    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
-        profiled = mark_step(step, device)
-    phases = phases or profiled
+    try:
+        with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+            profiled = mark_step(step, device)
+    except RuntimeError as error:
+        if not phases:
+            raise
+        print(f"the profiled step failed: {error}", file=sys.stderr)
+        return {"phases_ms": phases, "kinds_ms": None, "longest_ms": {}}
     if device.type == "cuda":
-        kernels = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
-        kernels = [event for event in kernels if not getattr(event, "is_user_annotation", False)]
-        by_name: dict[str, float] = defaultdict(float)
-        for event in kernels:
-            by_name[event.name] += event.time_range.elapsed_us() / 1e3
-        busy = covered([(event.time_range.start, event.time_range.end) for event in kernels]) / 1e3
+        by_name, busy = read_kernels(profiler.events())
     else:
         by_name = {event.key: event.self_cpu_time_total / 1e3 for event in profiler.key_averages()}
-        busy = sum(phases.values())
-    kinds = sum_by_kind(by_name)
-    kinds["idle"] = max(0.0, sum(phases.values()) - busy)
+        phases, busy = profiled, sum(profiled.values())
+    kinds = sum_by_kind(by_name) | {"idle": max(0.0, sum(phases.values()) - busy)} if by_name else None
     longest = sorted(by_name.items(), key=lambda item: -item[1])[:10]
     return {"phases_ms": phases, "kinds_ms": kinds, "longest_ms": {name[:80]: ms for name, ms in longest}}
+
+
+def read_kernels(events: Iterable[Any]) -> tuple[dict[str, float], float]:
+    """Of a profile: milliseconds by kernel, and those in which at least one of them ran."""
+    kernels = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
+    by_name: dict[str, float] = defaultdict(float)
+    for event in kernels:
+        by_name[event.name] += event.time_range.elapsed_us() / 1e3
+    return dict(by_name), covered([(event.time_range.start, event.time_range.end) for event in kernels]) / 1e3
 
 
 def mark_step(step: Callable[[Marks], object], device: torch.device) -> dict[str, float]:
