@@ -62,7 +62,6 @@ def main(argv: list[str] | None = None) -> int:
     if problem:
         print(problem, file=sys.stderr)
         return 2
-    exit_on_sigterm()
     device = choose_device(args.device)
     is_cuda = device == "cuda"
     task = {
@@ -206,4 +205,5 @@ def format_table(summary: dict, ms: dict[str, dict[str, float]]) -> str:
 
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     sys.exit(main())

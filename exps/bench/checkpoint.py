@@ -64,7 +64,6 @@ def main(argv: list[str] | None = None) -> int:
     if problem:
         print(problem, file=sys.stderr)
         return 2
-    exit_on_sigterm()
     device, load_before = choose_device(args.device), os.getloadavg()[0]
     task = {name: getattr(args, name) for name in ("gigabytes", "num_tokens", "repeats")} | {"device": device}
     results = {}
@@ -180,4 +179,5 @@ def format_table(summary: dict) -> str:
 
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     sys.exit(main())

@@ -95,7 +95,6 @@ def main(argv: list[str] | None = None) -> int:
     if problems := find_problems(args):
         print("; ".join(problems), file=sys.stderr)
         return 2
-    exit_on_sigterm()
     with tempfile.TemporaryDirectory() as work_dir:
         pool = write_pool(Path(work_dir) / "pool", *args.lengths)
         rows = [compare(num_items, pool, Path(work_dir), args) for num_items in args.num_items]
@@ -373,4 +372,5 @@ def summarize(rows: list[dict]) -> dict:
 
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     sys.exit(main())

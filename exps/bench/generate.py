@@ -45,7 +45,14 @@ from data.vocab import (  # noqa: E402
     PAD,
     ChameleonVocab,
 )
-from exps.bench.common import choose_device, device_name, peak_device_gib, run_alone, versions  # noqa: E402
+from exps.bench.common import (  # noqa: E402
+    choose_device,
+    device_name,
+    exit_on_sigterm,
+    peak_device_gib,
+    run_alone,
+    versions,
+)
 from model.chameleon import MODEL_SIZES, build_config, build_model, reset_rotary_buffers  # noqa: E402
 from model.generation import SamplingOptions, generate_batch  # noqa: E402
 from model.image_grammar import ImageGrammar, Kind  # noqa: E402
@@ -423,4 +430,5 @@ def format_table(rows: list[dict], device: str, args: argparse.Namespace) -> str
 
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     sys.exit(main())

@@ -60,7 +60,6 @@ def main(argv: list[str] | None = None) -> int:
     if problem:
         print(problem, file=sys.stderr)
         return 2
-    exit_on_sigterm()
     device = choose_device(args.device)
     precisions = args.precision or (["bf16"] if device == "cuda" else ["fp32"])
     rows = [compare(precision, device, args) for precision in precisions]
@@ -165,4 +164,5 @@ def format_table(rows: list[dict], device: str, args: argparse.Namespace) -> str
 
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     sys.exit(main())

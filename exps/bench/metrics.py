@@ -64,7 +64,6 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(args, name) < 1:
             print(f"--{name} must be at least 1, got {getattr(args, name)}", file=sys.stderr)
             return 2
-    exit_on_sigterm()
     device, load_before = choose_device(args.device), os.getloadavg()[0]
     task = {"num_steps": args.num_steps, "batch_size": args.batch_size, "log_with": args.log_with, "device": device}
     results: dict[str, list[dict]] = {EVERY_STEP: [], NOTHING: []}
@@ -189,4 +188,5 @@ def format_table(summary: dict) -> str:
 
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     sys.exit(main())

@@ -103,7 +103,6 @@ def main(argv: list[str] | None = None) -> int:
     if problem:
         print(problem, file=sys.stderr)
         return 2
-    exit_on_sigterm()
     device = choose_device(args.device)
     precisions = args.precision or (["tf32", "fp32", "bf16"] if device == "cuda" else ["fp32", "bf16"])
     with tempfile.TemporaryDirectory() as work_dir:
@@ -362,4 +361,5 @@ def seeded_vqgan() -> VQGAN:
 
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     sys.exit(main())

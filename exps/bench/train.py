@@ -113,7 +113,6 @@ def main(argv: list[str] | None = None) -> int:
     if problems:
         print("; ".join(problems), file=sys.stderr)
         return 2
-    exit_on_sigterm()
     if args.sweep:
         from exps.bench.sweep import run_sweep  # which measures by what stands here
 
@@ -295,4 +294,5 @@ def format_way(precision: str, way: str, result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     sys.exit(main())
