@@ -121,14 +121,18 @@ class _FusedLinearLoss(torch.autograd.Function):
             logits = (x @ weight.t()).to(acc_dtype)
             if masked_ids is not None:
                 logits.index_fill_(1, masked_ids, torch.finfo(acc_dtype).min)
-            lse[part] = torch.logsumexp(logits, dim=-1)
-            ce[part] = lse[part] - logits.gather(1, y)[:, 0]
+            # In place, and the exponentials once, for the sum and for p: passes over the logits are what it costs
+            # beside the products. The factor is narrow, so the scale is in it.
+            target_logits, largest = logits.gather(1, y)[:, 0], logits.amax(-1, keepdim=True)
+            exps = logits.sub_(largest).exp_()
+            total = exps.sum(-1, keepdim=True)
+            row_lse = total.log() + largest
+            lse[part] = row_lse[:, 0]
+            ce[part] = lse[part] - target_logits
             if not (needs_hidden or needs_weight or needs_rows):
                 continue
-            # The scale is in both terms, which are narrow: another pass over the logits would cost more.
-            factor = scale * (1 + 2 * z_loss_weight * lse[part, None])
-            grad_logits = logits.sub_(lse[part, None]).exp_().mul_(factor)
-            grad_logits.scatter_add_(1, y, scale * torch.full_like(factor, -1.0))
+            grad_logits = exps.mul_(scale * (1 + 2 * z_loss_weight * row_lse) / total)
+            grad_logits.scatter_add_(1, y, scale * torch.full_like(total, -1.0))
             grad_logits = grad_logits.to(x.dtype)
             if needs_hidden:
                 grad_hidden[part] = grad_logits @ weight

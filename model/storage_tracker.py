@@ -150,12 +150,8 @@ def _workspace(func: Any, args: tuple[Any, ...]) -> int:
     """Bytes that a kernel needs while it runs, beside what it returns.
 
     The flash kernel's backward sums the gradient of the queries in fp32, and keeps one fp32 number per head and token,
-    in both cases for up to 128 more tokens per document. `logsumexp`, of all logits of the loss at once, makes as much
-    again, and the largest of each row.
+    in both cases for up to 128 more tokens per document.
     """
-    if func.name() == "aten::logsumexp":
-        logits = args[0]
-        return logits.nbytes + logits.nbytes // logits.shape[-1]
     if func.name() != "torch_attn::_varlen_attn_backward":
         return 0
     query, cu_seqlens = args[1], args[6]
