@@ -109,6 +109,7 @@ class Solver:
                 above = f"above --max_seq_len {options.data.max_seq_len}"
                 notes.append(f"{items.num_overlong} items of --{name} {above} are {done}")
         self.stop_signal, self.stopped_by = StopSignal(), 0
+        self.hang_watch = HangWatch(options.watch.hang_timeout_s, options.checkpoint.output_dir, launch.rank)
         self.bad_items = state.bad_items if state else {}
         self.plan_options = PlanOptions(
             batch_size=options.data.batch_size,
@@ -149,15 +150,17 @@ class Solver:
                 print(f"nothing left to train: step {self.position.global_step} is the end of this run", flush=True)
                 print(report_at_end(self.options.checkpoint.output_dir), flush=True)
             return
-        self.build()
-        with self.stop_signal, closing(self.run_log), closing(self.hang_watch), closing(self.profiler):
-            try:
-                while not self.is_finished and not self.stopped_by:
-                    self.run_epoch()
-            except RunError:  # on all ranks at once: a save that is on its way still ends well
+        with closing(self.hang_watch):
+            self.hang_watch.expect("building the model and loading its weights", PATIENCE)
+            self.build()
+            with self.stop_signal, closing(self.run_log), closing(self.profiler):
+                try:
+                    while not self.is_finished and not self.stopped_by:
+                        self.run_epoch()
+                except RunError:  # on all ranks at once: a save that is on its way still ends well
+                    self.end()
+                    raise
                 self.end()
-                raise
-            self.end()
         if not self.stopped_by:
             self.plans.close()
 
@@ -234,7 +237,6 @@ class Solver:
         self.guard = StepGuard(options.guard, torch.device("cpu") if options.parallel.cpu_offload else self.device)
         output_dir, rank = options.checkpoint.output_dir, self.launch.rank
         self.profiler = StepProfiler(options.watch.profiled_steps, output_dir, rank, self.say)
-        self.hang_watch = HangWatch(options.watch.hang_timeout_s, output_dir, rank)
         # The tokenizer is written from memory: the folder that it came from may be gone by then.
         self.saver = CheckpointSaver(
             options.checkpoint, self.model, self.optimizer, self.config, self.tokenizer.save_pretrained, self.say,
@@ -244,6 +246,7 @@ class Solver:
     def run_epoch(self) -> None:
         """Trains the rest of the epoch in which the run stands."""
         epoch, launch = self.position.epoch, self.launch
+        self.hang_watch.expect(f"the plan of epoch {epoch}", PATIENCE)
         plan = self.plans.get(epoch)
         if self.position.step >= plan.num_steps:  # planned anew, with fewer steps than were done
             self.position = Position(epoch + 1, 0, self.position.global_step)

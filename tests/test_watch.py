@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from small_run import call_main, command, environment, losses, solver_args, train
 
+import finetune_solver
 from model.async_checkpoint import CheckpointSaver
 from model.watch import HangWatch, WatchOptions, describe_place
 
@@ -93,6 +94,22 @@ def test_a_step_in_time_leaves_nothing_and_a_late_one_is_told_once(tmp_path, cap
     said = capfd.readouterr().err
     assert said.count("step 6 has not ended") == 1 and "most recent call first" in said
     assert "hang watch" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_start_that_does_not_end_is_told(small_task, tmp_path, monkeypatch):
+    load = finetune_solver.load_checkpoint_weights
+
+    def load_slowly(*arguments):
+        time.sleep(1)
+        load(*arguments)
+
+    monkeypatch.setattr(finetune_solver, "load_checkpoint_weights", load_slowly)
+    monkeypatch.setattr(finetune_solver, "PATIENCE", 1)
+    args = solver_args(small_task, tmp_path / "out", max_steps=1, hang_timeout_s=0.4)
+    assert call_main(args) == (0, "")
+    told = (tmp_path / "out" / "hang-rank0.txt").read_text()
+    assert "rank 0: building the model and loading its weights has not ended within 0.4 s" in told
+    assert "load_slowly" in told and "hang watch" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_python_that_stands_still_is_told_too(tmp_path):
