@@ -77,12 +77,13 @@ def load_manifest(out_dir: str | os.PathLike) -> dict:
 
 
 def _difference(folder: Path, manifest: Manifest) -> str:
-    """Why the manifest in the folder is not this one; nothing if it is."""
+    """Why the manifest in the folder is not this one; nothing if it is. A field that it lacks is not compared."""
     try:
         ours, theirs = asdict(manifest), load_manifest(folder)
     except ValueError as error:
         return str(error)
-    different = [f"{key} was {theirs.get(key)}, is now {ours[key]}" for key in ours if ours[key] != theirs.get(key)]
+    differing = [key for key in ours if key in theirs and ours[key] != theirs[key]]
+    different = [f"{key} was {theirs[key]}, is now {ours[key]}" for key in differing]
     return f"{folder} was begun with other settings: {'; '.join(different)}; {_WAY_OUT}" if different else ""
 
 

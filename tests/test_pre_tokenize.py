@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -254,6 +255,15 @@ def test_manifests_are_settled_once_and_compared(tmp_path):
         settle_manifest(tmp_path, Manifest("a", "b", 100, 64, "random", 3, 2, 10, "c")),
     ):
         pass
+
+
+def test_a_field_that_the_manifest_of_an_older_folder_lacks_is_not_compared(tmp_path):
+    manifest = Manifest("a", "b", 100, 64, "center", None, 2, 10, "c")
+    older = {key: value for key, value in vars(manifest).items() if key != "max_seq_len"}
+    (tmp_path / "manifest.json").write_text(json.dumps(older))
+    with settle_manifest(tmp_path, replace(manifest, max_seq_len=77)):
+        pass
+    assert json.loads((tmp_path / "manifest.json").read_text()) == older
 
 
 def test_the_recipes_command_is_understood(task):
