@@ -3,8 +3,14 @@
 import tempfile
 
 import pytest
+import torch
 
 from tests.small_run import split_by_type, write_small_task
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
 
 
 @pytest.fixture(scope="session", autouse=True)

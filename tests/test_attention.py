@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from model.attention import FLASH_DTYPES, _varlen, build_packed_row, packed_attention, positions_from_cu_seqlens
 
 CPU = torch.device("cpu")
-NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 DOC_LENS, HEAD_DIM, SCALING = [1, 37, 64, 5], 64, 0.125
 
 
@@ -55,9 +54,9 @@ def assert_near_block_diagonal(out, qkv, bound):
         ("cpu", torch.float32, 1e-5),
         ("cpu", torch.float64, 1e-12),
         ("cpu", torch.bfloat16, 2e-2),
-        pytest.param("cuda", torch.float32, 1e-5, marks=NEEDS_CUDA),  # not for the kernel: one call per document
-        pytest.param("cuda", torch.bfloat16, 2e-2, marks=NEEDS_CUDA),
-        pytest.param("cuda", torch.float16, 5e-3, marks=NEEDS_CUDA),
+        pytest.param("cuda", torch.float32, 1e-5, marks=pytest.mark.gpu),  # not for the kernel: one call per document
+        pytest.param("cuda", torch.bfloat16, 2e-2, marks=pytest.mark.gpu),
+        pytest.param("cuda", torch.float16, 5e-3, marks=pytest.mark.gpu),
     ],
 )
 @pytest.mark.parametrize("is_given_on_device", [False, True])
@@ -69,7 +68,7 @@ def test_equals_block_diagonal_attention(device, dtype, bound, kv_heads, is_give
     assert_near_block_diagonal(out, qkv, bound)
 
 
-@NEEDS_CUDA
+@pytest.mark.gpu
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_varlen_equals_per_document_attention(kv_heads):
     """In bf16, within the kernel's own error: the flash kernel on CUDA against one call per document, on CUDA too."""
@@ -159,9 +158,10 @@ def test_one_graph_for_all_layouts_of_the_kernel(monkeypatch):
     assert counter.frame_count == 1
 
 
-@NEEDS_CUDA
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_one_graph_for_all_layouts_on_cuda(dtype):
+    """Traced as for inductor, but not compiled: `test_compiled_layers_on_cuda` has the one compilation."""
     counter = count_graphs()
     compiled = torch.compile(attend, backend=counter, fullgraph=True)
     for doc_lens in ([107], [50, 57], DOC_LENS, [20] * 5 + [7]):

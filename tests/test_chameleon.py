@@ -15,7 +15,6 @@ from tests.decoder_helpers import code_name, random_tokens, seed_weights, small_
 
 GOLDEN = Path(__file__).parent / "golden"
 DOC_LENS = [11, 1, 29, 11, 5]
-NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
 def reference_model(run: dict):
@@ -57,7 +56,8 @@ def test_reference_figures(name, is_packed):
     output.loss.backward()
     assert output.loss.item() == pytest.approx(run["loss"], abs=1e-5)
     assert (output.ce_loss / output.num_valid_tokens).item() == pytest.approx(run["c_loss"], abs=1e-5)
-    assert (output.z_loss / output.num_valid_tokens).item() == pytest.approx(run["z_loss"], abs=1e-5)
+    # Its figures are about 123, where numbers of fp32 lie 8e-6 apart: the last two bits depend on the CPU.
+    assert (output.z_loss / output.num_valid_tokens).item() == pytest.approx(run["z_loss"], rel=5e-7)
     norms = {key: parameter.grad.norm().item() for key, parameter in model.named_parameters()}
     assert norms.keys() == run["grad_norms"].keys()
     for key, norm in norms.items():
@@ -107,7 +107,7 @@ def test_packed_row_equals_separate_documents_and_padded_batch(overrides):
 
 
 @pytest.mark.parametrize("overrides", VARIANTS)
-@pytest.mark.parametrize(("device", "bound"), [("cpu", 2e-2), pytest.param("cuda", 5e-2, marks=NEEDS_CUDA)])
+@pytest.mark.parametrize(("device", "bound"), [("cpu", 2e-2), pytest.param("cuda", 5e-2, marks=pytest.mark.gpu)])
 def test_packed_row_in_bf16(overrides, device, bound):
     """Against the documents alone; on CUDA those go through another kernel than the row, so its rounding differs."""
     packed, separate = (small_model(**overrides).to(device, torch.bfloat16) for _ in range(2))

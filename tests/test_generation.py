@@ -27,7 +27,6 @@ from tests.decoder_helpers import random_tokens, small_config, small_model, smal
 from tests.test_image_grammar import plain_allowed
 
 VOCAB = ChameleonVocab.from_mapping(small_vocabulary())
-NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 GREEDY = SamplingOptions(temperature=0.0)
 IMAGE_START = [VOCAB.begin_image_id, VOCAB.grid_size_ids[2], VOCAB.grid_size_ids[1]]  # 4 rows of 2 codes
 
@@ -395,7 +394,7 @@ def test_static_shapes_as_on_cuda_draw_the_same_tokens(monkeypatch, cfg):
         assert len(runs) >= 4, "one for each number of slots, and for images and all else"
 
 
-@NEEDS_CUDA
+@pytest.mark.gpu
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 def test_cuda_graphs_draw_the_same_tokens(cfg):
     prompts, forced = make_prompts() * 2, [IMAGE_START, []] * 5
@@ -407,7 +406,7 @@ def test_cuda_graphs_draw_the_same_tokens(cfg):
         assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_free_memory_is_that_of_the_device(device):
     held = torch.ones(1 << 28, dtype=torch.uint8, device=device)  # 256 MiB, touched
     before = free_bytes(torch.device(device))

@@ -140,5 +140,6 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="optional, not in tests/requirements.txt: passed by hand with 0.31.0")
     monkeypatch.setenv("WANDB_MODE", "offline")
     run_id = log_thrice("wandb", tmp_path)
-    runs = [path.name.rsplit("-", 1)[1] for path in (tmp_path / "wandb").glob("offline-run-*")]
-    assert set(runs) == {run_id}, "all parts are of one run (those of one second in one folder)"
+    # The folder's name holds the second of the start and, from the second run of one second on, a count.
+    runs = {path.stem for path in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")}
+    assert runs == {f"run-{run_id}"}, "all parts are of one run"
