@@ -1,5 +1,6 @@
 """What all tests share: a temporary folder of the session's own, also for the processes that tests start."""
 
+import multiprocessing.util
 import tempfile
 
 import pytest
@@ -16,6 +17,8 @@ def pytest_runtest_setup(item):
 @pytest.fixture(scope="session", autouse=True)
 def own_temporary_folder(tmp_path_factory):
     """Indices of records are kept in the temporary folder of the node; those of tests must not stay there."""
+    # The server of `tests.forked` outlives the session's folder.
+    multiprocessing.util.get_temp_dir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
         patch.setattr(tempfile, "tempdir", None)

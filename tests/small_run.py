@@ -7,7 +7,6 @@ import contextlib
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from data.token_file import save_token_file
 from data.vocab import ChameleonVocab
 from model.chameleon import build_config, build_model, init_weights
 from model.convert import export_hf
+from tests import forked
 
 ROOT = Path(__file__).parents[1]
 SOLVER = ROOT / "finetune_solver.py"
@@ -114,9 +114,7 @@ def command(num_ranks: int, args: list[str]) -> list[str]:
 
 def run_solver(num_ranks: int, args: list[str], timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
     """Runs to the end; 0 ranks means without a launcher."""
-    return subprocess.run(
-        command(num_ranks, args), capture_output=True, text=True, timeout=timeout_s, env=environment()
-    )
+    return forked.run(command(num_ranks, args), environment(), timeout=timeout_s)
 
 
 def train(num_ranks: int, args: list[str]) -> str:
@@ -128,15 +126,13 @@ def train(num_ranks: int, args: list[str]) -> str:
 
 def kill_when(num_ranks: int, args: list[str], is_time, timeout_s: float = 240) -> None:
     """Starts a run, and kills its launcher by SIGKILL, nothing else, as soon as `is_time()`."""
-    process = subprocess.Popen(
-        command(num_ranks, args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
-    )
+    process = forked.Popen(command(num_ranks, args), environment())
     deadline = time.monotonic() + timeout_s
     while not is_time():
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline, "the time to kill the run never came"
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
 
 

@@ -37,6 +37,7 @@ from model.convert import load_pretrained
 from model.distributed import detect_launch, end_process, process_group
 from model.optim import OptimOptions, build_optimizer
 from model.parallelize import ParallelOptions, build_mesh, parallelize
+from tests import forked
 
 ROOT = Path(__file__).parents[1]
 SMALL_FILE = 1000  # bytes; every file of weights is larger
@@ -59,7 +60,7 @@ def saved(tmp_path_factory):
 
 
 def run_ranks(num_ranks: int, scenario: str, folder: Path, data_parallel: str = "fsdp") -> None:
-    subprocess.run(rank_command(num_ranks, scenario, folder, data_parallel), env=ENVIRONMENT, check=True, timeout=240)
+    forked.run(rank_command(num_ranks, scenario, folder, data_parallel), ENVIRONMENT, timeout=240, check=True)
 
 
 def rank_command(num_ranks: int, scenario: str, folder: Path, data_parallel: str = "fsdp") -> list[str]:
@@ -118,7 +119,7 @@ def test_what_two_ranks_saved_goes_through_another_number_of_ranks_unchanged(sav
 @pytest.mark.slow
 def test_killed_while_the_thread_writes_leaves_the_last_whole_one(tmp_path):
     """SIGKILL once the shards are written and the training has gone on; what is there is cleared at the next start."""
-    launcher = subprocess.Popen(rank_command(2, "kill", tmp_path), env=ENVIRONMENT)
+    launcher = forked.Popen(rank_command(2, "kill", tmp_path), ENVIRONMENT)
     deadline = time.monotonic() + 120
     while not (tmp_path / "went_on").exists():
         assert launcher.poll() is None and time.monotonic() < deadline

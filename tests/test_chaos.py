@@ -3,12 +3,12 @@
 import os
 import random
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.small_run import command, environment, losses, solver_args, train, write_small_task
 from tests.test_launch import descendants
 
@@ -44,9 +44,7 @@ def test_a_run_killed_at_random_moments_has_the_losses_of_an_undisturbed_one(tmp
     args, rng = solver_args(tmp_path / "task", out, **changes), random.Random(time.time_ns())
     killed, is_over = 0, False
     while killed < NUM_KILLS and not is_over:
-        run = subprocess.Popen(
-            command(num_ranks, args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
-        )
+        run = forked.Popen(command(num_ranks, args), environment())
         if rng.random() < 0.2:
             time.sleep(rng.uniform(0, 6))  # while it starts, goes on, or trains
         else:

@@ -5,7 +5,6 @@ Three runs hold every option of memory and of what is trained; each is killed, a
 
 import json
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from model.adapter_folder import open_weights
 from model.chameleon import build_config, build_model, init_weights
 from model.convert import convert_checkpoint, export_hf, load_pretrained, main
 from model.vqgan import VQGAN, save_vqgan
+from tests import forked
 from tests.decoder_helpers import small_config
 from tests.small_run import call_main, command, environment, losses, run_solver, solver_args, train, write_small_task
 from tests.test_chaos import kill_tree, last_step
@@ -71,12 +71,10 @@ def run_args(task: Path, out: Path, name: str, **more: object) -> list[str]:
 def finished(request, task, tmp_path_factory):
     """(name, losses until it was killed, its folder once it went on to the end)."""
     name, out = request.param, tmp_path_factory.mktemp(request.param) / "out"
-    process = subprocess.Popen(
-        command(2, run_args(task, out, name)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment()
-    )
+    process = forked.Popen(command(2, run_args(task, out, name)), environment())
     deadline = time.monotonic() + 240
     while last_step(out) < NUM_STEPS or not (out / f"epoch0-iter{SAVED_AT}").exists():
-        assert process.poll() is None, process.stderr.read().decode()[-3000:]
+        assert process.poll() is None, process.stderr.read_text()[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.002)
     kill_tree(process.pid)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from exps.tiny.make_data import build_items
 from exps.tiny.scenes import all_scenes, draw
+from tests import forked
 from tests.test_inspect_record import CHROMIUM
 from tests.test_report import look_at
 
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.slow
 def run_script(*arguments: object, expect: int = 0) -> str:
     """Run a script of the repo as a user does; returns its output, fails with it if the exit code is another."""
     command = [sys.executable, "-u", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
+    done = forked.run(command, ENVIRONMENT)
     assert done.returncode == expect, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
 
@@ -110,15 +111,14 @@ def road(tmp_path_factory) -> Path:
     source = write_input(folder / "raw")
     run_script("exps/tiny/train_tokenizer.py", "--in_filename", source, "--out_dir", folder / "tokenizer")
     workers = [
-        subprocess.Popen(
+        forked.Popen(
             [
                 *(sys.executable, "-u", "pre_tokenize/pre_tokenize.py", "--splits=2", f"--rank={rank}"),
                 *(f"--in_filename={source}", f"--out_dir={folder / 'tokens'}", "--target_size", "64"),
                 *("--tokenizer", str(folder / "tokenizer"), "--vqgan_dir", str(VQGAN_DIR)),
                 *("--device", "cpu", "--precision", "fp32"),
             ],
-            cwd=ROOT,
-            env=ENVIRONMENT,
+            ENVIRONMENT,
         )
         for rank in range(2)
     ]
@@ -131,9 +131,9 @@ def road(tmp_path_factory) -> Path:
 
 def test_killed_and_resumed_equals_undisturbed_and_draws_a_picture(road, tmp_path):
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
-    subprocess.run(training_command(road, undisturbed), cwd=ROOT, env=ENVIRONMENT, check=True, timeout=400)
+    forked.run(training_command(road, undisturbed), ENVIRONMENT, check=True)
     train_and_kill(training_command(road, disturbed), disturbed)
-    subprocess.run(training_command(road, disturbed), cwd=ROOT, env=ENVIRONMENT, check=True, timeout=400)
+    forked.run(training_command(road, disturbed), ENVIRONMENT, check=True)
 
     expected, got = read_metrics(undisturbed), read_metrics(disturbed)
     assert [line["step"] for line in got] == list(range(1, STEPS + 1))
@@ -158,7 +158,7 @@ def test_killed_and_resumed_equals_undisturbed_and_draws_a_picture(road, tmp_pat
 def test_a_plain_process_trains_too(road, tmp_path):
     command = [sys.executable, *training_command(road, tmp_path / "plain")[5:]]
     command += ["--max_steps", "2", "--checkpointing", "--accum_iter", "2"]
-    subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, timeout=300)
+    forked.run(command, ENVIRONMENT, check=True)
     assert [line["step"] for line in read_metrics(tmp_path / "plain")] == [1, 2]
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from model.parallelize import (
     parallelize,
 )
 from model.trainable import TrainableOptions, choose_trainable
+from tests import forked
 
 ROOT = Path(__file__).parents[1]
 NUM_ROWS, ROW_LEN, NUM_LAYERS = 8, 24, 2
@@ -216,7 +216,7 @@ def result_of(tmp_path_factory):
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
             environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
             command = [*launcher, __file__, str(ranks), str(out_dir)]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+            done = forked.run(command, environment)
             said[ranks] = done.stderr
         path = out_dir / f"{name}.pt"
         assert path.exists(), f"{name} of {ranks} ranks was not done:\n{said[ranks][-4000:]}"

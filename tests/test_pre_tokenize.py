@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import time
 from dataclasses import replace
 from functools import partial
@@ -23,6 +22,7 @@ from pre_tokenize.concat_record import main as concat
 from pre_tokenize.image_encoder import ImageEncoder
 from pre_tokenize.options import build_parser, default_batch_size, parse_options
 from pre_tokenize.pre_tokenize import main as pre_tokenize
+from tests import forked
 from tests.tokenize_helpers import (
     command,
     environment,
@@ -67,8 +67,7 @@ def undisturbed(task):
 def test_two_workers_at_once_give_one_record_in_input_order(task, tmp_path, undisturbed):
     out = tmp_path / "out"
     workers = [
-        subprocess.Popen(command(SCRIPT, *arguments(task, out, splits=2, rank=rank)), env=environment())
-        for rank in (0, 1)
+        forked.Popen(command(SCRIPT, *arguments(task, out, splits=2, rank=rank)), environment()) for rank in (0, 1)
     ]
     assert [worker.wait(timeout=120) for worker in workers] == [3, 3]
     assert (
@@ -103,7 +102,7 @@ def test_a_second_run_changes_nothing_and_says_so(task, undisturbed, capsys):
 @pytest.mark.parametrize("num_lines", [1, 11])
 def test_a_killed_worker_goes_on_where_it_was(task, tmp_path, undisturbed, num_lines):
     out = tmp_path / "out"
-    worker = subprocess.Popen(command(SCRIPT, *arguments(task, out, num_workers=1)), env=environment())
+    worker = forked.Popen(command(SCRIPT, *arguments(task, out, num_workers=1)), environment())
     record = out / "0-of-1-record.jsonl"
     while worker.poll() is None and (not record.exists() or record.read_bytes().count(b"\n") < num_lines):
         time.sleep(0.002)

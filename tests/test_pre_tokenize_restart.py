@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +19,7 @@ from data.token_file import load_token_file
 from data.worker_log import WorkerLog, read_failed
 from pre_tokenize.concat_record import main as concat
 from pre_tokenize.pre_tokenize import main as pre_tokenize
+from tests import forked
 from tests.test_pre_tokenize import BAD, NUM_ITEMS, SCRIPT, arguments, task, undisturbed  # noqa: F401  (fixtures)
 from tests.tokenize_helpers import command, environment, snapshot, write_items
 
@@ -37,13 +37,11 @@ def long_task(task, tmp_path_factory):  # noqa: F811
     return folder
 
 
-def start(*args: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        command(SCRIPT, *args), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+def start(*args: str) -> forked.Popen:
+    return forked.Popen(command(SCRIPT, *args), environment())
 
 
-def wait_until(condition, worker: subprocess.Popen) -> None:
+def wait_until(condition, worker: forked.Popen) -> None:
     while worker.poll() is None and not condition():
         time.sleep(0.001)
 

@@ -17,6 +17,7 @@ from model.optim import OptimOptions, build_optimizer
 from model.options import Options, build_parser
 from model.parallelize import ParallelOptions, allocate, build_mesh, clip_grad_norm, parallelize
 from model.trainable import LORA_TARGETS, TrainableOptions, choose_trainable, init_adapters, is_added
+from tests import forked
 from tests.small_run import ROOT, command, environment, solver_args
 
 LORA = TrainableOptions(lora_rank=4)
@@ -206,7 +207,7 @@ def test_steps_under_weight_decay_move_what_is_trained_alone(base, way, compiled
 def test_steps_of_two_ranks_move_what_is_trained_alone(base, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     call = [*launcher, __file__, str(base), str(tmp_path)]
-    done = subprocess.run(call, env=environment(), capture_output=True, text=True, timeout=240)
+    done = forked.run(call, environment())
     assert done.returncode == 0, done.stderr[-4000:]
     for way in WAYS:
         ranks = [torch.load(tmp_path / f"{way}-{rank}.pt") for rank in range(2)]

@@ -16,6 +16,7 @@ from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAE
 
 from data.item_processor import load_text_tokenizer
 from model.vqgan import VQGAN, save_vqgan
+from tests import forked
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -94,7 +95,7 @@ def write_items(folder: Path, num_items: int, bad: tuple[int, ...] = ()) -> Path
 
 def run_script(*args: object) -> subprocess.CompletedProcess:
     """Run a script of the project as a user does, from its root."""
-    return subprocess.run(command(*args), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    return forked.run(command(*args), environment())
 
 
 def command(*args: object) -> list[str]:
