@@ -25,7 +25,14 @@ from transformers.models.chameleon.modeling_chameleon import (
 )
 from transformers.utils import ModelOutput
 
-from model.attention import ATTENTION_NAME, PackedRow, build_packed_row, positions_from_cu_seqlens
+from model.attention import (
+    ATTENTION_NAME,
+    PackedRow,
+    build_packed_row,
+    causal_mask,
+    positions_from_cu_seqlens,
+    positions_from_mask,
+)
 from model.local_shards import copy_into_parameter
 from model.loss import IGNORE_INDEX, HeadLoss, LossHead
 
@@ -150,6 +157,19 @@ def build_config(model_size: str, vocabulary: Any = None, **overrides: Any) -> C
             f"{config.vocab_size}. Give a vocab_size of at least {num_ids}, or another tokenizer."
         )
     return config
+
+
+def grow_positions(config: ChameleonXLLMXConfig, least: int) -> str | None:
+    """
+    Give a configuration at least so many positions; what to tell of it, None where it has them.
+
+    Rotary frequencies do not depend on the number of positions, so no weight changes.
+    """
+    had = config.max_position_embeddings
+    if had >= least:
+        return None
+    config.max_position_embeddings = least
+    return f"max_position_embeddings grows from {had:,} to {least:,}"
 
 
 def build_model(
@@ -302,8 +322,8 @@ class ChameleonXLLMXModel(ChameleonPreTrainedModel):
                 position_ids = positions_from_cu_seqlens(packed_row.cu_seqlens, input_ids.shape[1], input_ids.device)
         past_len = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
-            position_ids = _positions(input_ids, attention_mask, past_len)
-        mask = None if packed_row else _attention_mask(attention_mask, past_len, input_ids.shape[1], input_ids.device)
+            position_ids = positions_from_mask(input_ids, attention_mask, past_len)
+        mask = None if packed_row else causal_mask(attention_mask, past_len, input_ids.shape[1], input_ids.device)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for layer in self.layers:
             hidden_states = layer(
@@ -430,34 +450,6 @@ def _check_packed(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, 
             f"{input_ids.shape[0]} rows, attention_mask {'given' if attention_mask is not None else 'absent'}, "
             f"cache {'given' if cache is not None else 'absent'}."
         )
-
-
-def _positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, past_len: int) -> torch.Tensor:
-    """Positions [B or 1, T] that skip padding, or just count on from the cache."""
-    num_new = input_ids.shape[1]
-    if attention_mask is not None and attention_mask.ndim == 2:
-        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_new:]
-    return torch.arange(past_len, past_len + num_new, device=input_ids.device)[None]
-
-
-def _attention_mask(
-    attention_mask: torch.Tensor | None, past_len: int, num_new: int, device: torch.device
-) -> torch.Tensor | None:
-    """
-    The mask of `packed_attention` from a padding mask [B, S], S = past_len + num_new (a 4D mask is taken as it is).
-
-    Padding may see itself, so that no softmax is empty: a NaN there would reach other rows through 0 * NaN.
-    """
-    if attention_mask is not None and attention_mask.ndim == 4:
-        return attention_mask
-    if attention_mask is None and (past_len == 0 or num_new == 1):
-        return None
-    queries = torch.arange(past_len, past_len + num_new, device=device)[:, None]
-    keys = torch.arange(past_len + num_new, device=device)[None]
-    causal = (keys <= queries)[None, None]
-    if attention_mask is None:
-        return causal
-    return (causal & attention_mask.to(device=device, dtype=torch.bool)[:, None, None]) | (keys == queries)[None, None]
 
 
 def _keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

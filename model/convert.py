@@ -108,6 +108,7 @@ def load_pretrained(
     dir_or_hub_id: str | os.PathLike,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    config: ChameleonXLLMXConfig | None = None,
     **overrides: Any,
 ) -> ChameleonXLLMXForConditionalGeneration:
     """
@@ -117,10 +118,11 @@ def load_pretrained(
         dir_or_hub_id: the checkpoint.
         dtype: of the parameters; None keeps the type of the files.
         device: where the model is put.
+        config: its configuration; None: that of the checkpoint.
         overrides: configuration values, e.g. `tie_head_norm=False` for a stock checkpoint that cannot be tied.
     """
     folder = resolve_checkpoint(dir_or_hub_id)
-    config = load_config(folder, **overrides)
+    config = config or load_config(folder, **overrides)
     model = build_model(config, device, dtype or open_weights(folder).dtype(HEAD))
     load_checkpoint_weights(model, folder)
     return model.eval()
