@@ -73,8 +73,7 @@ def test_two_images_beyond_the_start_s_positions_are_trained_and_drawn(task, tmp
     assert read_lines(tmp_path / "out")[0]["loss"] > 0
     checkpoint = tmp_path / "out" / "epoch0"
     assert [image.size for image in draw(task, checkpoint)] == [SIZE]
-    sample = json.loads((tmp_path / "out" / "samples" / "step00000001" / "samples.json").read_text())
-    assert "96x96" in json.dumps(sample) or len(list((tmp_path / "out" / "samples").rglob("*.png"))) == 2
+    assert len(list((tmp_path / "out" / "samples").rglob("*.png"))) == 2  # the one given and the one drawn
     convert_checkpoint(checkpoint, tmp_path / "hf", shape="hf", vqgan_dir=task / "vqgan")
     convert_checkpoint(tmp_path / "hf", tmp_path / "back")
     assert [positions(folder) for folder in (checkpoint, tmp_path / "hf", tmp_path / "back")] == [MAX_SEQ_LEN] * 3
