@@ -37,6 +37,7 @@ from model.generation import (
     fit_batch_size,
     generate_batch,
 )
+from model.hf_folder import find_tokenizer
 from model.kv_cache import free_bytes, naming_shortage
 from model.progress import GenerationMeter, ProgressDisplay
 from model.requests import (
@@ -77,7 +78,7 @@ class FlexARInferenceSolver(RequestCodec):
             model_path: checkpoint folder or hub id, of either shape.
             precision: "bf16", "fp16", "tf32" or "fp32", of weights and arithmetic; the VQGAN is always in fp32.
             target_size: of images put in, in pixels: they are cropped to about its square, as in pre-tokenizing.
-            tokenizer: folder or hub id; by default that of the checkpoint.
+            tokenizer: folder or hub id; by default that of the checkpoint, or where it has none the recipe's.
             vqgan_dir: needed once an image is put in or comes out.
             device: "auto" (CUDA where there is one), "cuda", "cpu".
             compile_step: fuse the small operations of a token with `torch.compile`, which takes a minute at first.
@@ -88,12 +89,13 @@ class FlexARInferenceSolver(RequestCodec):
             raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(DTYPES)}.")
         device, self.compile_step, self.allow_tf32 = choose_device(device), compile_step, precision == "tf32"
         folder = resolve_checkpoint(model_path)
-        super().__init__(load_text_tokenizer(tokenizer or folder), vqgan_dir, device, target_size)
+        tokenizer = tokenizer or find_tokenizer(folder)
+        super().__init__(load_text_tokenizer(tokenizer), vqgan_dir, device, target_size)
         config = load_config(folder, mask_image_logits=False)
         grow_positions(config, max_positions)
         if self.vocab.vocab_size > config.vocab_size:
             raise ValueError(
-                f"the tokenizer {tokenizer or folder} has {self.vocab.vocab_size} ids, but the model {folder} "
+                f"the tokenizer {tokenizer} has {self.vocab.vocab_size} ids, but the model {folder} "
                 f"{config.vocab_size}: they do not belong together; give the tokenizer that it was trained with."
             )
         self.model = load_pretrained(folder, DTYPES[precision], self.device, config)
@@ -259,7 +261,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--port", type=int, default=7860, help="of the page, 0 for any that is free (default: %(default)s)")
     # with what
     add("--model_path", required=True, help="checkpoint folder or hub id")
-    add("--tokenizer", help="folder or hub id (default: that of the checkpoint)")
+    add("--tokenizer", help="folder or hub id (default: that of the checkpoint, else the recipe's)")
     add("--vqgan_dir", type=Path, default=DEFAULT_VQGAN_DIR, help="of images (default: %(default)s)")
     add("--max_positions", type=int, default=0, help="least positions of the model (default: as the checkpoint says)")
     add("--target_size", type=int, default=512, help="size in pixels of pictures put in (default: %(default)s)")

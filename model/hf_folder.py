@@ -12,6 +12,7 @@ from typing import Any
 
 from model.chameleon import ChameleonXLLMXConfig
 
+DEFAULT_TOKENIZER = "Alpha-VLLM/Lumina-mGPT-7B-768"  # the recipe's; its other checkpoints come without
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -72,6 +73,15 @@ def load_config(dir_or_hub_id: str | os.PathLike, **overrides: Any) -> Chameleon
     config = ChameleonXLLMXConfig.from_dict(values | overrides)
     config.name_or_path = folder.absolute()
     return config
+
+
+def find_tokenizer(dir_or_hub_id: str | os.PathLike) -> str:
+    """The folder of the tokenizer that goes with a checkpoint: its own, or the hub id of the recipe's."""
+    try:
+        folder = resolve_checkpoint(dir_or_hub_id, with_weights=False)
+    except FileNotFoundError:  # told by whoever needs the weights
+        return DEFAULT_TOKENIZER
+    return str(folder) if (folder / "tokenizer.json").is_file() else DEFAULT_TOKENIZER
 
 
 def copy_tokenizer_files(tokenizer_dir: str | os.PathLike, out_dir: str | os.PathLike) -> None:
