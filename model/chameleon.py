@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationMixin
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
 from transformers.models.chameleon.configuration_chameleon import ChameleonConfig
 from transformers.models.chameleon.modeling_chameleon import (
     ChameleonAttention,
@@ -90,6 +90,7 @@ class ChameleonXLLMXConfig(ChameleonConfig):
             head_dim], the recipe's shape); False gives every head its own ([heads, head_dim], stock's shape).
     """
 
+    model_type = "chameleon_xllmx"  # stock's own is "chameleon", as in the recipe's checkpoints
     dropout: float | int = 0.0
     z_loss_weight: float | int = 0.0
     mask_image_logits: bool = False
@@ -355,10 +356,21 @@ class ChameleonXLLMXForConditionalGeneration(ChameleonPreTrainedModel, Generatio
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any):
-        """Load a folder or hub id of either checkpoint shape; see `convert.load_pretrained` for the arguments."""
-        from model.convert import load_pretrained  # that module imports this one
+        """
+        Load a folder or hub id of either checkpoint shape; see `convert.load_pretrained` for the arguments.
 
-        return load_pretrained(pretrained_model_name_or_path, **kwargs)
+        `AutoModelForCausalLM` comes here too, with a `config` and with what it takes itself: of that `revision`, a
+        `dtype` by name and the `device_map` of one device have a meaning.
+        """
+        from model.convert import load_pretrained, resolve_checkpoint  # these modules import this one
+
+        folder = resolve_checkpoint(pretrained_model_name_or_path, revision=kwargs.pop("revision", None))
+        dtype, device = kwargs.pop("dtype", None), kwargs.pop("device_map", None) or kwargs.pop("device", "cpu")
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype, None)  # "auto": that of the files
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return load_pretrained(folder, dtype, device, **kwargs)
 
     def forward(
         self,
@@ -476,3 +488,7 @@ def _refuse_image_targets(targets: torch.Tensor, image_ids: torch.Tensor) -> Non
             "mask_image_logits is on, so their loss would be infinite. Train without mask_image_logits, or set the "
             f"labels of images to {IGNORE_INDEX}."
         )
+
+
+AutoConfig.register(ChameleonXLLMXConfig.model_type, ChameleonXLLMXConfig, exist_ok=True)
+AutoModelForCausalLM.register(ChameleonXLLMXConfig, ChameleonXLLMXForConditionalGeneration, exist_ok=True)

@@ -147,7 +147,7 @@ def print_plan(options: Options, launch: Launch) -> int:
         *options.model.problems(),
         *options.optim.problems(),
         *options.parallel.problems(world_size, min(RANKS_PER_NODE, world_size)),
-        *options.trainable.problems(),
+        *options.trainable.problems(is_plan=True),
         *options.float8.problems(
             None, options.parallel.precision, options.trainable.is_partial, options.data.max_row_len
         ),

@@ -8,6 +8,7 @@ import torch
 
 from data.item_processor import load_text_tokenizer
 from inference_solver import FlexARInferenceSolver
+from model.adapter_folder import BaseWeights
 from model.chameleon import build_config, build_model
 from model.convert import export_hf, load_pretrained
 from model.hf_folder import DEFAULT_TOKENIZER, find_tokenizer
