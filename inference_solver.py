@@ -89,10 +89,9 @@ class FlexARInferenceSolver(RequestCodec):
             raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(DTYPES)}.")
         device, self.compile_step, self.allow_tf32 = choose_device(device), compile_step, precision == "tf32"
         folder = resolve_checkpoint(model_path)
-        tokenizer = tokenizer or find_tokenizer(folder)
-        super().__init__(load_text_tokenizer(tokenizer), vqgan_dir, device, target_size)
-        config = load_config(folder, mask_image_logits=False)
+        config, tokenizer = load_config(folder, mask_image_logits=False), tokenizer or find_tokenizer(folder)
         grow_positions(config, max_positions)
+        super().__init__(load_text_tokenizer(tokenizer), vqgan_dir, device, target_size)
         if self.vocab.vocab_size > config.vocab_size:
             raise ValueError(
                 f"the tokenizer {tokenizer} has {self.vocab.vocab_size} ids, but the model {folder} "

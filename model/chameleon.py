@@ -34,7 +34,7 @@ from model.attention import (
     positions_from_mask,
 )
 from model.local_shards import copy_into_parameter
-from model.loss import IGNORE_INDEX, HeadLoss, LossHead
+from model.loss import HeadLoss, LossHead, refuse_image_targets, shift_labels
 
 IMAGE_TOKEN_PREFIX = "IMGIMG"
 
@@ -364,6 +364,10 @@ class ChameleonXLLMXForConditionalGeneration(ChameleonPreTrainedModel, Generatio
         """
         from model.convert import load_pretrained, resolve_checkpoint  # these modules import this one
 
+        # Of a folder of adapters it names the base, and says here where the adapters are.
+        adapter_dir = (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
+        if adapter_dir:
+            pretrained_model_name_or_path, kwargs["config"] = adapter_dir, None
         folder = resolve_checkpoint(pretrained_model_name_or_path, revision=kwargs.pop("revision", None))
         dtype, device = kwargs.pop("dtype", None), kwargs.pop("device_map", None) or kwargs.pop("device", "cpu")
         if isinstance(dtype, str):
@@ -415,10 +419,10 @@ class ChameleonXLLMXForConditionalGeneration(ChameleonPreTrainedModel, Generatio
             if self.config.mask_image_logits:
                 logits = logits.index_fill(-1, self.image_token_ids(logits.device), torch.finfo(logits.dtype).min)
             return ChameleonXLLMXOutput(logits=logits, past_key_values=past_key_values)
-        targets = _shift_labels(labels, cu_seqlens)
+        targets = shift_labels(labels, cu_seqlens)
         image_ids = self.image_token_ids(labels.device)
         if self.config.mask_image_logits:
-            _refuse_image_targets(targets, image_ids)
+            refuse_image_targets(targets, image_ids)
         head_loss = self.lm_head(
             hidden_states,
             targets,
@@ -469,25 +473,6 @@ def _keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Ten
         rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
         return hidden_states[rows, logits_to_keep][:, None]
     return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
-
-
-def _shift_labels(labels: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-    """The target of every position: the label of the next, none at the end of a row or of a document."""
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    if cu_seqlens is not None:
-        ends = cu_seqlens[1:].to(device=labels.device, dtype=torch.int64) - 1
-        targets = targets.index_fill(1, ends, IGNORE_INDEX)
-    return targets
-
-
-def _refuse_image_targets(targets: torch.Tensor, image_ids: torch.Tensor) -> None:
-    is_image = torch.isin(targets, image_ids)
-    if is_image.any():
-        raise ValueError(
-            f"{int(is_image.sum())} targets are image tokens (the first is id {int(targets[is_image][0])}), but "
-            "mask_image_logits is on, so their loss would be infinite. Train without mask_image_logits, or set the "
-            f"labels of images to {IGNORE_INDEX}."
-        )
 
 
 AutoConfig.register(ChameleonXLLMXConfig.model_type, ChameleonXLLMXConfig, exist_ok=True)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoModelForCausalLM
 
 from data.item_processor import load_text_tokenizer
 from data.record import RecordEntry, write_merged
@@ -13,12 +14,13 @@ from data.vocab import ChameleonVocab
 from inference_solver import FlexARInferenceSolver
 from inference_solver import main as infer
 from model.chameleon import build_config, build_model, grow_positions, init_weights
-from model.convert import convert_checkpoint, export_hf
+from model.convert import convert_checkpoint, export_hf, load_pretrained
 from model.options import Options, build_parser
 from model.plan import find_config
 from model.vqgan import VQGAN, save_vqgan
 from tests.decoder_helpers import small_config
 from tests.small_run import call_main, read_lines, solver_args, write_small_task
+from tests.test_convert import same_parameters
 
 START, MAX_SEQ_LEN = 64, 128
 SIZE = (96, 96)  # 46 tokens: two of them are beyond the start's positions
@@ -80,10 +82,13 @@ def test_two_images_beyond_the_start_s_positions_are_trained_and_drawn(task, tmp
 
 
 def test_adapters_have_the_positions_that_they_were_trained_with(task, tmp_path):
-    assert call_main(edit_args(task, tmp_path / "out", lora_rank=4))[0] == 0
-    checkpoint = tmp_path / "out" / "epoch0"
+    assert call_main(edit_args(task, tmp_path / "out", lora_rank=4, max_steps=2, warmup_epochs=0))[0] == 0
+    checkpoint = tmp_path / "out" / "epoch1"
     assert positions(checkpoint) == MAX_SEQ_LEN and positions(task / "start") == START
     assert [image.size for image in draw(task, checkpoint)] == [SIZE]
+    by_auto = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert by_auto.config.max_position_embeddings == MAX_SEQ_LEN
+    assert same_parameters(by_auto, load_pretrained(checkpoint))
     convert_checkpoint(checkpoint, tmp_path / "merged")
     assert positions(tmp_path / "merged") == MAX_SEQ_LEN
 
