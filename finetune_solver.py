@@ -33,7 +33,7 @@ from data.vocab import ChameleonVocab
 from model.adapter_folder import AdapterWriter, BaseWeights, open_weights
 from model.async_checkpoint import CheckpointSaver, SaveError
 from model.bad_data import BadData, RunError
-from model.chameleon import build_config, init_weights
+from model.chameleon import build_config, grow_positions, init_weights
 from model.checkpoint import (
     Position,
     TrainerState,
@@ -196,6 +196,9 @@ class Solver:
             self.config = build_config(options.model.model_size, self.tokenizer, **changes)
         else:
             self.config = load_config(weights, **changes)
+        grown = grow_positions(self.config, options.data.max_seq_len)
+        if grown and self.launch.is_main:
+            print(f"{grown} (--max_seq_len)", flush=True)
         self._build_sampler()
         self.mesh = build_mesh(options.parallel, self.device.type, self.launch.local_world_size)
         if options.validation.eval_only:  # whatever was trained, the whole is what is looked at

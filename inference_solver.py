@@ -27,6 +27,7 @@ from data.image_transform import crop_sizes
 from data.item_processor import load_text_tokenizer
 from data.vocab import IMAGE_SYMBOL
 from model import serve
+from model.chameleon import grow_positions
 from model.convert import load_config, load_pretrained, resolve_checkpoint
 from model.generation import (
     CUT_BY_LENGTH,
@@ -36,6 +37,7 @@ from model.generation import (
     fit_batch_size,
     generate_batch,
 )
+from model.hf_folder import find_tokenizer
 from model.kv_cache import free_bytes, naming_shortage
 from model.progress import GenerationMeter, ProgressDisplay
 from model.requests import (
@@ -69,29 +71,33 @@ class FlexARInferenceSolver(RequestCodec):
         vqgan_dir: str | Path | None = None,
         device: str = "auto",
         compile_step: bool = False,
+        max_positions: int = 0,
     ):
         """
         Args:
             model_path: checkpoint folder or hub id, of either shape.
             precision: "bf16", "fp16", "tf32" or "fp32", of weights and arithmetic; the VQGAN is always in fp32.
             target_size: of images put in, in pixels: they are cropped to about its square, as in pre-tokenizing.
-            tokenizer: folder or hub id; by default that of the checkpoint.
+            tokenizer: folder or hub id; by default that of the checkpoint, or where it has none the recipe's.
             vqgan_dir: needed once an image is put in or comes out.
             device: "auto" (CUDA where there is one), "cuda", "cpu".
             compile_step: fuse the small operations of a token with `torch.compile`, which takes a minute at first.
+            max_positions: the model's positions are at least so many, e.g. the --max_seq_len of a training whose
+                checkpoints kept fewer.
         """
         if precision not in DTYPES:
             raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(DTYPES)}.")
         device, self.compile_step, self.allow_tf32 = choose_device(device), compile_step, precision == "tf32"
         folder = resolve_checkpoint(model_path)
-        super().__init__(load_text_tokenizer(tokenizer or folder), vqgan_dir, device, target_size)
-        num_rows = load_config(folder).vocab_size
-        if self.vocab.vocab_size > num_rows:
+        config, tokenizer = load_config(folder, mask_image_logits=False), tokenizer or find_tokenizer(folder)
+        grow_positions(config, max_positions)
+        super().__init__(load_text_tokenizer(tokenizer), vqgan_dir, device, target_size)
+        if self.vocab.vocab_size > config.vocab_size:
             raise ValueError(
-                f"the tokenizer {tokenizer or folder} has {self.vocab.vocab_size} ids, but the model {folder} "
-                f"{num_rows}: they do not belong together; give the tokenizer that it was trained with."
+                f"the tokenizer {tokenizer} has {self.vocab.vocab_size} ids, but the model {folder} "
+                f"{config.vocab_size}: they do not belong together; give the tokenizer that it was trained with."
             )
-        self.model = load_pretrained(folder, DTYPES[precision], self.device, mask_image_logits=False)
+        self.model = load_pretrained(folder, DTYPES[precision], self.device, config)
 
     @staticmethod
     def create_logits_processor(cfg: float = 3.0, image_top_k: int = 2000, text_top_k: int = 10) -> SamplingOptions:
@@ -254,8 +260,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--port", type=int, default=7860, help="of the page, 0 for any that is free (default: %(default)s)")
     # with what
     add("--model_path", required=True, help="checkpoint folder or hub id")
-    add("--tokenizer", help="folder or hub id (default: that of the checkpoint)")
+    add("--tokenizer", help="folder or hub id (default: that of the checkpoint, else the recipe's)")
     add("--vqgan_dir", type=Path, default=DEFAULT_VQGAN_DIR, help="of images (default: %(default)s)")
+    add("--max_positions", type=int, default=0, help="least positions of the model (default: as the checkpoint says)")
     add("--target_size", type=int, default=512, help="size in pixels of pictures put in (default: %(default)s)")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
     add("--precision", choices=tuple(DTYPES), default="bf16", help="of the model (default: %(default)s)")
@@ -369,6 +376,7 @@ def build_solver(args: argparse.Namespace) -> FlexARInferenceSolver:
         vqgan_dir=args.vqgan_dir,
         device=args.device,
         compile_step=args.compile,
+        max_positions=args.max_positions,
     )
     if args.image or args.out or args.serve:
         solver.check_vqgan(with_decoder=args.out is not None or args.serve)
@@ -391,7 +399,7 @@ def answer_once(solver: FlexARInferenceSolver, args: argparse.Namespace, options
         advice = {
             None: "--size makes it draw one",
             CUT_BY_LENGTH: "give a larger --max_gen_len",
-            CUT_BY_POSITIONS: "make --prompt, --target_size or --size smaller",
+            CUT_BY_POSITIONS: "make --prompt, --target_size or --size smaller, or give more --max_positions",
             CUT_BY_NAN: "give another --model_path or --precision (fp32, bf16)",
         }[answer.cut_by]
         print(f"inference_solver.py: no whole picture in the answer, so no {args.out}; {advice}.", file=sys.stderr)

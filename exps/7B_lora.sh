@@ -2,12 +2,13 @@
 # Fine-tunes LoRA adapters and the image rows of the 7B model on one card of 24 or 48 GB (flags that follow are passed
 # on and win):
 #
-#   bash exps/7B_lora.sh  (one GPU of 24 GB; needs `pip install peft`)
+#   pip install peft==0.21.2  (to train; --plan does without)
+#   bash exps/7B_lora.sh  (one GPU of 24 GB)
 #   CARD_GIB=48 bash exps/7B_lora.sh  (one GPU of 48 GB: less is computed again)
 #   NPROC=2 bash exps/7B_lora.sh  (several GPUs of one machine, by torchrun)
 #
-# DATA_CONFIG and OUTPUT_DIR say where from and where to. `python finetune_solver.py ... --plan` tells the memory before
-# anything is loaded.
+# DATA_CONFIG and OUTPUT_DIR say where from and where to. `bash exps/7B_lora.sh --plan` tells the memory before anything
+# is loaded.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

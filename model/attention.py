@@ -83,6 +83,34 @@ def positions_from_cu_seqlens(cu_seqlens: torch.Tensor, row_len: int, device: to
     return (positions - starts[document_ids])[None]
 
 
+def positions_from_mask(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, past_len: int) -> torch.Tensor:
+    """Positions [B or 1, T] that skip padding, or just count on from the cache."""
+    num_new = input_ids.shape[1]
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_new:]
+    return torch.arange(past_len, past_len + num_new, device=input_ids.device)[None]
+
+
+def causal_mask(
+    attention_mask: torch.Tensor | None, past_len: int, num_new: int, device: torch.device
+) -> torch.Tensor | None:
+    """
+    The mask of `packed_attention` from a padding mask [B, S], S = past_len + num_new (a 4D mask is taken as it is).
+
+    Padding may see itself, so that no softmax is empty: a NaN there would reach other rows through 0 * NaN.
+    """
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return attention_mask
+    if attention_mask is None and (past_len == 0 or num_new == 1):
+        return None
+    queries = torch.arange(past_len, past_len + num_new, device=device)[:, None]
+    keys = torch.arange(past_len + num_new, device=device)[None]
+    causal = (keys <= queries)[None, None]
+    if attention_mask is None:
+        return causal
+    return (causal & attention_mask.to(device=device, dtype=torch.bool)[:, None, None]) | (keys == queries)[None, None]
+
+
 def packed_attention(
     module: nn.Module,
     query: torch.Tensor,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationMixin
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
 from transformers.models.chameleon.configuration_chameleon import ChameleonConfig
 from transformers.models.chameleon.modeling_chameleon import (
     ChameleonAttention,
@@ -25,9 +25,16 @@ from transformers.models.chameleon.modeling_chameleon import (
 )
 from transformers.utils import ModelOutput
 
-from model.attention import ATTENTION_NAME, PackedRow, build_packed_row, positions_from_cu_seqlens
+from model.attention import (
+    ATTENTION_NAME,
+    PackedRow,
+    build_packed_row,
+    causal_mask,
+    positions_from_cu_seqlens,
+    positions_from_mask,
+)
 from model.local_shards import copy_into_parameter
-from model.loss import IGNORE_INDEX, HeadLoss, LossHead
+from model.loss import HeadLoss, LossHead, refuse_image_targets, shift_labels
 
 IMAGE_TOKEN_PREFIX = "IMGIMG"
 
@@ -83,6 +90,7 @@ class ChameleonXLLMXConfig(ChameleonConfig):
             head_dim], the recipe's shape); False gives every head its own ([heads, head_dim], stock's shape).
     """
 
+    model_type = "chameleon_xllmx"  # stock's own is "chameleon", as in the recipe's checkpoints
     dropout: float | int = 0.0
     z_loss_weight: float | int = 0.0
     mask_image_logits: bool = False
@@ -150,6 +158,19 @@ def build_config(model_size: str, vocabulary: Any = None, **overrides: Any) -> C
             f"{config.vocab_size}. Give a vocab_size of at least {num_ids}, or another tokenizer."
         )
     return config
+
+
+def grow_positions(config: ChameleonXLLMXConfig, least: int) -> str | None:
+    """
+    Give a configuration at least so many positions; what to tell of it, None where it has them.
+
+    Rotary frequencies do not depend on the number of positions, so no weight changes.
+    """
+    had = config.max_position_embeddings
+    if had >= least:
+        return None
+    config.max_position_embeddings = least
+    return f"max_position_embeddings grows from {had:,} to {least:,}"
 
 
 def build_model(
@@ -302,8 +323,8 @@ class ChameleonXLLMXModel(ChameleonPreTrainedModel):
                 position_ids = positions_from_cu_seqlens(packed_row.cu_seqlens, input_ids.shape[1], input_ids.device)
         past_len = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
-            position_ids = _positions(input_ids, attention_mask, past_len)
-        mask = None if packed_row else _attention_mask(attention_mask, past_len, input_ids.shape[1], input_ids.device)
+            position_ids = positions_from_mask(input_ids, attention_mask, past_len)
+        mask = None if packed_row else causal_mask(attention_mask, past_len, input_ids.shape[1], input_ids.device)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for layer in self.layers:
             hidden_states = layer(
@@ -335,10 +356,25 @@ class ChameleonXLLMXForConditionalGeneration(ChameleonPreTrainedModel, Generatio
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any):
-        """Load a folder or hub id of either checkpoint shape; see `convert.load_pretrained` for the arguments."""
-        from model.convert import load_pretrained  # that module imports this one
+        """
+        Load a folder or hub id of either checkpoint shape; see `convert.load_pretrained` for the arguments.
 
-        return load_pretrained(pretrained_model_name_or_path, **kwargs)
+        `AutoModelForCausalLM` comes here too, with a `config` and with what it takes itself: of that `revision`, a
+        `dtype` by name and the `device_map` of one device have a meaning.
+        """
+        from model.convert import load_pretrained, resolve_checkpoint  # these modules import this one
+
+        # Of a folder of adapters it names the base, and says here where the adapters are.
+        adapter_dir = (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
+        if adapter_dir:
+            pretrained_model_name_or_path, kwargs["config"] = adapter_dir, None
+        folder = resolve_checkpoint(pretrained_model_name_or_path, revision=kwargs.pop("revision", None))
+        dtype, device = kwargs.pop("dtype", None), kwargs.pop("device_map", None) or kwargs.pop("device", "cpu")
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype, None)  # "auto": that of the files
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return load_pretrained(folder, dtype, device, **kwargs)
 
     def forward(
         self,
@@ -383,10 +419,10 @@ class ChameleonXLLMXForConditionalGeneration(ChameleonPreTrainedModel, Generatio
             if self.config.mask_image_logits:
                 logits = logits.index_fill(-1, self.image_token_ids(logits.device), torch.finfo(logits.dtype).min)
             return ChameleonXLLMXOutput(logits=logits, past_key_values=past_key_values)
-        targets = _shift_labels(labels, cu_seqlens)
+        targets = shift_labels(labels, cu_seqlens)
         image_ids = self.image_token_ids(labels.device)
         if self.config.mask_image_logits:
-            _refuse_image_targets(targets, image_ids)
+            refuse_image_targets(targets, image_ids)
         head_loss = self.lm_head(
             hidden_states,
             targets,
@@ -432,34 +468,6 @@ def _check_packed(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, 
         )
 
 
-def _positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, past_len: int) -> torch.Tensor:
-    """Positions [B or 1, T] that skip padding, or just count on from the cache."""
-    num_new = input_ids.shape[1]
-    if attention_mask is not None and attention_mask.ndim == 2:
-        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_new:]
-    return torch.arange(past_len, past_len + num_new, device=input_ids.device)[None]
-
-
-def _attention_mask(
-    attention_mask: torch.Tensor | None, past_len: int, num_new: int, device: torch.device
-) -> torch.Tensor | None:
-    """
-    The mask of `packed_attention` from a padding mask [B, S], S = past_len + num_new (a 4D mask is taken as it is).
-
-    Padding may see itself, so that no softmax is empty: a NaN there would reach other rows through 0 * NaN.
-    """
-    if attention_mask is not None and attention_mask.ndim == 4:
-        return attention_mask
-    if attention_mask is None and (past_len == 0 or num_new == 1):
-        return None
-    queries = torch.arange(past_len, past_len + num_new, device=device)[:, None]
-    keys = torch.arange(past_len + num_new, device=device)[None]
-    causal = (keys <= queries)[None, None]
-    if attention_mask is None:
-        return causal
-    return (causal & attention_mask.to(device=device, dtype=torch.bool)[:, None, None]) | (keys == queries)[None, None]
-
-
 def _keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     if isinstance(logits_to_keep, torch.Tensor):
         rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
@@ -467,20 +475,5 @@ def _keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Ten
     return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
 
 
-def _shift_labels(labels: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-    """The target of every position: the label of the next, none at the end of a row or of a document."""
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    if cu_seqlens is not None:
-        ends = cu_seqlens[1:].to(device=labels.device, dtype=torch.int64) - 1
-        targets = targets.index_fill(1, ends, IGNORE_INDEX)
-    return targets
-
-
-def _refuse_image_targets(targets: torch.Tensor, image_ids: torch.Tensor) -> None:
-    is_image = torch.isin(targets, image_ids)
-    if is_image.any():
-        raise ValueError(
-            f"{int(is_image.sum())} targets are image tokens (the first is id {int(targets[is_image][0])}), but "
-            "mask_image_logits is on, so their loss would be infinite. Train without mask_image_logits, or set the "
-            f"labels of images to {IGNORE_INDEX}."
-        )
+AutoConfig.register(ChameleonXLLMXConfig.model_type, ChameleonXLLMXConfig, exist_ok=True)
+AutoModelForCausalLM.register(ChameleonXLLMXConfig, ChameleonXLLMXForConditionalGeneration, exist_ok=True)

@@ -36,21 +36,19 @@ from model.chameleon import (  # noqa: E402
 )
 from model.hf_folder import copy_tokenizer_files, load_config, resolve_checkpoint  # noqa: E402
 from model.image_head import (  # noqa: E402
-    EXPORT_MARK,
     HEAD,
     IMAGE_HEAD_INITS,
-    STOCK_ARCHITECTURE,
     StartingPoint,
     default_image_head_init,
     init_image_rows,
     is_stock,
 )
 from model.local_shards import copy_into_parameter, local_rows  # noqa: E402
+from model.stock_folder import PROCESSOR_NAME, SHAPES, config_values, write_processor_files  # noqa: E402
 from model.trainable import is_added  # noqa: E402
 from model.trained_rows import ROWS_NAME  # noqa: E402
 from model.weight_files import MAX_FILE_BYTES, WeightReader, write_weights  # noqa: E402
 
-SHAPES = ("xllmx", "hf")
 VQGAN_PREFIX = "model.vqmodel."
 _IGNORED = (VQGAN_PREFIX, "model.rotary_emb.")
 _WRAPPER_PARTS = ("_checkpoint_wrapped_module.", "_orig_mod.", "base_layer.")  # of recomputation, compile, peft
@@ -108,6 +106,7 @@ def load_pretrained(
     dir_or_hub_id: str | os.PathLike,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    config: ChameleonXLLMXConfig | None = None,
     **overrides: Any,
 ) -> ChameleonXLLMXForConditionalGeneration:
     """
@@ -117,10 +116,11 @@ def load_pretrained(
         dir_or_hub_id: the checkpoint.
         dtype: of the parameters; None keeps the type of the files.
         device: where the model is put.
+        config: its configuration; None: that of the checkpoint.
         overrides: configuration values, e.g. `tie_head_norm=False` for a stock checkpoint that cannot be tied.
     """
     folder = resolve_checkpoint(dir_or_hub_id)
-    config = load_config(folder, **overrides)
+    config = config or load_config(folder, **overrides)
     model = build_model(config, device, dtype or open_weights(folder).dtype(HEAD))
     load_checkpoint_weights(model, folder)
     return model.eval()
@@ -171,10 +171,12 @@ def export_hf(
         parameter = parameters[name]
         return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
-    values = _config_values(config, shape, is_trained=True) | values
+    values = config_values(config, shape, is_trained=True) | values
     _write_checkpoint(values, out_dir, shapes, get, vqgan, shape, is_writer, max_file_bytes)
     if is_writer and tokenizer_dir is not None:
         copy_tokenizer_files(tokenizer_dir, out_dir)
+        if shape == "hf":
+            write_processor_files(Path(out_dir))
 
 
 def export_tensors(
@@ -189,7 +191,7 @@ def export_tensors(
 
     `get` gives a tensor when it is its turn, `vqgan` comes from `carried_vqgan`; see `export_hf` for the rest.
     """
-    values = _config_values(config, "xllmx", is_trained=True)
+    values = config_values(config, "xllmx", is_trained=True)
     _write_checkpoint(values, out_dir, shapes, get, vqgan, "xllmx", True, MAX_FILE_BYTES)
 
 
@@ -271,11 +273,13 @@ def convert_checkpoint(
 
     shapes = {name: (tuple(p.shape), dtype or reader.dtype(name)) for name, p in parameters.items()}
     vqgan, values = _load_vqgan_tensors(vqgan_dir) if vqgan_dir else (_stored_vqgan(reader), {})
-    values = _config_values(config, shape, is_trained=not is_stock(config)) | values
+    values = config_values(config, shape, is_trained=not is_stock(config)) | values
     partial = out_dir.with_name(out_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     _write_checkpoint(values, partial, shapes, get, vqgan, shape, True, max_file_bytes)
     copy_tokenizer_files(tokenizer_dir or source, partial)
+    if shape == "hf":
+        write_processor_files(partial)
     _publish(partial, out_dir)
     return out_dir
 
@@ -358,22 +362,8 @@ def _check_names_and_shapes(parameters: dict[str, torch.Tensor], reader: WeightR
 
 def write_config(config: ChameleonXLLMXConfig, folder: Path, dtype: torch.dtype) -> None:
     """The config.json of a trained model in our shape, whose weights have that type."""
-    values = _config_values(config, "xllmx", is_trained=True) | {"dtype": str(dtype).removeprefix("torch.")}
+    values = config_values(config, "xllmx", is_trained=True) | {"dtype": str(dtype).removeprefix("torch.")}
     ChameleonXLLMXConfig.from_dict(values).save_pretrained(folder)
-
-
-def _config_values(config: ChameleonXLLMXConfig, shape: str, is_trained: bool) -> dict[str, Any]:
-    """The config.json of a checkpoint in the given shape; `is_trained`: its image rows are not stock Chameleon's."""
-    if shape not in SHAPES:
-        raise ValueError(f"the shape of a checkpoint is {shape!r}; it must be one of {', '.join(SHAPES)}.")
-    values = config.to_dict()
-    for name in ("_name_or_path", EXPORT_MARK):
-        values.pop(name, None)
-    if shape == "xllmx":
-        return values | {"architectures": [ChameleonXLLMXForConditionalGeneration.__name__]}
-    for ours in ("dropout", "z_loss_weight", "mask_image_logits", "tie_head_norm"):
-        values.pop(ours, None)
-    return values | {"architectures": [STOCK_ARCHITECTURE]} | ({EXPORT_MARK: True} if is_trained else {})
 
 
 def _write_checkpoint(
@@ -486,6 +476,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"convert.py: {error}", file=sys.stderr)
         return 2
     print(f"wrote {args.out_dir} ({args.shape}; image rows of lm_head: {image_head_init})")
+    if args.shape == "hf" and not (Path(args.out_dir) / PROCESSOR_NAME).is_file():
+        print("without a processor: that needs a tokenizer with <image> or <reserved08707> (--tokenizer)")
     return 0
 
 

@@ -172,7 +172,7 @@ def _check_rows(rows: list[_Row], config: ChameleonXLLMXConfig, vocab: Chameleon
         if len(row.prompt) + len(row.forced) >= config.max_position_embeddings:
             raise ValueError(
                 f"prompt {row.index} of {len(row.prompt) + len(row.forced)} tokens leaves no room in the model's "
-                f"{config.max_position_embeddings} positions."
+                f"{config.max_position_embeddings} positions; make it shorter, or raise them (--max_positions)."
             )
 
 

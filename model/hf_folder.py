@@ -10,8 +10,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from transformers import ChameleonConfig
+
 from model.chameleon import ChameleonXLLMXConfig
 
+DEFAULT_TOKENIZER = "Alpha-VLLM/Lumina-mGPT-7B-768"  # the recipe's; its other checkpoints come without
+# Ours; and that of stock Chameleon, of the recipe's checkpoints and of our older ones.
+MODEL_TYPES = (ChameleonXLLMXConfig.model_type, ChameleonConfig.model_type)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -21,13 +26,16 @@ TOKENIZER_FILES = (
 )
 
 
-def resolve_checkpoint(dir_or_hub_id: str | os.PathLike, with_weights: bool = True) -> Path:
+def resolve_checkpoint(
+    dir_or_hub_id: str | os.PathLike, with_weights: bool = True, revision: str | None = None
+) -> Path:
     """
     The folder of a checkpoint; a hub id is downloaded (or found in the local cache).
 
     Args:
         dir_or_hub_id: a folder, or the name/name of a model of the hub.
         with_weights: whether its weights are needed too (of a folder nothing is fetched in any case).
+        revision: of a hub id; None: the newest.
 
     Raises:
         FileNotFoundError: neither a folder nor a hub id that can be fetched.
@@ -42,7 +50,7 @@ def resolve_checkpoint(dir_or_hub_id: str | os.PathLike, with_weights: bool = Tr
 
         patterns = ["*.json", "*.jinja"] + ["*.safetensors"] * with_weights
         try:
-            return Path(snapshot_download(str(dir_or_hub_id), allow_patterns=patterns))
+            return Path(snapshot_download(str(dir_or_hub_id), revision=revision, allow_patterns=patterns))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise FileNotFoundError(
                 f"{dir_or_hub_id} is not a folder here, and could not be fetched from the hub: {error}"
@@ -64,14 +72,23 @@ def load_config(dir_or_hub_id: str | os.PathLike, **overrides: Any) -> Chameleon
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json: it is not a checkpoint.")
     values, _ = ChameleonXLLMXConfig.get_config_dict(folder)
-    if values.get("model_type") != ChameleonXLLMXConfig.model_type:
+    model_type = values.pop("model_type", None)
+    if model_type not in MODEL_TYPES:
         raise ValueError(
-            f"{folder / 'config.json'} is of model_type {values.get('model_type')!r}; "
-            f"it must be {ChameleonXLLMXConfig.model_type!r}."
+            f"{folder / 'config.json'} is of model_type {model_type!r}; it must be one of {', '.join(MODEL_TYPES)}."
         )
     config = ChameleonXLLMXConfig.from_dict(values | overrides)
     config.name_or_path = folder.absolute()
     return config
+
+
+def find_tokenizer(dir_or_hub_id: str | os.PathLike) -> str:
+    """The folder of the tokenizer that goes with a checkpoint: its own, or the hub id of the recipe's."""
+    try:
+        folder = resolve_checkpoint(dir_or_hub_id, with_weights=False)
+    except FileNotFoundError:  # told by whoever needs the weights
+        return DEFAULT_TOKENIZER
+    return str(folder) if (folder / "tokenizer.json").is_file() else DEFAULT_TOKENIZER
 
 
 def copy_tokenizer_files(tokenizer_dir: str | os.PathLike, out_dir: str | os.PathLike) -> None:

@@ -87,6 +87,26 @@ class LossHead(nn.Linear):
         return None, None
 
 
+def shift_labels(labels: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    """The target of every position: the label of the next, none at the end of a row or of a document."""
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    if cu_seqlens is not None:
+        ends = cu_seqlens[1:].to(device=labels.device, dtype=torch.int64) - 1
+        targets = targets.index_fill(1, ends, IGNORE_INDEX)
+    return targets
+
+
+def refuse_image_targets(targets: torch.Tensor, image_ids: torch.Tensor) -> None:
+    """Raises ValueError if a target is one of these tokens, whose logits are masked."""
+    is_image = torch.isin(targets, image_ids)
+    if is_image.any():
+        raise ValueError(
+            f"{int(is_image.sum())} targets are image tokens (the first is id {int(targets[is_image][0])}), but "
+            "mask_image_logits is on, so their loss would be infinite. Train without mask_image_logits, or set the "
+            f"labels of images to {IGNORE_INDEX}."
+        )
+
+
 def _target_positions(labels: torch.Tensor, num_valid: int | None) -> torch.Tensor:
     """Positions int64 [num_valid] of the targets among `labels` [N], in order."""
     if num_valid is None:

@@ -14,6 +14,7 @@ from model.chameleon import MODEL_SIZES
 from model.checkpoint import CheckpointOptions
 from model.distributed import detect_launch, stop_at_start
 from model.float8 import Float8Options
+from model.hf_folder import DEFAULT_TOKENIZER, find_tokenizer
 from model.image_head import IMAGE_HEAD_INITS
 from model.optim import OPTIMIZERS, OptimOptions
 from model.parallelize import ParallelOptions
@@ -27,7 +28,6 @@ from model.watch import WatchOptions
 
 # What the recipe starts from when no --init_from is given.
 DEFAULT_STARTS = {"7B": "Alpha-VLLM/Chameleon_7B_mGPT", "34B": "Alpha-VLLM/Chameleon_34B_mGPT"}
-DEFAULT_TOKENIZER = "Alpha-VLLM/Lumina-mGPT-7B-768"
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,12 @@ class Options:
 def resolve_model(options: ModelOptions) -> tuple[str | None, str | None]:
     """(weights to start from, tokenizer), each a folder or hub id; None: a fresh model, or no tokenizer known.
 
-    The recipe's sizes have default weights and a default tokenizer; a folder to start from brings its own tokenizer.
+    The recipe's sizes have default weights and a default tokenizer; weights to start from may bring their own.
     """
-    start = options.init_from or DEFAULT_STARTS.get(options.model_size)
-    own_tokenizer = options.init_from and (Path(options.init_from) / "tokenizer.json").is_file()
-    fallback = DEFAULT_TOKENIZER if start else None
-    return start, options.tokenizer or (options.init_from if own_tokenizer else fallback)
+    if options.init_from:
+        return options.init_from, options.tokenizer or find_tokenizer(options.init_from)
+    start = DEFAULT_STARTS.get(options.model_size)
+    return start, options.tokenizer or (DEFAULT_TOKENIZER if start else None)
 
 
 def find_number_problems(options: Options) -> list[str]:

@@ -36,7 +36,7 @@ from data.dataset import TokenDataset
 from data.item_processor import load_text_tokenizer
 from data.packing import PlanOptions, plan_epoch, round_row_len
 from model.attention import as_on_cuda
-from model.chameleon import IMAGE_TOKEN_PREFIX, ChameleonXLLMXConfig, build_config, build_model
+from model.chameleon import IMAGE_TOKEN_PREFIX, ChameleonXLLMXConfig, build_config, build_model, grow_positions
 from model.convert import load_config
 from model.distributed import Launch, stop_at_start
 from model.flops import trained_flops_per_token
@@ -147,7 +147,7 @@ def print_plan(options: Options, launch: Launch) -> int:
         *options.model.problems(),
         *options.optim.problems(),
         *options.parallel.problems(world_size, min(RANKS_PER_NODE, world_size)),
-        *options.trainable.problems(),
+        *options.trainable.problems(is_plan=True),
         *options.float8.problems(
             None, options.parallel.precision, options.trainable.is_partial, options.data.max_row_len
         ),
@@ -190,10 +190,13 @@ def find_config(options: Options) -> ChameleonXLLMXConfig:
     # Masked or not, the logits take the same memory; but masking looks at the targets, and here they have no value.
     changes = {"dropout": model.dropout, "z_loss_weight": model.z_loss_weight, "mask_image_logits": False}
     if model.init_from:
-        return load_config(model.init_from, **changes)
-    if model.tokenizer and Path(model.tokenizer).is_dir():
-        return build_config(model.model_size, load_text_tokenizer(model.tokenizer), **changes)
-    return build_config(model.model_size, IMAGE_TOKENS, vocab_size=VOCAB_SIZE, **changes)
+        config = load_config(model.init_from, **changes)
+    elif model.tokenizer and Path(model.tokenizer).is_dir():
+        config = build_config(model.model_size, load_text_tokenizer(model.tokenizer), **changes)
+    else:
+        config = build_config(model.model_size, IMAGE_TOKENS, vocab_size=VOCAB_SIZE, **changes)
+    grow_positions(config, options.data.max_seq_len)
+    return config
 
 
 def size_epoch(options: Options, world_size: int) -> EpochSize:

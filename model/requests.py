@@ -151,7 +151,8 @@ def describe_cuts(answers: Sequence[Answer], max_gen_len: int) -> str:
     """How many of the answers were cut off, and by what, in one sentence."""
     places = {
         CUT_BY_LENGTH: f"max_gen_len={max_gen_len} tokens",
-        CUT_BY_POSITIONS: "the end of the model's positions, which only a shorter prompt can help",
+        CUT_BY_POSITIONS: "the end of the model's positions (shorten the prompt or raise --max_positions, in training "
+        "--max_seq_len)",
         CUT_BY_NAN: "logits that are no numbers: the weights are damaged, or too large for the precision",
     }
     num_cut = {place: sum(answer.cut_by == cause for answer in answers) for cause, place in places.items()}

@@ -158,7 +158,8 @@ class Sampler:
             if len(context) + len(start) >= most:
                 raise ValueError(
                     f"entry {index} of {self._options.sample_prompts} has {len(context) + len(start)} tokens, which "
-                    f"leaves no room in the model's {most} positions; make it shorter, or --target_size smaller"
+                    f"leaves no room in the model's {most} positions; make it shorter, --target_size smaller or "
+                    "--max_seq_len larger"
                 )
         return contexts, starts
 

@@ -55,8 +55,8 @@ class TrainableOptions:
     def trains_image_rows(self) -> bool:
         return IMAGE_HEAD in (self.train_only or [])
 
-    def problems(self) -> list[str]:
-        """What is wrong with these options, one sentence each."""
+    def problems(self, is_plan: bool = False) -> list[str]:
+        """What is wrong with these options, one sentence each; a plan does not need peft."""
         found = []
         if self.lora_rank < 0:
             found.append(f"--lora_rank must not be negative, got {self.lora_rank}")
@@ -69,7 +69,7 @@ class TrainableOptions:
                 f"--train_only {' '.join(self.patterns)}: with --lora_rank it may only be {IMAGE_HEAD}; train the "
                 "adapters, or name parameters without --lora_rank"
             )
-        if self.lora_rank:
+        if self.lora_rank and not is_plan:
             try:
                 import_peft()
             except ImportError as error:
@@ -89,18 +89,14 @@ def choose_trainable(
         frozen_dtype: of frozen weights.
 
     Raises:
-        ImportError: LoRA, and peft is not there or does not work.
+        ImportError: LoRA, and peft does not work.
         ValueError: a target or pattern that names nothing, or no image tokens in the vocabulary.
     """
     if not options.is_partial:
         return model
     trained = match_names([name for name, _ in model.named_parameters()], options)
     if options.lora_rank:
-        peft, config = import_peft(), lora_config(options)
-        try:
-            peft.inject_adapter_in_model(config, model, low_cpu_mem_usage=True)  # on meta; the weight is `base_layer`'s
-        except ImportError as error:  # of a library that it looks for, and finds too old
-            raise ImportError(f"--lora_rank: peft does not work here: {error}; upgrade or uninstall it") from error
+        add_adapters(model, options)
     master_dtype = model.lm_head.weight.dtype
     for name, parameter in list(model.named_parameters()):
         module, _, kind = name.rpartition(".")
@@ -114,6 +110,45 @@ def choose_trainable(
         model.model.embed_tokens = TrainedRowsEmbedding(model.model.embed_tokens.weight.data, ids, master_dtype)
         model.lm_head = TrainedRowsHead(model.lm_head.weight.data, ids, master_dtype)
     return model
+
+
+def add_adapters(model: nn.Module, options: TrainableOptions) -> None:
+    """
+    Puts peft's adapters beside the projections of a model on meta; each weight then belongs to a `base_layer`.
+
+    Without peft they are `PlannedAdapter`s: only a plan comes so far (`TrainableOptions.problems`).
+
+    Raises:
+        ImportError: peft does not work.
+    """
+    try:
+        peft = import_peft()
+    except ImportError:
+        targets = options.lora_targets or LORA_TARGETS
+        for name, module in list(model.named_modules()):
+            if name.rpartition(".")[2] in targets:
+                model.set_submodule(name, PlannedAdapter(module, options))
+        return
+    try:
+        peft.inject_adapter_in_model(lora_config(options), model, low_cpu_mem_usage=True)
+    except ImportError as error:  # of a library that it looks for, and finds too old
+        raise ImportError(f"--lora_rank: peft does not work here: {error}; upgrade or uninstall it") from error
+
+
+class PlannedAdapter(nn.Module):
+    """What peft's adapter is to a plan: parameters of the same names and shapes, and the same tensors in a forward."""
+
+    def __init__(self, base_layer: nn.Linear, options: TrainableOptions):
+        super().__init__()
+        self.base_layer, self.scaling = base_layer, options.lora_alpha / options.lora_rank
+        like = {"bias": False, "device": base_layer.weight.device, "dtype": base_layer.weight.dtype}
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base_layer.in_features, options.lora_rank, **like)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(options.lora_rank, base_layer.out_features, **like)})
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        added = self.lora_B["default"](self.lora_A["default"](hidden_states)) * self.scaling
+        return self.base_layer(hidden_states) + added
 
 
 def match_names(names: Iterable[str], options: TrainableOptions) -> set[str]:

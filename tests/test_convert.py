@@ -71,7 +71,7 @@ def test_export_loads_back_bit_equal(tmp_path, overrides):
     tokens = random_tokens(20)[None]
     assert torch.equal(model(tokens).logits, loaded(tokens).logits)
     config = AutoConfig.from_pretrained(tmp_path / "out")
-    assert config.model_type == "chameleon" and config.vocab_size == model.config.vocab_size
+    assert config.model_type == "chameleon_xllmx" and config.vocab_size == model.config.vocab_size
     assert config.architectures == ["ChameleonXLLMXForConditionalGeneration"]
 
 
