@@ -47,7 +47,7 @@ def fetch_folder(
     if folder.is_absolute() or name.startswith(".") or len(parts) not in ((2, 3) if with_subfolder else (2,)):
         ids = "name/name or name/name/subfolder" if with_subfolder else "name/name"
         raise FileNotFoundError(f"{what} {name} is not a folder; give a folder or a hub id ({ids})")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     repo, subfolder = "/".join(parts[:2]), "/".join(parts[2:])
@@ -55,10 +55,11 @@ def fetch_folder(
         patterns = [os.path.join(subfolder, file) for file in files]
         found = Path(snapshot_download(repo, allow_patterns=patterns)) / subfolder
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise FileNotFoundError(_describe_absence(what, name, files, f"{type(error).__name__}: {error}")) from error
+        reason = "" if constants.HF_HUB_OFFLINE else f"{type(error).__name__}: {error}"
+        raise FileNotFoundError(_describe_absence(what, name, files, reason)) from error
     # Without network whatever lies in the cache is given, also if none of it is what was asked for.
     if not any(next(found.glob(file), None) for file in files):
-        raise FileNotFoundError(_describe_absence(what, name, files, "the model holds none of them"))
+        raise FileNotFoundError(_describe_absence(what, name, files))
     return found
 
 
@@ -72,7 +73,7 @@ def find_vqgan(vqgan_dir: str | os.PathLike) -> Path:
         return Path(vqgan_dir)
     name, what = os.fspath(vqgan_dir), "--vqgan_dir"
     if name == DEFAULT_VQGAN_DIR:
-        name, what = HUB_VQGAN, f"--vqgan_dir {name} is not a folder, and the default in its place,"
+        name, what = HUB_VQGAN, f"--vqgan_dir {name} is not a folder, and the default in its place"
     folder = fetch_folder(name, [*_VQGAN_CONFIGS, _INDEX], what, with_subfolder=True)
     weights = _list_vqgan_weights(folder)
     if not weights:
@@ -80,7 +81,7 @@ def find_vqgan(vqgan_dir: str | os.PathLike) -> Path:
     folder = fetch_folder(name, weights, what, with_subfolder=True)
     missing = [file for file in weights if not (folder / file).is_file()]
     if missing:
-        raise FileNotFoundError(_describe_absence(what, name, missing, "the model lacks them"))
+        raise FileNotFoundError(_describe_absence(what, name, missing))
     return folder
 
 
@@ -104,13 +105,11 @@ def _list_vqgan_weights(folder: Path) -> list[str]:
     return sorted({file for name, file in file_of.items() if name.startswith("model.vqmodel.")})
 
 
-def _describe_absence(what: str, name: str, files: Sequence[str], reason: str) -> str:
+def _describe_absence(what: str, name: str, files: Sequence[str], reason: str = "") -> str:
     from huggingface_hub import constants
 
-    where = f"in the cache {constants.HF_HUB_CACHE}"
+    where = f"its cache {constants.HF_HUB_CACHE} lacks {', '.join(files)}"
     if constants.HF_HUB_OFFLINE:
         where += ", and HF_HUB_OFFLINE=1 forbids to download"
-    return (
-        f"{what} {name} is not a folder here, and could not be fetched from the hub: {', '.join(files)} looked for "
-        f"{where} ({' '.join(reason.split())[:_MAX_REASON]})"
-    )
+    reason = f" ({' '.join(reason.split())[:_MAX_REASON]})" if reason else ""
+    return f"{what} {name} is not a folder here, and could not be fetched from the hub: {where}{reason}"
