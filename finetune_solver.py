@@ -44,7 +44,7 @@ from model.checkpoint import (
     lock_output_dir,
     read_state,
 )
-from model.checks import prepare
+from model.checks import prepare, settle_codebook
 from model.convert import load_checkpoint_weights, load_config, prepare_starting_point
 from model.cpu_memory import keep_freed_memory
 from model.distributed import (
@@ -199,6 +199,7 @@ class Solver:
         grown = grow_positions(self.config, options.data.max_seq_len)
         if grown and self.launch.is_main:
             print(f"{grown} (--max_seq_len)", flush=True)
+        self.config.codebook_sha256 = settle_codebook(self.dataset, self.config.codebook_sha256)
         self._build_sampler()
         self.mesh = build_mesh(options.parallel, self.device.type, self.launch.local_world_size)
         if options.validation.eval_only:  # whatever was trained, the whole is what is looked at

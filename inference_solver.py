@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from data.hub import DEFAULT_VQGAN_DIR, VQGAN_HELP, find_vqgan_problems
 from data.image_transform import crop_sizes
 from data.item_processor import load_text_tokenizer
 from data.vocab import IMAGE_SYMBOL
@@ -41,7 +42,6 @@ from model.hf_folder import find_tokenizer
 from model.kv_cache import free_bytes, naming_shortage
 from model.progress import GenerationMeter, ProgressDisplay
 from model.requests import (
-    DEFAULT_VQGAN_DIR,
     Answer,
     RequestCodec,
     check_image_symbols,
@@ -69,6 +69,7 @@ class FlexARInferenceSolver(RequestCodec):
         *,
         tokenizer: str | None = None,
         vqgan_dir: str | Path | None = None,
+        any_vqgan: bool = False,
         device: str = "auto",
         compile_step: bool = False,
         max_positions: int = 0,
@@ -79,7 +80,8 @@ class FlexARInferenceSolver(RequestCodec):
             precision: "bf16", "fp16", "tf32" or "fp32", of weights and arithmetic; the VQGAN is always in fp32.
             target_size: of images put in, in pixels: they are cropped to about its square, as in pre-tokenizing.
             tokenizer: folder or hub id; by default that of the checkpoint, or where it has none the recipe's.
-            vqgan_dir: needed once an image is put in or comes out.
+            vqgan_dir: folder or hub id, needed once an image is put in or comes out.
+            any_vqgan: take it also if the checkpoint names another one.
             device: "auto" (CUDA where there is one), "cuda", "cpu".
             compile_step: fuse the small operations of a token with `torch.compile`, which takes a minute at first.
             max_positions: the model's positions are at least so many, e.g. the --max_seq_len of a training whose
@@ -91,7 +93,8 @@ class FlexARInferenceSolver(RequestCodec):
         folder = resolve_checkpoint(model_path)
         config, tokenizer = load_config(folder, mask_image_logits=False), tokenizer or find_tokenizer(folder)
         grow_positions(config, max_positions)
-        super().__init__(load_text_tokenizer(tokenizer), vqgan_dir, device, target_size)
+        codebook_sha256 = None if any_vqgan else config.codebook_sha256
+        super().__init__(load_text_tokenizer(tokenizer), vqgan_dir, device, target_size, codebook_sha256)
         if self.vocab.vocab_size > config.vocab_size:
             raise ValueError(
                 f"the tokenizer {tokenizer} has {self.vocab.vocab_size} ids, but the model {folder} "
@@ -261,7 +264,8 @@ def build_parser() -> argparse.ArgumentParser:
     # with what
     add("--model_path", required=True, help="checkpoint folder or hub id")
     add("--tokenizer", help="folder or hub id (default: that of the checkpoint, else the recipe's)")
-    add("--vqgan_dir", type=Path, default=DEFAULT_VQGAN_DIR, help="of images (default: %(default)s)")
+    add("--vqgan_dir", type=Path, default=DEFAULT_VQGAN_DIR, help=VQGAN_HELP)
+    add("--any_vqgan", action="store_true", help="take another VQGAN than the checkpoint's, too (default: off)")
     add("--max_positions", type=int, default=0, help="least positions of the model (default: as the checkpoint says)")
     add("--target_size", type=int, default=512, help="size in pixels of pictures put in (default: %(default)s)")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
@@ -290,8 +294,8 @@ def validate(args: argparse.Namespace) -> SamplingOptions:
         problems.append(f"--target_size: {error}")
     if args.max_gen_len < 1:
         problems.append(f"--max_gen_len is {args.max_gen_len}; it must be at least 1")
-    if (args.image or args.size or args.out or args.serve) and not args.vqgan_dir.is_dir():
-        problems.append(f"--vqgan_dir {args.vqgan_dir} is not a folder; TRAIN.md says where to get the VQGAN")
+    if args.image or args.size or args.out or args.serve:
+        problems += find_vqgan_problems(args.vqgan_dir)
     problems += _serve_problems(args) if args.serve else _answer_problems(args)
     if problems:
         raise ValueError("\n".join(problems))
@@ -374,6 +378,7 @@ def build_solver(args: argparse.Namespace) -> FlexARInferenceSolver:
         args.target_size,
         tokenizer=args.tokenizer,
         vqgan_dir=args.vqgan_dir,
+        any_vqgan=args.any_vqgan,
         device=args.device,
         compile_step=args.compile,
         max_positions=args.max_positions,

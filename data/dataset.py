@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from data.data_config import DataSource
+from data.manifest import find_manifest
 from data.packing import ItemTable
 from data.record_index import RecordIndex, node_cache_dir, open_index
 from data.token_file import ItemReadError, TokenItem, load_token_file
@@ -28,6 +29,7 @@ class TokenDataset:
 
     `table` says what a plan must know of them (tokens never above `max_seq_len`), `num_overlong` how many were dropped
     or cut, `fingerprint` (hexadecimal) changes with anything that decides a plan, `types` are those of the data config.
+    `manifests` are the path of each record and the fields of its manifest (None: it has none).
 
     `overlong` says what happens to items above `max_seq_len`: "error", "drop" or "truncate" (cuts the end off, which
     may leave half an image). The index of a record is made in `cache_dir`, or found there.
@@ -56,6 +58,10 @@ class TokenDataset:
         if not sum(sizes):
             shortest = min(int(index.lens.min()) for index in self._indices)
             raise ValueError(f"every item is longer than --max_seq_len {max_seq_len}; the shortest: {shortest}")
+        self.manifests = [
+            (source.path, find_manifest(source.path, index.place(0)[0]))
+            for source, index in zip(sources, self._indices, strict=True)
+        ]
         self.types = types = sorted({source.type for source in sources})
         self.table = ItemTable(
             lengths=self._lengths(),

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from data.conversation import Conversation, ItemError, Turn, parse_conversation
+from data.hub import TOKENIZER_FILES, fetch_folder
 from data.image_transform import crop_sizes, crop_to_rgb, open_image
 from data.vocab import IGNORE_INDEX, IMAGE_SYMBOL, ChameleonVocab, is_control_token
 
@@ -155,24 +156,23 @@ class ItemProcessor:
 
 
 def load_text_tokenizer(tokenizer: str | os.PathLike):
-    """The Hugging Face tokenizer of a folder (a `tokenizer.json` suffices, no network) or of the hub.
+    """The Hugging Face tokenizer of a folder (a `tokenizer.json`, or Meta's `text_tokenizer.json`, suffices) or of the
+    hub (name/name or name/name/subfolder).
 
     Raises FileNotFoundError if there is none, and ValueError if its files are damaged.
     """
     from transformers import PreTrainedTokenizerFast
 
-    path = Path(tokenizer)
-    if path.is_dir() and not (path / "tokenizer.json").is_file():
+    path = fetch_folder(tokenizer, TOKENIZER_FILES, "--tokenizer", with_subfolder=True)
+    has_own = (path / "tokenizer.json").is_file()
+    if not has_own and not (path / "text_tokenizer.json").is_file():
         raise FileNotFoundError(f"the tokenizer folder {path} has no tokenizer.json")
     try:
-        return PreTrainedTokenizerFast.from_pretrained(os.fspath(tokenizer))
+        if has_own:
+            return PreTrainedTokenizerFast.from_pretrained(os.fspath(path))
+        return PreTrainedTokenizerFast(tokenizer_file=os.fspath(path / "text_tokenizer.json"))
     except Exception as error:  # what a missing or damaged file raises has no common class
         reason = " ".join(str(error).split())[:200]
-        if not path.is_dir():
-            raise FileNotFoundError(
-                f"no tokenizer {tokenizer}: it is neither a folder with a tokenizer.json nor a model of the hub that "
-                f"can be reached from here; give such a folder (--tokenizer), or download the model first ({reason})"
-            ) from None
         raise ValueError(
             f"the tokenizer {tokenizer} cannot be read: {type(error).__name__}: {reason}. "
             "Copy its tokenizer.json and tokenizer_config.json again"

@@ -37,6 +37,7 @@ class Manifest:
     input_sha256: str
     format_version: int = FORMAT_VERSION
     max_seq_len: int | None = None  # None if nothing is too long
+    codebook_sha256: str | None = None  # names the VQGAN whatever its file format; None: of an older version
 
 
 @contextmanager
@@ -74,6 +75,14 @@ def load_manifest(out_dir: str | os.PathLike) -> dict:
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold a JSON object; {_WAY_OUT}")
     return fields
+
+
+def find_manifest(record: Path, first_file: str | os.PathLike) -> dict | None:
+    """The manifest of a record, beside it or in the output folder of its first token file; None if there is neither."""
+    for folder in (record.parent, Path(first_file).parent.parent):
+        if (folder / MANIFEST_NAME).is_file():
+            return load_manifest(folder)
+    return None
 
 
 def _difference(folder: Path, manifest: Manifest) -> str:

@@ -88,6 +88,7 @@ class ChameleonXLLMXConfig(ChameleonConfig):
         mask_image_logits: mask the logits of image tokens (stock Chameleon always does; ours only if asked).
         tie_head_norm: q/k-norm weights are shared by the heads of a model-parallel group ([model_parallel_size,
             head_dim], the recipe's shape); False gives every head its own ([heads, head_dim], stock's shape).
+        codebook_sha256: names the VQGAN whose codes it was trained on (model/vqgan.py); None: not known.
     """
 
     model_type = "chameleon_xllmx"  # stock's own is "chameleon", as in the recipe's checkpoints
@@ -95,6 +96,7 @@ class ChameleonXLLMXConfig(ChameleonConfig):
     z_loss_weight: float | int = 0.0
     mask_image_logits: bool = False
     tie_head_norm: bool = True
+    codebook_sha256: str | None = None
 
 
 @dataclass

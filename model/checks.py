@@ -4,14 +4,15 @@
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from data.data_config import DataSource, load_data_config
+from data.data_config import load_data_config
 from data.dataset import TokenDataset
 from data.item_processor import hash_tokenizer, load_text_tokenizer
-from data.manifest import MANIFEST_NAME, load_manifest
+from data.manifest import MANIFEST_NAME
 from data.vocab import ChameleonVocab
 from model.chameleon import ChameleonXLLMXConfig, build_config, build_model
 from model.checkpoint import find_changes, find_fixed_changes, find_start, read_state
@@ -43,12 +44,12 @@ def prepare(options: Options, launch: Launch) -> tuple[TokenDataset, TokenDatase
     ]
     if options.run.device == "cuda" and not torch.cuda.is_available():
         problems.append("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
-    sources, dataset = _open_dataset("data_config", options, launch, problems)
-    val_sources, val_dataset = [], None
+    dataset = _open_dataset("data_config", options, launch, problems)
+    val_dataset, notes = None, []
     if options.validation.val_data_config is not None:
-        val_sources, val_dataset = _open_dataset("val_data_config", options, launch, problems)
+        val_dataset = _open_dataset("val_data_config", options, launch, problems)
     datasets = [found for found in (dataset, val_dataset) if found is not None]
-    problems += _find_model_problems(options, [*sources, *val_sources], datasets)
+    problems += _find_model_problems(options, datasets, notes)
     if dataset is not None and options.data.context_dropout and not dataset.has_images:
         problems.append("--context_dropout: no record says that an item ends in a generated image (image_len)")
     problems += _find_mask_problems(options, dataset, val_dataset)
@@ -67,23 +68,28 @@ def prepare(options: Options, launch: Launch) -> tuple[TokenDataset, TokenDatase
             )
     if problems:
         raise ValueError("\n  - ".join(["training cannot start:", *problems]))
+    if launch.is_main:
+        print("\n".join(notes), end="\n" if notes else "", flush=True)
     return dataset, val_dataset
 
 
-def _open_dataset(
-    name: str, options: Options, launch: Launch, problems: list[str]
-) -> tuple[list[DataSource], TokenDataset | None]:
-    """The sources and the items of `--{name}`; what is wrong with them is added to `problems`."""
-    sources: list[DataSource] = []
+def settle_codebook(dataset: TokenDataset, start: str | None) -> str | None:
+    """The `codebook_sha256` of what is trained on these items: theirs (None, if they mix several), else the start's."""
+    named = {manifest.get("codebook_sha256") for _, manifest in dataset.manifests if manifest} - {None}
+    return start if not named else named.pop() if len(named) == 1 else None
+
+
+def _open_dataset(name: str, options: Options, launch: Launch, problems: list[str]) -> TokenDataset | None:
+    """The items of `--{name}`; what is wrong with them is added to `problems`."""
     try:
         sources = load_data_config(options.resolved[name])
         is_kept = options.data.cache_ann_on_disk and not options.validation.eval_only  # which writes nothing there
         cache_dir = options.checkpoint.output_dir / INDEX_DIR if is_kept else None
         say = print if launch.is_main else lambda message: None
-        return sources, TokenDataset(sources, options.data.max_seq_len, options.data.overlong, cache_dir, say)
+        return TokenDataset(sources, options.data.max_seq_len, options.data.overlong, cache_dir, say)
     except (ValueError, OSError) as error:
         problems.append(f"--{name}: {error}")
-        return sources, None
+        return None
 
 
 def _find_eval_problems(options: Options) -> list[str]:
@@ -103,9 +109,8 @@ def _find_eval_problems(options: Options) -> list[str]:
     return found
 
 
-def _find_model_problems(
-    all_options: Options, sources: Sequence[DataSource], datasets: Sequence[TokenDataset]
-) -> list[str]:
+def _find_model_problems(all_options: Options, datasets: Sequence[TokenDataset], notes: list[str]) -> list[str]:
+    """What is wrong with the model and what it learns, one sentence each; what is only to be said goes to `notes`."""
     options = all_options.model
     found = options.problems()
     start = _find_whole_start(all_options)
@@ -117,7 +122,11 @@ def _find_model_problems(
         config = check_weights(weights) if weights else None
         num_rows = config.vocab_size if config else None
         loaded = load_text_tokenizer(tokenizer)
-        found += _find_foreign_records(sources, loaded, tokenizer)
+        manifests = [pair for dataset in datasets for pair in dataset.manifests]
+        found += _find_foreign_records(manifests, loaded, tokenizer)
+        start_codebook = (config.codebook_sha256, f"the checkpoint {weights}") if config else (None, "")
+        mixed = _find_mixed_codebooks(manifests, start_codebook, notes)
+        found += [] if all_options.data.mix_vqgans else mixed
         vocab = ChameleonVocab.from_tokenizer(loaded)
         vocab_size = vocab.vocab_size
         found += _find_trainable_problems(all_options, config or build_config(options.model_size, loaded))
@@ -177,16 +186,53 @@ def _find_trainable_problems(options: Options, config: ChameleonXLLMXConfig) -> 
     return []
 
 
-def _find_foreign_records(sources: Sequence[DataSource], tokenizer: Any, name: str) -> list[str]:
+def _find_foreign_records(manifests: Sequence[tuple[Path, dict | None]], tokenizer: Any, name: str) -> list[str]:
     """Records whose `manifest.json` says that they were tokenized with another tokenizer, one sentence each."""
-    found = []
-    for source in sources:
-        if not (source.path.parent / MANIFEST_NAME).is_file():
-            continue
-        tokenized_with = load_manifest(source.path.parent).get("tokenizer_sha256")
-        if tokenized_with not in (None, hash_tokenizer(tokenizer)):
+    found, ours = [], hash_tokenizer(tokenizer)
+    for path, manifest in manifests:
+        if (manifest or {}).get("tokenizer_sha256") not in (None, ours):
             found.append(
-                f"{source.path} was tokenized with another tokenizer than {name} (its {MANIFEST_NAME} says so): train "
+                f"{path} was tokenized with another tokenizer than {name} (its {MANIFEST_NAME} says so): train "
                 "with that one (--tokenizer, --init_from), or pre-tokenize again"
             )
     return found
+
+
+def _find_mixed_codebooks(
+    manifests: Sequence[tuple[Path, dict | None]], start: tuple[str | None, str], notes: list[str]
+) -> list[str]:
+    """
+    Why the records, and `start` (its codebook_sha256, if known, and its name), are not of one VQGAN; one sentence.
+
+    Manifests of older versions know the hash of its files alone, and there are three file formats: for `notes`.
+    """
+    named = {start[0]: start[1]} if start[0] else {}
+    found = [
+        (path, manifest.get("vqgan_sha256"), manifest.get("codebook_sha256"))
+        for path, manifest in manifests
+        if manifest
+    ]
+    path_of_files = {files: path for path, files, _ in reversed(found) if files}
+    codebook_of_files = {files: codebook for _, files, codebook in found if codebook}
+    for path, _, codebook in found:
+        if codebook:
+            named.setdefault(codebook, str(path))
+    unnamed = [path for files, path in path_of_files.items() if files not in codebook_of_files]
+    without = [path for path, manifest in manifests if manifest is None]
+    if without:
+        number = f"{len(without)} of {len(manifests)} records"
+        notes.append(f"{number} are taken without a {MANIFEST_NAME} that says what they were made with: {without[0]}")
+    if unnamed and len(path_of_files) > 1:
+        other = next(path for path in path_of_files.values() if path != unnamed[0])
+        notes.append(
+            f"careful: {unnamed[0]} and {other} were made with different VQGAN files (vqgan_sha256): "
+            "if these hold different VQGANs, the same codes mean other images in them"
+        )
+    if len(named) < 2:
+        return []
+    (one, first), (other, second) = list(named.items())[:2]
+    return [
+        f"{first} and {second} were made with different VQGANs (codebook_sha256 {one[:12]}... and {other[:12]}...), in "
+        "which the same codes mean other images: pre-tokenize again with one of them, or add --mix_vqgans if that is "
+        "meant"
+    ]

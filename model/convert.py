@@ -27,6 +27,7 @@ from transformers.models.chameleon.configuration_chameleon import ChameleonConfi
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.hub import find_vqgan  # noqa: E402
 from data.whole_file import sync_path  # noqa: E402
 from model.adapter_folder import open_weights  # noqa: E402
 from model.chameleon import (  # noqa: E402
@@ -47,6 +48,7 @@ from model.local_shards import copy_into_parameter, local_rows  # noqa: E402
 from model.stock_folder import PROCESSOR_NAME, SHAPES, config_values, write_processor_files  # noqa: E402
 from model.trainable import is_added  # noqa: E402
 from model.trained_rows import ROWS_NAME  # noqa: E402
+from model.vqgan import CODEBOOK, check_codebook, load_vqgan  # noqa: E402
 from model.weight_files import MAX_FILE_BYTES, WeightReader, write_weights  # noqa: E402
 
 VQGAN_PREFIX = "model.vqmodel."
@@ -273,6 +275,9 @@ def convert_checkpoint(
 
     shapes = {name: (tuple(p.shape), dtype or reader.dtype(name)) for name, p in parameters.items()}
     vqgan, values = _load_vqgan_tensors(vqgan_dir) if vqgan_dir else (_stored_vqgan(reader), {})
+    if shape == "hf" and vqgan:
+        codebook, of = vqgan[VQGAN_PREFIX + CODEBOOK], "what the model was trained on"
+        check_codebook(codebook, vqgan_dir or source, config.codebook_sha256, of, other_way="")
     values = config_values(config, shape, is_trained=not is_stock(config)) | values
     partial = out_dir.with_name(out_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -405,9 +410,7 @@ def _write_checkpoint(
 
 def _load_vqgan_tensors(vqgan_dir: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The VQGAN as stock Chameleon names it (without the decoder half, which it lacks), and its part of config.json."""
-    from model.vqgan import load_vqgan
-
-    vqgan = load_vqgan(vqgan_dir)
+    vqgan = load_vqgan(find_vqgan(vqgan_dir))
     state = {name: tensor for name, tensor in vqgan.state_dict().items() if not name.startswith("decoder.")}
     tensors = {VQGAN_PREFIX + name: tensor.contiguous() for name, tensor in state.items()}
     return tensors, {"vq_config": vqgan.config.to_dict()}

@@ -12,18 +12,12 @@ from typing import Any
 
 from transformers import ChameleonConfig
 
+from data.hub import TOKENIZER_FILES, fetch_folder
 from model.chameleon import ChameleonXLLMXConfig
 
 DEFAULT_TOKENIZER = "Alpha-VLLM/Lumina-mGPT-7B-768"  # the recipe's; its other checkpoints come without
 # Ours; and that of stock Chameleon, of the recipe's checkpoints and of our older ones.
 MODEL_TYPES = (ChameleonXLLMXConfig.model_type, ChameleonConfig.model_type)
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 
 
 def resolve_checkpoint(
@@ -40,22 +34,8 @@ def resolve_checkpoint(
     Raises:
         FileNotFoundError: neither a folder nor a hub id that can be fetched.
     """
-    folder = Path(dir_or_hub_id)
-    if folder.is_dir():
-        return folder
-    looks_local = folder.is_absolute() or len(folder.parts) != 2 or str(dir_or_hub_id).startswith(".")
-    if not looks_local:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        patterns = ["*.json", "*.jinja"] + ["*.safetensors"] * with_weights
-        try:
-            return Path(snapshot_download(str(dir_or_hub_id), revision=revision, allow_patterns=patterns))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise FileNotFoundError(
-                f"{dir_or_hub_id} is not a folder here, and could not be fetched from the hub: {error}"
-            ) from error
-    raise FileNotFoundError(f"there is no checkpoint folder {dir_or_hub_id}; give a folder or a hub id (name/name).")
+    files = ["*.json", "*.jinja"] + ["*.safetensors"] * with_weights
+    return fetch_folder(dir_or_hub_id, files, "there is no checkpoint folder:", revision=revision)
 
 
 def load_config(dir_or_hub_id: str | os.PathLike, **overrides: Any) -> ChameleonXLLMXConfig:
@@ -93,7 +73,7 @@ def find_tokenizer(dir_or_hub_id: str | os.PathLike) -> str:
 
 def copy_tokenizer_files(tokenizer_dir: str | os.PathLike, out_dir: str | os.PathLike) -> None:
     """Copy what a tokenizer is made of from a folder or hub id (nothing, if the folder has none)."""
-    source = resolve_checkpoint(tokenizer_dir, with_weights=False)
+    source = fetch_folder(tokenizer_dir, TOKENIZER_FILES, "--tokenizer", with_subfolder=True)
     for file_name in TOKENIZER_FILES:
         if (source / file_name).is_file():
             shutil.copyfile(source / file_name, Path(out_dir) / file_name)

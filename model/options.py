@@ -77,6 +77,7 @@ class DataOptions:
     context_dropout: float = 0.0
     max_bad_items: int = 0
     cache_ann_on_disk: bool = False
+    mix_vqgans: bool = False
     num_workers: int = 8
     pin_mem: bool = True
 
@@ -240,6 +241,7 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     _add_switch(
         group, "cache_ann_on_disk", None, "keep the index of the records in --output_dir, not a temporary folder"
     )
+    _add_switch(group, "mix_vqgans", None, "train on records, or from a checkpoint, of several VQGANs")
     group.add_argument("--num_workers", type=int, help="loader processes per rank; 0 loads in the rank itself")
     _add_switch(group, "pin_mem", "no_pin_mem", "page-locked rows, for faster copies to the GPU")
 
@@ -336,7 +338,8 @@ def _add_sample_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--sample_cfg", type=float, help="guidance inside their pictures; 1 switches it off")
     group.add_argument("--sample_temperature", type=float, help="of their tokens; 0 is greedy")
     group.add_argument("--sample_max_gen_len", type=int, help="most new tokens of an answer")
-    group.add_argument("--vqgan_dir", type=Path, help="of pictures in prompts and answers")
+    group.add_argument("--vqgan_dir", type=Path, help="folder or hub id, of pictures in prompts and answers")
+    _add_switch(group, "any_vqgan", None, "draw samples by another VQGAN than the records', too")
     group.add_argument("--target_size", type=int, help="pixels of pictures in prompts, as in pre-tokenizing")
 
 

@@ -17,14 +17,14 @@ import torch
 from PIL import Image
 
 from data.conversation import Turn
+from data.hub import DEFAULT_VQGAN_DIR, find_vqgan
 from data.image_transform import open_image
 from data.item_processor import ItemProcessor, build_text_encode
 from data.vocab import GRID_PIXELS, IMAGE_SYMBOL, ChameleonVocab
 from model.generation import CUT_BY_LENGTH, CUT_BY_NAN, CUT_BY_POSITIONS, Generation
-from model.vqgan import VQGAN, load_vqgan, pixels_to_image
+from model.vqgan import VQGAN, check_codebook, load_vqgan, pixels_to_image
 from pre_tokenize.image_encoder import ImageEncoder
 
-DEFAULT_VQGAN_DIR = "ckpts/chameleon/tokenizer"
 REQUEST_KEYS = ("qas", "images", "size")
 
 
@@ -54,15 +54,22 @@ class RequestCodec:
     """A tokenizer and its VQGAN."""
 
     def __init__(
-        self, tokenizer: Any, vqgan_dir: str | Path | None, device: torch.device, target_size: int = 512
+        self,
+        tokenizer: Any,
+        vqgan_dir: str | Path | None,
+        device: torch.device,
+        target_size: int = 512,
+        codebook_sha256: str | None = None,
     ) -> None:
         """
         Args:
             tokenizer: of Hugging Face, with Chameleon's vocabulary.
-            vqgan_dir: read once an image is put in or comes out; None: `DEFAULT_VQGAN_DIR`.
+            vqgan_dir: folder or hub id, read once an image is put in or comes out; None: `DEFAULT_VQGAN_DIR`.
             device: of the VQGAN, which is always in fp32.
             target_size: of images put in, in pixels: they are cropped to about its square, as in pre-tokenizing.
+            codebook_sha256: of the VQGAN that the model was trained with, where another is refused; None: any.
         """
+        self.codebook_sha256 = codebook_sha256
         self.tokenizer, self.device = tokenizer, device
         self.vqgan_dir = Path(vqgan_dir or DEFAULT_VQGAN_DIR)
         self.vocab = ChameleonVocab.from_tokenizer(tokenizer)
@@ -72,7 +79,9 @@ class RequestCodec:
 
     @cached_property
     def vqgan(self) -> VQGAN:
-        vqgan = load_vqgan(self.vqgan_dir, device=self.device)
+        vqgan = load_vqgan(find_vqgan(self.vqgan_dir), device=self.device)
+        codebook = vqgan.quantize.embedding.weight
+        check_codebook(codebook, self.vqgan_dir, self.codebook_sha256, "what the model was trained on")
         if vqgan.num_codes > self.vocab.num_codes:
             raise ValueError(
                 f"the VQGAN in {self.vqgan_dir} has {vqgan.num_codes} codes, but the tokenizer has tokens for "

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from data.hub import DEFAULT_VQGAN_DIR, find_vqgan_problems
 from data.image_transform import crop_sizes, crop_to_rgb, open_image
 from data.vocab import IMAGE_SYMBOL, ChameleonVocab
 from model.chameleon import ChameleonXLLMXConfig
@@ -22,7 +23,7 @@ from model.distributed import barrier, broadcast_from_main, from_main, gather_ov
 from model.generation import Generation, SamplingOptions, fit_batch_size, generate_batch
 from model.kv_cache import free_bytes
 from model.parallelize import DTYPES, ParallelOptions, evaluating
-from model.requests import DEFAULT_VQGAN_DIR, Answer, RequestCodec, describe_cuts
+from model.requests import Answer, RequestCodec, describe_cuts
 from model.root_forward import RootForward
 from model.sample_prompts import SamplePrompt, load_prompts
 from model.samples_format import drop_samples_after, write_samples
@@ -41,7 +42,8 @@ class SampleOptions:
         sample_prompts: file of prompts, see model/sample_prompts.py.
         sample_cfg, sample_temperature: guidance inside pictures (1: none), and temperature (0: greedy).
         sample_max_gen_len: most new tokens of an answer.
-        vqgan_dir: of pictures that go in or come out.
+        vqgan_dir: of pictures that go in or come out, folder or hub id.
+        any_vqgan: take it also if the records name another one.
         target_size: of pictures that go in, in pixels, as in pre-tokenizing.
     """
 
@@ -51,6 +53,7 @@ class SampleOptions:
     sample_temperature: float = 1.0
     sample_max_gen_len: int = 2400  # a picture of 768x768 has 2,356
     vqgan_dir: Path = Path(DEFAULT_VQGAN_DIR)
+    any_vqgan: bool = False
     target_size: int = 512
 
     def is_due(self, step: int, is_finished: bool) -> bool:
@@ -86,11 +89,8 @@ class SampleOptions:
                 self._check_size(prompt, vocab)
         except (ValueError, OSError) as error:
             return [*found, f"--sample_prompts: {error}"]
-        if any(prompt.size or prompt.images for prompt in prompts) and not self.vqgan_dir.is_dir():
-            found.append(
-                f"--vqgan_dir {self.vqgan_dir} is not a folder, but {self.sample_prompts} has pictures or sizes of "
-                "them; TRAIN.md says where to get the VQGAN"
-            )
+        if any(prompt.size or prompt.images for prompt in prompts):
+            found += [f"{problem}; {self.sample_prompts} has images" for problem in find_vqgan_problems(self.vqgan_dir)]
         return found
 
     def _check_size(self, prompt: SamplePrompt, vocab: ChameleonVocab) -> None:
@@ -139,8 +139,11 @@ class Sampler:
 
     def _encode_prompts(self, tokenizer: Any) -> tuple[list[list[int]], list[list[int]]]:
         """Token ids of the prompts and of what their answers begin with; loads the VQGAN, if there is one."""
-        self._codec = RequestCodec(tokenizer, self._options.vqgan_dir, torch.device("cpu"), self._options.target_size)
-        self._has_vqgan = self._options.vqgan_dir.is_dir()
+        expected = None if self._options.any_vqgan else self._config.codebook_sha256
+        self._codec = RequestCodec(
+            tokenizer, self._options.vqgan_dir, torch.device("cpu"), self._options.target_size, expected
+        )
+        self._has_vqgan = not find_vqgan_problems(self._options.vqgan_dir)
         if self._has_vqgan:
             self._codec.check_vqgan()
             self._codec.vqgan.to(self._device)
@@ -227,7 +230,7 @@ class Sampler:
         num_lost = sum(answer.text.count(IMAGE_SYMBOL) - len(answer.images) for answer in answers)
         if num_lost:
             left_out = "1 picture is left out" if num_lost == 1 else f"{num_lost} pictures are left out"
-            note += f"; {left_out}: --vqgan_dir {self._options.vqgan_dir} is not a folder"
+            note += f"; {left_out}: there is no --vqgan_dir {self._options.vqgan_dir}"
         if any(answer.is_cut_off for answer in answers):
             note += f"; {describe_cuts(answers, self._options.sample_max_gen_len)}"
         return note

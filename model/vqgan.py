@@ -29,6 +29,7 @@ from transformers.models.chameleon.modeling_chameleon import (
 META_CONFIG, META_WEIGHTS = "vqgan.yaml", "vqgan.ckpt"
 OUR_CONFIG, OUR_WEIGHTS = "vqgan.json", "model.safetensors"
 HF_PREFIX = "model.vqmodel."
+CODEBOOK = "quantize.embedding.weight"
 CONFIG_FIELDS = (
     "embed_dim", "num_embeddings", "double_latent", "latent_channels", "resolution", "in_channels", "base_channels",
     "channel_multiplier", "num_res_blocks", "attn_resolutions", "dropout", "attn_type",
@@ -63,6 +64,11 @@ class VQGAN(nn.Module):
     @property
     def has_decoder(self) -> bool:
         return hasattr(self, "decoder")
+
+    @property
+    def codebook_sha256(self) -> str:
+        """What names this VQGAN, whatever the format of its folder, the type of its weights and its device."""
+        return hash_codebook(self.quantize.embedding.weight)
 
     def features(self, pixels: Tensor) -> Tensor:
         """Features before quantization, [B, embed_dim, h, w], of pixels [B, 3, H, W] in [-1, 1]."""
@@ -185,12 +191,16 @@ def load_vqgan(vqgan_dir: str | os.PathLike, device: str = "cpu", dtype: torch.d
 
 
 def save_vqgan(vqgan: VQGAN, vqgan_dir: str | os.PathLike, dtype: torch.dtype = torch.float16) -> None:
-    """Write `vqgan.json` and `model.safetensors`, the weights in `dtype` (half precision halves the committed file)."""
+    """Write `vqgan.json` and `model.safetensors`, the weights in `dtype` (half precision halves the committed file).
+
+    The codebook is written in fp32: rounded twice, to half precision and then by `hash_codebook`, it would be another.
+    """
     folder = Path(vqgan_dir)
     folder.mkdir(parents=True, exist_ok=True)
     fields = {name: getattr(vqgan.config, name) for name in CONFIG_FIELDS}
     (folder / OUR_CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
     state = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in vqgan.state_dict().items()}
+    state[CODEBOOK] = vqgan.quantize.embedding.weight.detach().to("cpu", torch.float32).contiguous()
     partial = folder / f"{OUR_WEIGHTS}.partial"
     save_file(state, partial)
     os.replace(partial, folder / OUR_WEIGHTS)
@@ -205,6 +215,28 @@ def hash_vqgan(vqgan_dir: str | os.PathLike) -> str:
             while block := file.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def hash_codebook(embedding: Tensor) -> str:
+    """SHA-256, hexadecimal, of a codebook [num_codes, embed_dim] rounded to bf16, as Hugging Face folders hold it."""
+    rounded = embedding.detach().to("cpu", torch.float32).to(torch.bfloat16).contiguous()
+    return hashlib.sha256(rounded.view(torch.int16).numpy().tobytes()).hexdigest()
+
+
+def check_codebook(
+    embedding: Tensor,
+    vqgan_dir: str | os.PathLike,
+    expected: str | None,
+    of: str,
+    other_way: str = ", or --any_vqgan if that is meant",
+) -> None:
+    """Raises ValueError if the codebook of a VQGAN is not the one whose hash `of` names (`expected`; None: any)."""
+    found = hash_codebook(embedding)
+    if expected not in (None, found):
+        raise ValueError(
+            f"the VQGAN in {vqgan_dir} is not the one of {of}, so that images would be wrong (codebook_sha256 "
+            f"{found[:12]}... instead of {expected[:12]}...): give that one (--vqgan_dir){other_way}"
+        )
 
 
 def image_to_pixels(image: Image.Image) -> Tensor:

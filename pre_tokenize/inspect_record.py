@@ -22,13 +22,14 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from data.html_page import write_page  # noqa: E402
+from data.hub import DEFAULT_VQGAN_DIR, VQGAN_HELP, find_vqgan, find_vqgan_problems  # noqa: E402
 from data.item_processor import hash_tokenizer, load_text_tokenizer  # noqa: E402
-from data.manifest import MANIFEST_NAME, load_manifest  # noqa: E402
+from data.manifest import find_manifest  # noqa: E402
 from data.record import RecordEntry, read_record  # noqa: E402
 from data.token_file import TokenItem, load_token_file  # noqa: E402
 from data.vocab import CODE_PIXELS, IGNORE_INDEX, ChameleonVocab  # noqa: E402
-from model.vqgan import VQGAN, hash_vqgan, load_vqgan, pixels_to_image  # noqa: E402
-from pre_tokenize.options import DEFAULT_TOKENIZER, DEFAULT_VQGAN_DIR  # noqa: E402
+from model.vqgan import VQGAN, check_codebook, hash_vqgan, load_vqgan, pixels_to_image  # noqa: E402
+from pre_tokenize.options import DEFAULT_TOKENIZER  # noqa: E402
 from pre_tokenize.page import Part, RecordStats, ShownItem, build_page  # noqa: E402
 
 PLAIN_LINE_SECONDS = 10
@@ -42,7 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("page.html"), help="the page to write (default page.html)")
     add("--seed", type=int, default=0, help="of the choice of items (default 0)")
     add("--tokenizer", default=DEFAULT_TOKENIZER, help=f"folder or hub id (default {DEFAULT_TOKENIZER})")
-    add("--vqgan_dir", type=Path, default=Path(DEFAULT_VQGAN_DIR), help=f"with decoder (default {DEFAULT_VQGAN_DIR})")
+    add("--vqgan_dir", type=Path, default=Path(DEFAULT_VQGAN_DIR), help=f"with decoder, {VQGAN_HELP}")
+    add("--any_vqgan", action="store_true", help="decode by another VQGAN than the record's, too (default: off)")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default auto: cuda if there is one")
     return parser
 
@@ -56,8 +58,13 @@ def main(argv: list[str] | None = None) -> int:
         lengths, sample = survey_record(args.record, args.num, args.seed)
         tokenizer = load_text_tokenizer(args.tokenizer)
         vocab = ChameleonVocab.from_tokenizer(tokenizer)
-        vqgan = load_decoder(args.vqgan_dir, vocab, args.device)
-        notes = compare_with_manifest(args.record.parent, tokenizer, args.vqgan_dir)
+        vqgan_dir = find_vqgan(args.vqgan_dir)
+        vqgan = load_decoder(vqgan_dir, vocab, args.device)
+        manifest = find_manifest(args.record, sample[0].file) or {}
+        if not args.any_vqgan:
+            codebook = vqgan.quantize.embedding.weight
+            check_codebook(codebook, vqgan_dir, manifest.get("codebook_sha256"), f"the record {args.record}")
+        notes = compare_with_manifest(manifest, tokenizer, vqgan, vqgan_dir)
         stats = count_items(args.record, lengths, vocab)
         items = [
             show_item(entry, tokenizer, vocab, vqgan)
@@ -86,8 +93,7 @@ def validate(args: argparse.Namespace) -> None:
         problems.append(f"--out {args.out} is a folder; name a file")
     if args.out.exists() and args.record.exists() and args.out.samefile(args.record):
         problems.append(f"--out {args.out} is the record itself; name another file")
-    if not args.vqgan_dir.is_dir():
-        problems.append(f"--vqgan_dir {args.vqgan_dir} is not a folder; TRAIN.md says where to get the VQGAN")
+    problems += find_vqgan_problems(args.vqgan_dir)
     if args.device == "cuda" and not torch.cuda.is_available():
         problems.append("--device cuda: no CUDA device is visible; use --device cpu")
     if problems:
@@ -123,18 +129,17 @@ def load_decoder(vqgan_dir: Path, vocab: ChameleonVocab, device: str) -> VQGAN:
     return vqgan
 
 
-def compare_with_manifest(folder: Path, tokenizer, vqgan_dir: Path) -> list[str]:
-    """Remarks where tokenizer or VQGAN are not those of the manifest, which may lie beside the record.
+def compare_with_manifest(manifest: dict, tokenizer, vqgan: VQGAN, vqgan_dir: Path) -> list[str]:
+    """Remarks where tokenizer or VQGAN are not those of the record's manifest (empty: nothing is compared).
 
-    Only remarks: another VQGAN folder may hold the same codes with another decoder, or in another format.
+    Where it names no codebook, another VQGAN folder may hold the same codes in another format.
     """
-    if not (folder / MANIFEST_NAME).is_file():
-        return []
-    manifest = load_manifest(folder)
     remarks = []
-    if manifest.get("tokenizer_sha256") != hash_tokenizer(tokenizer):
+    if manifest.get("tokenizer_sha256") not in (None, hash_tokenizer(tokenizer)):
         remarks.append("The record was made with another tokenizer than the one given here: texts may be wrong.")
-    if manifest.get("vqgan_sha256") != hash_vqgan(vqgan_dir):
+    codebook, files = manifest.get("codebook_sha256"), manifest.get("vqgan_sha256")
+    is_other = codebook != vqgan.codebook_sha256 if codebook else files not in (None, hash_vqgan(vqgan_dir))
+    if is_other:
         remarks.append("The record was made with other VQGAN files than those given here: pictures may be wrong.")
     return remarks
 

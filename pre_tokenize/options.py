@@ -4,11 +4,11 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.hub import DEFAULT_VQGAN_DIR, VQGAN_HELP, find_vqgan_problems
 from data.image_transform import crop_sizes
 
 PRECISIONS = ("tf32", "fp32", "bf16")
 DEFAULT_TOKENIZER = "Alpha-VLLM/Lumina-mGPT-7B-768"
-DEFAULT_VQGAN_DIR = "ckpts/chameleon/tokenizer"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--crop", choices=("center", "random"), default="center", help="place of the crops (default center)")
     add("--seed", type=int, default=0, help="of random crops, together with the item's id (default 0)")
     add("--tokenizer", default=DEFAULT_TOKENIZER, help=f"of text, folder or hub id (default {DEFAULT_TOKENIZER})")
-    add("--vqgan_dir", type=Path, default=DEFAULT_VQGAN_DIR, help=f"of images (default {DEFAULT_VQGAN_DIR})")
+    add("--vqgan_dir", type=Path, default=DEFAULT_VQGAN_DIR, help=VQGAN_HELP)
     add("--max_seq_len", type=int, help="refuse items of more tokens; none is ever cut (default: no limit)")
     # what to do with what is there, and with items that cannot be used
     add("--retry_failed", action="store_true", help="try the items once more that were refused in an earlier run")
@@ -90,8 +90,7 @@ def validate(options: Options) -> None:
         problems.append(f"--target_size: {error}")
     if options.image_root is not None and not options.image_root.is_dir():
         problems.append(f"--image_root {options.image_root} is not a folder")
-    if not options.vqgan_dir.is_dir():
-        problems.append(f"--vqgan_dir {options.vqgan_dir} is not a folder; TRAIN.md says where to get the VQGAN")
+    problems += find_vqgan_problems(options.vqgan_dir)
     if options.device == "cuda" and not _has_cuda():
         problems.append("--device cuda: no CUDA device is visible; use --device cpu")
     for name, least in (("batch_size", 1), ("num_workers", 0), ("seed", 0), ("max_failures", 0), ("max_seq_len", 1)):

@@ -31,6 +31,7 @@ from PIL import Image  # noqa: E402
 
 from data import item_processor  # noqa: E402
 from data.conversation import Conversation, FormatError  # noqa: E402
+from data.hub import find_vqgan  # noqa: E402
 from data.image_transform import crop_sizes  # noqa: E402
 from data.item_processor import PreparedItem, build_text_encode, hash_tokenizer, load_text_tokenizer  # noqa: E402
 from data.json_stream import iter_json_values  # noqa: E402
@@ -142,9 +143,12 @@ def build_worker(options: Options) -> Worker:
     )
     _check_target_size(vocab, options)
     num_items = check_input(options.in_filename, processor)
+    vqgan_dir = find_vqgan(options.vqgan_dir)
+    vqgan = load_vqgan(vqgan_dir, device=options.device)
+    _check_vqgan(vqgan, vocab, options)
     manifest = Manifest(
         tokenizer_sha256=hash_tokenizer(tokenizer),
-        vqgan_sha256=hash_vqgan(options.vqgan_dir),
+        vqgan_sha256=hash_vqgan(vqgan_dir),
         vocab_size=vocab.vocab_size,
         target_size=options.target_size,
         crop=options.crop,
@@ -153,9 +157,8 @@ def build_worker(options: Options) -> Worker:
         num_items=num_items,
         input_sha256=_hash_file(options.in_filename),
         max_seq_len=options.max_seq_len,
+        codebook_sha256=vqgan.codebook_sha256,
     )
-    vqgan = load_vqgan(options.vqgan_dir, device=options.device)
-    _check_vqgan(vqgan, vocab, options)
     encoder = processor.image_encode = ImageEncoder(vqgan, options.precision, options.batch_size, options.compile)
     if options.num_workers:
         check_can_be_sent(processor)

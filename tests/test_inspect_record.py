@@ -246,6 +246,21 @@ def test_a_wrong_label_and_another_manifest_are_remarked(record, tmp_path, capsy
     assert "another tokenizer" in text and "other VQGAN files" in capsys.readouterr().out
 
 
+def test_another_vqgan_than_the_record_s_is_refused_unless_told(record, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(record.parent, folder)
+    flags = arguments(folder / "record.json", tmp_path / "page.html")
+    own = load_vqgan(folder / "vqgan").codebook_sha256
+    for codebook, code in (("0" * 64, 2), (own, 0)):
+        (folder / "manifest.json").write_text(json.dumps({"codebook_sha256": codebook, "vqgan_sha256": "0"}))
+        assert main(flags) == code
+        said = capsys.readouterr()
+        assert ("is not the one of the record" in said.err) == bool(code) and "other VQGAN files" not in said.out
+    (folder / "manifest.json").write_text(json.dumps({"codebook_sha256": "0" * 64}))
+    assert main([*flags, "--any_vqgan"]) == 0
+    assert "other VQGAN files" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "content, flags, reason",
     [
