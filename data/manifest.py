@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data.file_lock import open_locked, replace_locked
+from data.messages import one_line
 from data.record import find_sub_records
 from data.worker_log import FILES_DIR
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+SHIPPED_PROCESSOR = "shipped"
 _WAY_OUT = "use another --out_dir, or --overwrite to begin this one again"
 _OURS = {  # by subfolder, what workers and concat_record.py write
     "": re.compile(r"(\d+-of-\d+-(record|failed|retried)\.jsonl(\.moved)?|record\.json)(\.partial)?"),
@@ -37,6 +39,7 @@ class Manifest:
     input_sha256: str
     format_version: int = FORMAT_VERSION
     max_seq_len: int | None = None  # None if nothing is too long
+    item_processor: str = SHIPPED_PROCESSOR  # an edited one: SHA-256 of its source
 
 
 @contextmanager
@@ -83,7 +86,7 @@ def _difference(folder: Path, manifest: Manifest) -> str:
     except ValueError as error:
         return str(error)
     differing = [key for key in ours if key in theirs and ours[key] != theirs[key]]
-    different = [f"{key} was {theirs[key]}, is now {ours[key]}" for key in differing]
+    different = [f"{key} was {one_line(theirs[key])}, is now {one_line(ours[key])}" for key in differing]
     return f"{folder} was begun with other settings: {'; '.join(different)}; {_WAY_OUT}" if different else ""
 
 
