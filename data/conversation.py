@@ -14,13 +14,13 @@ from data.vocab import IMAGE_SYMBOL
 
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 HOW_TO_ADAPT = "TRAIN.md, Another format, shows how to adapt such items (process_item)"
-_FRAMES = "single frames in `image`? Videos are not tokenized"
+_FRAMES = "single frames in `image`? Videos are not tokenized."
 _FOREIGN_KEYS = {  # key -> what is meant, in the words of this format
     "images": "`image`?",
     "video": _FRAMES,
     "videos": _FRAMES,
-    "audio": "its text in `conversations`? Audio is not tokenized",
-    "audios": "its text in `conversations`? Audio is not tokenized",
+    "audio": "its text in `conversations`? Audio is not tokenized.",
+    "audios": "its text in `conversations`? Audio is not tokenized.",
     "system": "a leading turn from `system`?",
     "messages": "`conversations`?",
     "history": "earlier turns of `conversations`?",

@@ -189,7 +189,7 @@ def _columns(values: list, num_before: int) -> Columns | None:
     is_right = (
         set(map(type, files)) <= {str}
         and all(files)
-        and max(map(len, files)) <= MAX_PATH
+        and max(map(len, files), default=0) <= MAX_PATH
         and b"\0" not in os.fsencode("".join(files))
         and ((0 < lens) & (lens <= MAX_LEN)).all()
         and (ids >= -MAX_PLACE).all()
