@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from data.hub import DEFAULT_VQGAN_DIR, VQGAN_HELP, find_vqgan_problems
-from data.image_transform import crop_sizes
+from data.image_transform import crop_sizes, open_image
 from data.item_processor import load_text_tokenizer
 from data.vocab import IMAGE_SYMBOL
 from model import serve
@@ -311,8 +311,12 @@ def _serve_problems(args: argparse.Namespace) -> list[str]:
 
 
 def _answer_problems(args: argparse.Namespace) -> list[str]:
-    problems = [f"--image {path} does not exist" for path in args.image if not path.exists()]
-    problems += [f"--image {path} is a folder; give the files in it" for path in args.image if path.is_dir()]
+    problems = []
+    for path in args.image:
+        try:
+            open_image(path)
+        except ValueError as error:
+            problems.append(f"--image: {error}")
     if args.prompt is None:
         problems.append("--prompt is missing: say what to draw or to answer (or open a page with --serve)")
     try:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import yaml
 
+from data.messages import brief, one_line
 from data.record_list import LIST_SUFFIXES
 
 DEFAULT_TYPE = "default"
@@ -56,24 +57,24 @@ def _entries(content: object, problems: list[str]) -> list[object]:
     if not isinstance(content, dict) or "META" not in content:
         problems.append("it must have a key META with a list of {path, ratio, type}")
         return []
-    problems += [f"unknown key {key!r} beside META{_nearest(key, ('META',))}" for key in content if key != "META"]
+    problems += [f"unknown key {brief(key)} beside META{_nearest(key, ('META',))}" for key in content if key != "META"]
     if not isinstance(content["META"], list) or not content["META"]:
-        problems.append(f"META must be a list of one or more {{path, ratio, type}}, got {content['META']!r}")
+        problems.append(f"META must be a list of one or more {{path, ratio, type}}, got {brief(content['META'])}")
         return []
     return content["META"]
 
 
 def _parse_entry(entry: object, name: str, folder: Path, problems: list[str]) -> DataSource | None:
     if not isinstance(entry, dict):
-        problems.append(f"{name} must be a mapping with the key path, got {entry!r}")
+        problems.append(f"{name} must be a mapping with the key path, got {brief(entry)}")
         return None
-    problems += [f"{name} has an unknown key {key!r}{_nearest(key, _KEYS)}" for key in entry if key not in _KEYS]
+    problems += [f"{name} has an unknown key {brief(key)}{_nearest(key, _KEYS)}" for key in entry if key not in _KEYS]
     ratio, type_name = entry.get("ratio", 1.0), entry.get("type", DEFAULT_TYPE)
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < float("inf"):
-        problems.append(f"{name}: ratio must be a number above 0, got {ratio!r}")
+        problems.append(f"{name}: ratio must be a number above 0, got {brief(ratio)}")
         ratio = 1.0
     if not isinstance(type_name, str) or not type_name:
-        problems.append(f"{name}: type must be a name, got {type_name!r}")
+        problems.append(f"{name}: type must be a name, got {brief(type_name)}")
         type_name = DEFAULT_TYPE
     record = _find_record(entry.get("path"), name, folder, problems)
     return record and DataSource(record, float(ratio), type_name)
@@ -81,12 +82,14 @@ def _parse_entry(entry: object, name: str, folder: Path, problems: list[str]) ->
 
 def _find_record(value: object, name: str, folder: Path, problems: list[str]) -> Path | None:
     if not isinstance(value, str) or not value:
-        problems.append(f"{name}: path must name a record file, got {value!r}")
+        problems.append(f"{name}: path must name a record file, got {brief(value)}")
         return None
     candidates = list(dict.fromkeys([folder / value, Path(value)]))  # an absolute path gives one
-    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    found = next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
     if found is None:
-        problems.append(f"{name}: record {value} does not exist (looked for {' and '.join(map(str, candidates))})")
+        problems.append(
+            f"{name}: record {one_line(value)} does not exist (looked for {' and '.join(map(one_line, candidates))})"
+        )
     elif found.suffix not in RECORD_SUFFIXES:
         problems.append(f"{name}: record {value} must end in {' or '.join(RECORD_SUFFIXES)}")
     elif not found.stat().st_size:

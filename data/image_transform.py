@@ -10,15 +10,32 @@ import os
 from functools import cache
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from data.conversation import ItemError
+from data.messages import one_line
 from data.vocab import GRID_PIXELS
 
 MAX_ASPECT_RATIO = 4.0
-CROP_MODES = ("L", "LA", "RGB", "RGBA", "P")  # cropped as they are; all others are converted before
+CROP_MODES = (
+    "L",
+    "LA",
+    "RGB",
+    "RGBA",
+    "P",
+    "CMYK",
+    "YCbCr",
+    "LAB",
+)  # cropped as they are; all others are converted before
 _ODD_ALPHA = ("La", "PA", "RGBa")
 _HIGH_DEPTH = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+_TO_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+# Editors and generators put whole documents into a text chunk of a PNG; Pillow's own bound of a chunk is 1 MiB.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20
 
 
 @cache
@@ -49,16 +66,27 @@ def choose_crop_size(width: int, height: int, target_size: int) -> tuple[int, in
 def open_image(path: str | os.PathLike) -> Image.Image:
     """The first frame of an image file, decoded whole and upright. Raises ItemError with the path and the reason."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for its writer
+            raise ItemError("it is a folder" if os.path.isdir(path) else "it is no regular file")
         with Image.open(path) as file:
             file.load()
-            return ImageOps.exif_transpose(file)
+            return _upright(file)
     except FileNotFoundError:
-        raise ItemError(f"image {path} does not exist") from None
+        raise ItemError(f"image {one_line(path)} does not exist") from None
     except UnidentifiedImageError:
         reason = "it is empty" if not os.path.getsize(path) else "Pillow knows no such image format"
-        raise ItemError(f"image {path} cannot be read: {reason}") from None
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise ItemError(f"image {path} cannot be read: {error}") from error
+    except Exception as error:  # what the decoders raise for a damaged file has no common class
+        reason = one_line(error) or type(error).__name__
+    raise ItemError(f"image {one_line(path)} cannot be read: {reason}")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """A copy as its EXIF data says it is to be seen; as it lies in the file where these are damaged."""
+    try:
+        transpose = _TO_UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # the pixels are good, and what damaged metadata raise has no common class
+        transpose = None
+    return image.copy() if transpose is None else image.transpose(transpose)
 
 
 def crop_to_rgb(image: Image.Image, target_size: int, generator: np.random.Generator | None = None) -> Image.Image:

@@ -19,6 +19,7 @@ from PIL import Image
 from data.conversation import Conversation, ItemError, Turn, parse_conversation
 from data.hub import TOKENIZER_FILES, fetch_folder
 from data.image_transform import crop_sizes, crop_to_rgb, open_image
+from data.messages import MAX_VALUE, one_line
 from data.vocab import IGNORE_INDEX, IMAGE_SYMBOL, ChameleonVocab, is_control_token
 
 TextEncode = Callable[[str], list[int]]
@@ -124,10 +125,10 @@ class ItemProcessor:
         """Where an image lies: as given if absolute, else in the first of `image_dirs` that has it."""
         candidates = [Path(folder) / path for folder in self.image_dirs]
         for candidate in candidates:
-            if candidate.is_file():
+            if os.path.isfile(candidate):  # False, too, for what cannot be a path
                 return candidate
-        tried = ", ".join(dict.fromkeys(str(candidate) for candidate in candidates))
-        raise ItemError(f"image {path} does not exist (looked for {tried}); see --image_root")
+        tried = ", ".join(dict.fromkeys(one_line(candidate) for candidate in candidates))
+        raise ItemError(f"image {one_line(path, MAX_VALUE)} does not exist (looked for {tried}); see --image_root")
 
     def _encode_images(self, images: Sequence[Image.Image]) -> list[np.ndarray]:
         if not images:

@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data.file_lock import open_locked, replace_locked
+from data.messages import one_line
 from data.record import find_sub_records
 from data.worker_log import FILES_DIR
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+SHIPPED_PROCESSOR = "shipped"
 _WAY_OUT = "use another --out_dir, or --overwrite to begin this one again"
 _OURS = {  # by subfolder, what workers and concat_record.py write
     "": re.compile(r"(\d+-of-\d+-(record|failed|retried)\.jsonl(\.moved)?|record\.json)(\.partial)?"),
@@ -38,6 +40,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
     max_seq_len: int | None = None  # None if nothing is too long
     codebook_sha256: str | None = None  # names the VQGAN whatever its file format; None: of an older version
+    item_processor: str = SHIPPED_PROCESSOR  # an edited one: SHA-256 of its source
 
 
 @contextmanager
@@ -92,7 +95,7 @@ def _difference(folder: Path, manifest: Manifest) -> str:
     except ValueError as error:
         return str(error)
     differing = [key for key in ours if key in theirs and ours[key] != theirs[key]]
-    different = [f"{key} was {theirs[key]}, is now {ours[key]}" for key in differing]
+    different = [f"{key} was {one_line(theirs[key])}, is now {one_line(ours[key])}" for key in differing]
     return f"{folder} was begun with other settings: {'; '.join(different)}; {_WAY_OUT}" if different else ""
 
 

@@ -9,18 +9,20 @@ Where the tokens of many items share a file, `"offset"` and `"nbytes"` say which
 import json
 import os
 import re
-import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import TextIO
 
 from data.json_stream import iter_json_batches
+from data.messages import brief
 from data.whole_file import open_whole
 
 MAX_LEN = 2**31 - 1  # of an item, in tokens: lengths are kept in 32 bits
 MAX_PLACE = 2**63 - 1  # a byte of a file, or an id
+MAX_PATH = 4096  # characters of a path; Linux opens none that is longer
 
 _SUB_RECORD = re.compile(r"(\d+)-of-(\d+)-record\.jsonl")
 
@@ -56,7 +58,8 @@ def append_record_line(file: TextIO, entry: RecordEntry) -> None:
 def read_record(path: str | os.PathLike) -> Iterator[RecordEntry]:
     """Stream a `record.json` or a sub-record, `file` resolved to a path that opens from here. May be empty.
 
-    Relative files are looked for beside the record, then from the working directory; the first entry decides for all.
+    Relative files are looked for beside the record, then beside the file that it is a link to, then from the working
+    directory; the first entry decides for all.
     Raises FileNotFoundError, or ValueError naming the line that is no record entry.
     """
     base: str | None = None
@@ -69,10 +72,28 @@ def read_record(path: str | os.PathLike) -> Iterator[RecordEntry]:
 
 
 def resolve_base(path: str | os.PathLike, first_file: str) -> str:
-    """The folder of the relative files of a record, of which `first_file` is the first: its own, or "", from here."""
+    """The folder of the relative files of a record, of which `first_file` is the first, or "", from here."""
     folder = os.path.dirname(path)
-    beside = not os.path.exists(first_file) or os.path.exists(os.path.join(folder, first_file))
-    return folder if beside else ""
+    folders = (folder, os.path.dirname(os.path.realpath(path)), "")
+    return next((base for base in folders if os.path.exists(os.path.join(base, first_file))), folder)
+
+
+def relative_file(file: str, folder: str | os.PathLike) -> str:
+    """A file, as it opens from here, relative to the folder of a record that is read by its own path or through links.
+
+    The way out of a folder starts at its real place: there `..` leads, even where the folder is opened through a link.
+    """
+    relative = os.path.relpath(file, folder)
+    if relative.split(os.sep, 1)[0] != os.pardir:
+        return relative
+    here = os.getcwd()
+    start, stop = (_real_path(os.path.join(here, path)) for path in (folder, os.path.dirname(file)))
+    return os.path.join(os.path.relpath(stop, start), os.path.basename(file))
+
+
+@cache  # of few folders, each that of many files
+def _real_path(path: str) -> str:
+    return os.path.realpath(path)
 
 
 def read_raw_record(path: str | os.PathLike) -> Iterator[RecordEntry]:
@@ -86,24 +107,24 @@ def check_entry(value: object, path: str | os.PathLike, number: int) -> RecordEn
     if not isinstance(value, dict) or not isinstance(value.get("file"), str) or not _is_within(value.get("len"), 1):
         raise ValueError(
             f'record {path}: entry {number} must be {{"file": path, "len": number of tokens, "id": ...}}, '
-            f"got {_shown(value)}"
+            f"got {brief(value)}"
         )
     file, num_tokens, item_id = value["file"], value["len"], value.get("id", number - 1)
     image_len, offset, nbytes = (value.get(name) for name in ("image_len", "offset", "nbytes"))
     problem = None
     if not _is_path(file):
-        problem = f"has file {_shown(file)}, which cannot be the path of a file"
+        problem = f"has file {brief(file)}, which cannot be the path of a file"
     elif num_tokens > MAX_LEN:
-        problem = f"has len {_shown(num_tokens)}, but no item has more than {MAX_LEN} tokens"
+        problem = f"has len {brief(num_tokens)}, but no item has more than {MAX_LEN} tokens"
     elif not isinstance(item_id, str) and not _is_within(item_id, -MAX_PLACE, MAX_PLACE):
-        problem = f"has id {_shown(item_id)}, which must be an integer of 64 bits or a string"
+        problem = f"has id {brief(item_id)}, which must be an integer of 64 bits or a string"
     elif image_len is not None and not _is_within(image_len, 1, num_tokens - 1):
         problem = (
-            f"has image_len {_shown(image_len)}, which must be an integer from 1, below len ({num_tokens}), or absent"
+            f"has image_len {brief(image_len)}, which must be an integer from 1, below len ({num_tokens}), or absent"
         )
     elif (offset, nbytes) != (None, None) and not (_is_within(nbytes, 1) and _is_within(offset, 0, MAX_PLACE - nbytes)):
         problem = (
-            f"has offset {_shown(offset)} and nbytes {_shown(nbytes)}, which must be two integers, from 0 and from 1, "
+            f"has offset {brief(offset)} and nbytes {brief(nbytes)}, which must be two integers, from 0 and from 1, "
             "that together stay below 2^63, or both be absent"
         )
     if problem:
@@ -148,17 +169,10 @@ def find_sub_records(folder: str | os.PathLike) -> dict[tuple[int, int], Path]:
 
 def _is_path(file: str) -> bool:
     try:
-        return bool(file) and b"\0" not in os.fsencode(file)
+        return 0 < len(file) <= MAX_PATH and b"\0" not in os.fsencode(file)
     except UnicodeEncodeError:  # half of a surrogate pair
         return False
 
 
 def _is_within(value: object, low: int, high: int | None = None) -> bool:
     return type(value) is int and value >= low and (high is None or value <= high)
-
-
-def _shown(value: object) -> str:
-    """The value in a message: short, however long or nested it is."""
-    shown = reprlib.Repr()
-    shown.maxstring = shown.maxother = 60
-    return shown.repr(value)[:100]

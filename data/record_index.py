@@ -26,7 +26,7 @@ import numpy as np
 from data.file_lock import open_locked
 from data.index_file import INLINE_NAME, IndexKey, IndexWriter, RecordIndex, load_header
 from data.json_stream import iter_json_batches
-from data.record import MAX_LEN, MAX_PLACE, check_entry
+from data.record import MAX_LEN, MAX_PATH, MAX_PLACE, check_entry
 from data.record_list import LIST_SUFFIXES, is_inline, iter_list_file
 from data.token_file import build_item, token_bytes, write_shard
 from data.whole_file import sync_path
@@ -189,6 +189,7 @@ def _columns(values: list, num_before: int) -> Columns | None:
     is_right = (
         set(map(type, files)) <= {str}
         and all(files)
+        and max(map(len, files), default=0) <= MAX_PATH
         and b"\0" not in os.fsencode("".join(files))
         and ((0 < lens) & (lens <= MAX_LEN)).all()
         and (ids >= -MAX_PLACE).all()

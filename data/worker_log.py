@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TextIO
 
 from data.file_lock import open_locked, replace_locked
+from data.messages import MAX_REASON, one_line
 from data.record import RecordEntry, append_record_line, sub_record_name
 from data.token_file import save_token_file
 
@@ -54,9 +55,10 @@ class WorkerLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.flush()
-        self._failed.close()
-        self._record.close()
+        try:  # closing flushes, for which a full disk has no room
+            self._failed.close()
+        finally:
+            self._record.close()
 
     def recover(self) -> None:
         """Find out what is done, after cutting off what an interruption left half done. To be called first."""
@@ -169,13 +171,13 @@ def _read_failed_lines(file: TextIO, path: str | os.PathLike) -> Iterator[tuple[
     for number, line in enumerate(file, start=1):
         try:
             fields = json.loads(line)
-            yield fields["id"], fields["reason"]
+            yield fields["id"], one_line(fields["reason"], MAX_REASON)
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}: line {number} is damaged; run that worker again, it repairs the line") from None
 
 
 def _refusal_line(item_id: int, reason: str) -> str:
-    return json.dumps({"id": item_id, "reason": reason}) + "\n"
+    return json.dumps({"id": item_id, "reason": one_line(reason, MAX_REASON)}) + "\n"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.conversation import Turn
+from data.conversation import Turn, foreign_symbol_problem
 from data.hub import DEFAULT_VQGAN_DIR, find_vqgan
 from data.image_transform import open_image
 from data.item_processor import ItemProcessor, build_text_encode
@@ -172,8 +172,11 @@ def describe_cuts(answers: Sequence[Answer], max_gen_len: int) -> str:
 
 
 def check_image_symbols(texts: Iterable[str | None], num_images: int) -> None:
-    """Raises ValueError if image symbols stand in the texts, but not as many as there are images."""
-    num_symbols = sum(text.count(IMAGE_SYMBOL) for text in texts if text is not None)
+    """Raises ValueError if image symbols stand in the texts, but not as many as there are images, or foreign ones."""
+    texts = [text for text in texts if text is not None]
+    num_symbols = sum(text.count(IMAGE_SYMBOL) for text in texts)
+    if num_images and not num_symbols and (problem := foreign_symbol_problem(texts)):
+        raise ValueError(f"{problem} write one for each image")
     if num_symbols and num_symbols != num_images:
         raise ValueError(
             f"the text has {num_symbols} {IMAGE_SYMBOL}, but there are {num_images} images; give one for each, or "

@@ -8,6 +8,7 @@ the same command goes on. Exit codes: 0 merged, 2 not merged, with a list of wha
 
 import argparse
 import os
+import re
 import sys
 from array import array
 from collections import Counter
@@ -22,10 +23,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np  # noqa: E402
 
 from data.manifest import MANIFEST_NAME, load_manifest  # noqa: E402
-from data.record import RecordEntry, find_sub_records, read_raw_record, read_record, write_merged  # noqa: E402
+from data.messages import MAX_REASON, one_line  # noqa: E402
+from data.record import (  # noqa: E402
+    RecordEntry,
+    find_sub_records,
+    read_raw_record,
+    read_record,
+    relative_file,
+    write_merged,
+)
 from data.worker_log import failed_name, read_failed  # noqa: E402
 from pre_tokenize.shards import locked, move_to_shards, remove_moved  # noqa: E402
 
+WORKER_FILE = re.compile(r"\d+-of-\d+-(record|failed|retried)\.jsonl")
 MAX_SHOWN = 10  # problems and reasons listed by name
 PERCENTILES = (0, 5, 50, 95, 100)
 IDS_PER_BLOCK = 1 << 16
@@ -85,11 +95,23 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--shard_size must be at least 1, got {args.shard_size}")
         if args.shard_size is not None and args.allow_partial:
             raise ValueError("--shard_size moves what is whole only; finish the workers, or leave --allow_partial out")
+        check_save_path(args.save_path)
         merge(args.sub_record_dir, args.save_path, args.allow_partial, args.shard_size)
     except (ValueError, OSError) as error:
         print(f"concat_record.py: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def check_save_path(path: Path) -> None:
+    """Raises ValueError if the trainer takes no record of this name, or a worker's file has it."""
+    if path.is_dir():
+        raise ValueError(f"--save_path {path} is a folder; name a file in it, such as record.json")
+    for name in (path.name, os.path.basename(os.path.realpath(path))):
+        if not name.endswith((".json", ".jsonl")):
+            raise ValueError(f"--save_path {path} must end in .json, got {name}")
+        if name == MANIFEST_NAME or WORKER_FILE.fullmatch(name):
+            raise ValueError(f"--save_path {path}: {name} is a file of the workers; use another name, as record.json")
 
 
 def merge(folder: Path, save_path: Path, allow_partial: bool = False, shard_size: int | None = None) -> None:
@@ -106,8 +128,12 @@ def merge(folder: Path, save_path: Path, allow_partial: bool = False, shard_size
             problems = survey.problems or [f"all {survey.reasons.total()} were refused; see *-failed.jsonl"]
             raise ValueError(f"{folder} cannot be merged: no item was tokenized, {_some(problems, separator='; ')}")
         num_moved = sum(move_to_shards(path, shard_size) for path in sub_records.values()) if shard_size else 0
-        save_path.parent.mkdir(parents=True, exist_ok=True)
-        write_merged(merged_entries(survey, save_path.parent), save_path)
+        target = Path(os.path.realpath(save_path)) if save_path.is_symlink() else save_path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_merged(merged_entries(survey, target.parent), target)
+        first = next(read_record(save_path))
+        if not os.path.exists(first.file):
+            raise ValueError(f"{save_path} is written, but {one_line(first.file)}, its first token file, does not open")
         if shard_size:
             num_removed = sum(map(remove_moved, sub_records.values()))
             print(f"{num_moved:,} items moved into shards, {num_removed:,} token files removed")
@@ -183,7 +209,7 @@ def _check_tokenized(path: Path, seen: IdSet, survey: Survey) -> None:
         for position, entry in enumerate(read_record(path)):
             survey.num_readable[path] += 1
             if problem := _entry_problem(entry, seen, sizes):
-                survey.problems.append(f"{path.name}: {problem}")
+                survey.problems.append(f"{path.name}: {one_line(problem, MAX_REASON)}")
                 survey.left_out[path].add(position)
             else:
                 survey.lengths.append(entry.len)
@@ -220,7 +246,7 @@ def merged_entries(survey: Survey, record_folder: Path) -> Iterator[RecordEntry]
         for position, (raw, resolved) in enumerate(pairs):
             if position not in survey.left_out[path]:
                 is_absolute = os.path.isabs(raw.file)
-                yield raw if is_absolute else replace(raw, file=os.path.relpath(resolved.file, record_folder))
+                yield raw if is_absolute else replace(raw, file=relative_file(resolved.file, record_folder))
 
 
 def print_summary(save_path: Path, survey: Survey) -> None:

@@ -25,6 +25,7 @@ from data.html_page import write_page  # noqa: E402
 from data.hub import DEFAULT_VQGAN_DIR, VQGAN_HELP, find_vqgan, find_vqgan_problems  # noqa: E402
 from data.item_processor import hash_tokenizer, load_text_tokenizer  # noqa: E402
 from data.manifest import find_manifest  # noqa: E402
+from data.messages import one_line  # noqa: E402
 from data.record import RecordEntry, read_record  # noqa: E402
 from data.token_file import TokenItem, load_token_file  # noqa: E402
 from data.vocab import CODE_PIXELS, IGNORE_INDEX, ChameleonVocab  # noqa: E402
@@ -163,18 +164,19 @@ def load_item(entry: RecordEntry, vocab: ChameleonVocab) -> tuple[TokenItem, dic
     """The item of an entry, and (start, stop) -> codes [h, w] of its images in order. Raises ValueError or
     FileNotFoundError with what does not fit the record or the vocabulary."""
     item = load_token_file(entry.file, entry.offset, entry.nbytes)
+    name = f"{entry.file} (id {one_line(entry.id)})"
     if len(item.token) != entry.len:
-        raise ValueError(f"{entry.file} (id {entry.id}) holds {len(item.token)} tokens, the record says {entry.len}")
+        raise ValueError(f"{name} holds {len(item.token)} tokens, the record says {entry.len}")
     if item.token.min() < 0 or item.token.max() >= vocab.vocab_size:
         raise ValueError(
-            f"{entry.file} (id {entry.id}) holds token {item.token.max()}, but the tokenizer ends at "
+            f"{name} holds token {item.token.max()}, but the tokenizer ends at "
             f"{vocab.vocab_size - 1}; give the --tokenizer that the record was made with"
         )
     try:
         spans = vocab.find_images(item.token)
         return item, {span: vocab.tokens_to_codes(item.token[slice(*span)]) for span in spans}
     except ValueError as error:
-        raise ValueError(f"{entry.file} (id {entry.id}): {error}; is --tokenizer that of the record?") from None
+        raise ValueError(f"{name}: {error}; is --tokenizer that of the record?") from None
 
 
 def show_item(entry: RecordEntry, tokenizer, vocab: ChameleonVocab, vqgan: VQGAN) -> ShownItem:

@@ -78,7 +78,9 @@ def parse_options(args: argparse.Namespace) -> Options:
 def validate(options: Options) -> None:
     """Raise one ValueError with every problem that can be seen without loading anything."""
     problems = []
-    if not options.in_filename.is_file():
+    if options.in_filename.is_dir():
+        problems.append(f"--in_filename {options.in_filename} is a folder; give the JSON or JSONL file in it")
+    elif not options.in_filename.is_file():
         problems.append(f"--in_filename {options.in_filename} does not exist")
     if options.out_dir.exists() and not options.out_dir.is_dir():
         problems.append(f"--out_dir {options.out_dir} is not a folder")

@@ -13,9 +13,11 @@ by Ctrl-C).
 
 import argparse
 import hashlib
+import inspect
 import os
+import re
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor
 from contextlib import closing
@@ -35,7 +37,8 @@ from data.hub import find_vqgan  # noqa: E402
 from data.image_transform import crop_sizes  # noqa: E402
 from data.item_processor import PreparedItem, build_text_encode, hash_tokenizer, load_text_tokenizer  # noqa: E402
 from data.json_stream import iter_json_values  # noqa: E402
-from data.manifest import Manifest, settle_manifest  # noqa: E402
+from data.manifest import SHIPPED_PROCESSOR, Manifest, settle_manifest  # noqa: E402
+from data.messages import MAX_REASON, one_line  # noqa: E402
 from data.vocab import CODE_PIXELS, GRID_PIXELS, ChameleonVocab  # noqa: E402
 from data.worker_log import RetriedLog, WorkerLog, read_failed  # noqa: E402
 from pre_tokenize import options as command_line  # noqa: E402
@@ -50,6 +53,8 @@ if TYPE_CHECKING:  # torch is imported by `build_worker` only: processes that lo
     from pre_tokenize.image_encoder import ImageEncoder
 
 BATCHES_PER_WINDOW = 8  # a window is what is prepared, encoded and written at once
+# Of the class below as it is shipped: the manifest tells an edited one apart, but not the shipped ones of two versions.
+SHIPPED_PROCESSOR_SHA256 = "c0a774d2451b8a0c0d00e6bd28e78f050bd302bc174dc5d02044674613127905"
 
 
 class ItemProcessor(item_processor.ItemProcessor):
@@ -101,19 +106,27 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"pre_tokenize.py: {error}", file=sys.stderr)
         return 2
-    with worker.log, Termination() as termination:
-        try:
+    try:
+        with worker.log, Termination() as termination:
             is_done = (not worker.options.retry_failed or retry(worker, termination)) and run(worker, termination)
-        except KeyboardInterrupt:
-            print("interrupted; the same command goes on from here", file=sys.stderr)
-            return 130
-        except BrokenExecutor:
-            print(
-                "pre_tokenize.py: a process that loads images was killed, perhaps for want of memory; the same command "
-                "goes on from here, with fewer --num_workers if it happens again",
-                file=sys.stderr,
-            )
-            return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BrokenExecutor:
+        print(
+            "pre_tokenize.py: a process that loads images was killed, perhaps for want of memory; the same command "
+            "goes on from here, with fewer --num_workers if it happens again",
+            file=sys.stderr,
+        )
+        return 1
+    except OSError as error:  # a full disk, a quota, a lost network drive
+        where = error.filename or worker.options.out_dir
+        print(
+            f"pre_tokenize.py: {where}: {error.strerror or error}; the same command resumes from here", file=sys.stderr
+        )
+        return 1
+    if worker.log.num_refused:
+        print(f"{worker.name}: {describe_refused(worker.log)}")
     if not is_done:
         num_done, total = worker.log.next_id - worker.first_id, worker.stop_id - worker.first_id
         print(
@@ -158,6 +171,7 @@ def build_worker(options: Options) -> Worker:
         input_sha256=_hash_file(options.in_filename),
         max_seq_len=options.max_seq_len,
         codebook_sha256=vqgan.codebook_sha256,
+        item_processor=_describe_processor(),
     )
     encoder = processor.image_encode = ImageEncoder(vqgan, options.precision, options.batch_size, options.compile)
     if options.num_workers:
@@ -185,7 +199,7 @@ def check_input(path: Path, processor: ItemProcessor) -> int:
         try:
             processor.process_item(raw, item_id)
         except FormatError as error:
-            first_wrong = first_wrong or f"item {item_id}: {error}"
+            first_wrong = first_wrong or f"item {item_id}: {one_line(error, MAX_REASON)}"
             num_wrong += 1
         except Exception:  # refused by `run`, where it is written down with its reason
             continue
@@ -294,6 +308,27 @@ def write_item(
         done = processor.finish(item, codes)
         image_len = processor.trailing_image_len(done["token"], done["label"])
         log.add_item(done["token"], done["label"], item.id, image_len)
+
+
+def describe_refused(log: WorkerLog) -> str:
+    """The commonest reason, how many items have it, and how to begin again. Reasons are alike but for paths, numbers
+    and values."""
+    counts: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for _, reason in read_failed(log.failed_path):
+        rule = re.sub(r"\S*[\d/.]\S*", "", reason.partition(", got ")[0])
+        counts[rule] += 1
+        examples.setdefault(rule, reason)
+    rule, count = counts.most_common(1)[0]
+    return (
+        f"{count:,} of {log.num_refused:,} rejected items have one reason: {examples[rule]}. To begin again: "
+        "--retry_failed if only images were missing or damaged, --overwrite after a change of the input or process_item"
+    )
+
+
+def _describe_processor() -> str:
+    digest = hashlib.sha256(inspect.getsource(ItemProcessor).encode()).hexdigest()
+    return SHIPPED_PROCESSOR if digest == SHIPPED_PROCESSOR_SHA256 else digest
 
 
 def _prepare_cpu(options: Options) -> None:

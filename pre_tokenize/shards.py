@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from data.file_lock import open_locked
-from data.record import RecordEntry, read_raw_record, read_record, write_sub_record
+from data.record import RecordEntry, read_raw_record, read_record, relative_file, write_sub_record
 from data.token_file import parse_token_bytes, read_token_bytes, write_shard
 
 SHARDS_DIR = "shards"
@@ -121,7 +121,7 @@ def _read_moved(sub_record: Path) -> list[RecordEntry]:
 
 def _relative(entry: RecordEntry, sub_record: Path) -> RecordEntry:
     """An entry that was read by `read_record`, its file relative to the folder of the sub-record."""
-    return replace(entry, file=os.path.relpath(entry.file, sub_record.parent))
+    return replace(entry, file=relative_file(entry.file, sub_record.parent))
 
 
 def _moved_path(sub_record: Path) -> Path:

@@ -11,6 +11,7 @@ import pytest
 from data.data_config import DataSource
 from data.dataset import TokenDataset
 from data.record import read_record
+from data.record_index import open_index
 from data.token_file import load_token_file, save_token_file
 from data.worker_log import WorkerLog
 from pre_tokenize.concat_record import IdSet
@@ -335,3 +336,68 @@ def test_a_set_of_ids_is_a_set():
         ours.add(item_id)
         plain.add(item_id)
         assert len(ours) == len(plain)
+
+
+@pytest.fixture
+def linked(tmp_path, monkeypatch):
+    """The working directory: `tokens/` of finished workers, and `records`, a link to `disk/deep/records/`."""
+    monkeypatch.chdir(tmp_path)
+    write_output(Path("tokens"))
+    Path("disk/deep/records").mkdir(parents=True)
+    Path("records").symlink_to("disk/deep/records")
+    return tmp_path
+
+
+@pytest.mark.parametrize("shard_size", [None, 5])
+def test_a_record_in_a_linked_folder_is_read_by_both_paths_and_moves_with_its_tokens(linked, shard_size):
+    flags = [f"--shard_size={shard_size}"] if shard_size else []
+    assert concat(["--sub_record_dir=tokens", "--save_path=records/record.json", *flags]) == 0
+    assert merged_ids(Path("records/record.json")) == merged_ids(Path("disk/deep/records/record.json")) == GOOD
+    assert '"file": "../../../tokens/' in Path("records/record.json").read_text()
+    Path("moved").mkdir()
+    for name in ("tokens", "disk"):
+        os.rename(name, f"moved/{name}")
+    assert merged_ids(Path("moved/disk/deep/records/record.json")) == GOOD
+
+
+def test_a_linked_folder_of_workers_is_merged_into_another(linked):
+    os.rename("tokens", "disk/deep/tokens")
+    Path("tokens").symlink_to("disk/deep/tokens")
+    assert concat(["--sub_record_dir=tokens", "--save_path=out/record.json"]) == 0
+    assert merged_ids(Path("out/record.json")) == GOOD
+    assert concat(["--sub_record_dir=tokens", "--save_path=tokens/record.json", "--shard_size=4"]) == 0
+    assert merged_ids(Path("tokens/record.json")) == merged_ids(Path("disk/deep/tokens/record.json")) == GOOD
+
+
+def test_a_link_to_a_record_is_read_and_written_through(linked):
+    assert concat(["--sub_record_dir=tokens", "--save_path=tokens/record.json"]) == 0
+    Path("link.json").symlink_to("tokens/record.json")
+    assert merged_ids(Path("link.json")) == GOOD
+    index = open_index("link.json", linked / "cache")
+    assert all(os.path.exists(index.place(i)[0]) for i in range(len(index)))
+    Path("tokens/record.json").write_text("[]")
+    assert concat(["--sub_record_dir=tokens", "--save_path=link.json"]) == 0
+    assert Path("link.json").is_symlink()
+    assert merged_ids(Path("link.json")) == merged_ids(Path("tokens/record.json")) == GOOD
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("record", "record must end in .json"),
+        ("record.pkl", "record.pkl must end in .json"),
+        ("0-of-2-record.jsonl", "0-of-2-record.jsonl is a file of the workers"),
+        ("1-of-2-failed.jsonl", "1-of-2-failed.jsonl is a file of the workers"),
+        ("manifest.json", "manifest.json is a file of the workers"),
+        ("link.json", "0-of-2-record.jsonl is a file of the workers"),
+        ("", "is a folder; name a file in it"),
+    ],
+)
+def test_a_record_is_saved_under_no_other_name(tmp_path, capsys, name, message):
+    before = snapshot(write_output(tmp_path))
+    (tmp_path / "link.json").symlink_to("0-of-2-record.jsonl")
+    assert concat([f"--sub_record_dir={tmp_path}", f"--save_path={tmp_path}/{name}"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    (tmp_path / "link.json").unlink()
+    assert snapshot(tmp_path) == before

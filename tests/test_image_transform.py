@@ -1,10 +1,11 @@
 """Opening and cropping pictures: the reference's bytes, and what it does not get right."""
 
 import hashlib
+import random
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from data.conversation import ItemError
 from data.image_transform import choose_crop_size, crop_sizes, crop_to_rgb, open_image
@@ -98,3 +99,57 @@ def test_random_crops_come_from_the_generator():
     image = Image.fromarray(np.arange(200 * 70 * 3, dtype=np.uint32).astype(np.uint8).reshape(70, 200, 3))
     crops = [crop_to_rgb(image, 64, np.random.default_rng([0, seed])).tobytes() for seed in (1, 1, 2, 3)]
     assert crops[0] == crops[1] and len(set(crops)) > 1
+
+
+def test_colours_of_print_are_cropped_in_their_own_mode_as_the_recipe_does():
+    pixels = np.random.default_rng(0).integers(0, 256, (150, 200, 4), dtype=np.uint8)
+    image = Image.frombytes("CMYK", (200, 150), pixels.tobytes())
+    # The recipe: halve while both sides stay larger than the crop, scale to cover it, crop, and then convert.
+    plain = image.resize((100, 75), Image.Resampling.BOX).resize((85, 64), Image.Resampling.BICUBIC)
+    plain = plain.crop((10, 0, 74, 64)).convert("RGB")
+    assert crop_to_rgb(image, 64).tobytes() == plain.tobytes()
+    assert crop_to_rgb(image.convert("RGB"), 64).tobytes() != plain.tobytes()
+
+
+def test_orientation_is_read_from_metadata_that_are_damaged_elsewhere(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010F] = 77  # the maker must be text; Pillow reads this, and cannot write it again
+    path = save(Image.new("RGB", (40, 20)), tmp_path / "a.jpg", exif=exif)
+    content = path.read_bytes()
+    assert open_image(path).size == (20, 40)
+    generator = random.Random(0)
+    start = content.index(b"Exif") + 6
+    for _ in range(200):  # whatever the metadata hold, the pixels are good
+        damaged = bytearray(content)
+        for _ in range(3):
+            damaged[generator.randrange(start, start + 38)] = generator.randrange(256)
+        path.write_bytes(damaged)
+        assert sorted(open_image(path).size) == [20, 40]
+
+
+def test_long_text_in_a_png_is_read_over(tmp_path, monkeypatch):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("workflow", "x" * (8 << 20), zip=True)
+    path = save(Image.new("RGB", (40, 20)), tmp_path / "a.png", pnginfo=info)
+    assert open_image(path).size == (40, 20)
+    assert PngImagePlugin.MAX_TEXT_CHUNK == 64 << 20
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_CHUNK", 4 << 20)
+    with pytest.raises(ItemError, match=r"a\.png cannot be read: .*too large"):
+        open_image(path)
+
+
+def test_no_damaged_file_is_anything_but_an_item_error(tmp_path):
+    generator = random.Random(0)
+    image = Image.effect_noise((40, 20), 80).convert("RGB")
+    for suffix in ("jpg", "png", "webp", "tif", "gif", "bmp"):
+        content = save(image, tmp_path / f"a.{suffix}").read_bytes()
+        for _ in range(60):
+            damaged = bytearray(content)
+            for _ in range(4):
+                damaged[generator.randrange(min(len(content), 120))] = generator.randrange(256)
+            (tmp_path / f"b.{suffix}").write_bytes(damaged)
+            try:
+                open_image(tmp_path / f"b.{suffix}")
+            except ItemError as error:
+                assert len(str(error)) < 600

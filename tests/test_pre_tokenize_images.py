@@ -177,7 +177,7 @@ def test_a_worker_refuses_what_is_bad_by_name_and_reason_and_goes_on(task, tmp_p
 def test_the_length_is_known_before_the_images_are_encoded(tiny_processor, tmp_path):  # noqa: F811
     Image.new("RGB", (128, 32)).save(tmp_path / "wide.png")
     paths = [str(tmp_path / "wide.png")] * 2
-    for raw in (item("a <|image|> b <|image|>", "c", paths), item("a", "<|image|> c <|image|>", paths), item("a", "")):
+    for raw in (item("a <|image|> b <|image|>", "c", paths), item("a", "<|image|> c <|image|>", paths), item("a", " ")):
         prepared = prepare_item(tiny_processor, 0, raw)
         token = tiny_processor.tokenize_item(raw, 0)["token"]
         assert count_tokens(prepared, tiny_processor.vocab) == len(token)

@@ -88,6 +88,7 @@ def test_sub_records_are_found_in_order(tmp_path):
     [({"len": 2**31}, "has len 2147483648, but no item"), ({"len": 10**400}, "has len 1000"),
      ({"len": 3.0}, "must be {"), ({"file": ["a"] * 9999}, "must be {"), ({"file": ""}, "has file '', which cannot be"),
      ({"file": "a\0b"}, "cannot be the path"), ({"file": "\ud800"}, "cannot be the path"),
+     ({"file": "a" * 10**6}, "has file 'aaa.*cannot be the path"),
      ({"id": 2**63}, "has id 9223372036854775808"), ({"id": None}, "has id None"), ({"id": True}, "has id True"),
      ({"image_len": 9}, "has image_len 9, which must be an integer from 1, below len .9."),
      ({"image_len": 0}, "has image_len 0"), ({"nbytes": 5}, "has offset None"),

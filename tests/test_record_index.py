@@ -104,7 +104,7 @@ def test_a_list_of_anything_else_is_refused(tmp_path, name, content, reason):
 
 
 WRONG = st.sampled_from(
-    [None, 0, 1, 5, -3, 2**31, 2**63, 10**30, 2.0, True, "a", "", "a\0", "\ud800", "\udc80", [1], {}]
+    [None, 0, 1, 5, -3, 2**31, 2**63, 10**30, 2.0, True, "a", "", "a\0", "\ud800", "\udc80", "x" * 5000, [1], {}]
 )
 FIELDS = st.sampled_from(["file", "len", "id", "image_len", "offset", "nbytes"])
 

@@ -226,6 +226,11 @@ def test_samples_of_text_need_no_vqgan(small_task, tmp_path, capsys):
         ('[{"prompt": "a", "cfg": 3}]', {}, "cfg is unknown; it may have prompt, qas"),
         ('[{"prompt": "<|image|>a"}]', {}, "the text has 1 <|image|>, but there are 0 images"),
         ('[{"prompt": "a", "image": "absent.png"}]', {}, "absent.png does not exist"),
+        (
+            '[{"prompt": "<img>a", "image": "tests/golden/images/color.png"}]',
+            {},
+            "<img> but no <|image|>: did you mean",
+        ),
         ('[{"qas": [["a", null], ["b", null]]}]', {}, "turns must be [question, answer] pairs"),
         ('[{"prompt": "a", "size": "33x32"}]', {}, "the size 33x32 is not possible"),
         ('[{"prompt": "a", "size": "big"}]', {}, "'big' is no size"),

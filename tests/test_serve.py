@@ -93,6 +93,7 @@ def test_what_was_cut_off_is_said(page):
     "changes, reason",
     [
         (dict(prompt="<|image|>what"), r"1 <\|image\|>, but there are 0 images"),
+        (dict(prompt="<image> what", pictures=[("a.png", None)]), r"has <image> but no <\|image\|>: did you mean"),
         (dict(prompt=" "), "the prompt is empty"),
         (dict(pictures=[("pyproject.toml", None)]), "pyproject.toml cannot be read"),
         (dict(seed=None, cfg=None), "seed is empty; give a number; guidance is empty"),

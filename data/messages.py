@@ -1,0 +1,22 @@
+"""Values of a user in messages: short and printable, whatever they hold (megabytes of base64, control characters)."""
+
+import reprlib
+
+MAX_VALUE = 60  # characters of a value in a message
+MAX_TEXT = 200  # of a path, or of the message of another library
+MAX_REASON = 500  # of the reason for which an item is rejected
+
+
+def brief(value: object) -> str:
+    """The repr of a value, in at most MAX_VALUE characters; a large value costs no time."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = MAX_VALUE
+    return one_line(short.repr(value), MAX_VALUE)
+
+
+def one_line(text: object, most: int = MAX_TEXT) -> str:
+    """Text in at most `most` characters, the middle left out, with escapes for what a terminal cannot show."""
+    text = str(text)
+    if len(text) > most:
+        text = f"{text[: most - most // 3 - 3]}...{text[len(text) - most // 3 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
