@@ -8,6 +8,7 @@
 Everything that is wrong with it is reported at once, before anything starts.
 """
 
+import codecs
 import difflib
 import os
 from dataclasses import dataclass
@@ -39,10 +40,17 @@ def load_data_config(path: str | os.PathLike) -> list[DataSource]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"data config {path} does not exist")
+    with path.open("rb") as file:
+        head = file.read(100).removeprefix(codecs.BOM_UTF8).lstrip()
+    if head.startswith((b"[", b'{"file"')) or path.suffix in (".jsonl", *LIST_SUFFIXES):
+        raise ValueError(
+            f"data config {path} seems to be a record itself; write a YAML file beside it that lists it, with the line "
+            f"META: [{{path: {path.name}}}]"
+        )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"data config {path} is not valid YAML: {error}") from None
+        raise ValueError(f"data config {path} is not valid YAML: {' '.join(str(error).split())[:300]}") from None
     problems: list[str] = []
     entries = _entries(content, problems)
     sources = [_parse_entry(entry, f"META entry {i}", path.parent, problems) for i, entry in enumerate(entries, 1)]
@@ -56,24 +64,24 @@ def _entries(content: object, problems: list[str]) -> list[object]:
     if not isinstance(content, dict) or "META" not in content:
         problems.append("it must have a key META with a list of {path, ratio, type}")
         return []
-    problems += [f"unknown key {key!r} beside META{_nearest(key, ('META',))}" for key in content if key != "META"]
+    problems += [f"unknown key {key!r:.60} beside META{_nearest(key, ('META',))}" for key in content if key != "META"]
     if not isinstance(content["META"], list) or not content["META"]:
-        problems.append(f"META must be a list of one or more {{path, ratio, type}}, got {content['META']!r}")
+        problems.append(f"META must be a list of one or more {{path, ratio, type}}, got {content['META']!r:.60}")
         return []
     return content["META"]
 
 
 def _parse_entry(entry: object, name: str, folder: Path, problems: list[str]) -> DataSource | None:
     if not isinstance(entry, dict):
-        problems.append(f"{name} must be a mapping with the key path, got {entry!r}")
+        problems.append(f"{name} must be a mapping with the key path, got {entry!r:.60}")
         return None
-    problems += [f"{name} has an unknown key {key!r}{_nearest(key, _KEYS)}" for key in entry if key not in _KEYS]
+    problems += [f"{name} has an unknown key {key!r:.60}{_nearest(key, _KEYS)}" for key in entry if key not in _KEYS]
     ratio, type_name = entry.get("ratio", 1.0), entry.get("type", DEFAULT_TYPE)
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < float("inf"):
-        problems.append(f"{name}: ratio must be a number above 0, got {ratio!r}")
+        problems.append(f"{name}: ratio must be a number above 0, got {ratio!r:.60}")
         ratio = 1.0
     if not isinstance(type_name, str) or not type_name:
-        problems.append(f"{name}: type must be a name, got {type_name!r}")
+        problems.append(f"{name}: type must be a name, got {type_name!r:.60}")
         type_name = DEFAULT_TYPE
     record = _find_record(entry.get("path"), name, folder, problems)
     return record and DataSource(record, float(ratio), type_name)
@@ -81,7 +89,7 @@ def _parse_entry(entry: object, name: str, folder: Path, problems: list[str]) ->
 
 def _find_record(value: object, name: str, folder: Path, problems: list[str]) -> Path | None:
     if not isinstance(value, str) or not value:
-        problems.append(f"{name}: path must name a record file, got {value!r}")
+        problems.append(f"{name}: path must name a record file, got {value!r:.60}")
         return None
     candidates = list(dict.fromkeys([folder / value, Path(value)]))  # an absolute path gives one
     found = next((candidate for candidate in candidates if candidate.is_file()), None)

@@ -136,11 +136,16 @@ def process_group(launch: Launch, device_name: str, timeout_s: float) -> Iterato
         backend = "cpu:gloo,cuda:nccl"
     timeout = datetime.timedelta(seconds=timeout_s)
     store = None  # torchrun has one
-    if launch.launcher == "python":
-        store = dist.HashStore()
-    elif launch.launcher == "srun":
-        store = _meet_on_slurm(launch, timeout_s)
-    dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    try:
+        if launch.launcher == "python":
+            store = dist.HashStore()
+        elif launch.launcher == "srun":
+            store = _meet_on_slurm(launch, timeout_s)
+        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    except dist.DistError as error:
+        place = f"{launch.master_addr}:{launch.master_port}"
+        reason = " ".join(str(error).split())[:200]
+        raise SystemExit(f"rank {launch.rank} cannot join the other ranks at {place}: {reason}") from None
     yield device
     # Not reached after an error: the others may be inside a collective, and leaving in order would wait for them.
     barrier()
@@ -217,10 +222,7 @@ def barrier() -> None:
 
 
 def _meet_on_slurm(launch: Launch, timeout_s: float) -> dist.Store:
-    """Where the ranks of `srun` meet. Says after SLOW_MEETING_S who is waited for.
-
-    Raises SystemExit, with one line, after `timeout_s`.
-    """
+    """Where the ranks of `srun` meet. Says after SLOW_MEETING_S who is waited for; raises after `timeout_s`."""
     place = f"{launch.master_addr}:{launch.master_port}"
     advice = (
         f"SLURM_NTASKS says that there are {launch.world_size}; to run alone, as in `srun --pty bash`, begin the "
@@ -235,8 +237,6 @@ def _meet_on_slurm(launch: Launch, timeout_s: float) -> dist.Store:
             launch.master_addr, launch.master_port, launch.world_size, launch.is_main,
             datetime.timedelta(seconds=timeout_s), wait_for_workers=False,
         )  # fmt: skip
-    except dist.DistError as error:
-        raise SystemExit(f"rank {launch.rank} did not meet rank 0 at {place} ({str(error)[:200]}); {advice}") from None
     finally:
         slow.cancel()
     store.set(str(launch.rank), "")

@@ -30,10 +30,12 @@ def resolve_checkpoint(dir_or_hub_id: str | os.PathLike, with_weights: bool = Tr
         with_weights: whether its weights are needed too (of a folder nothing is fetched in any case).
 
     Raises:
-        FileNotFoundError: neither a folder nor a hub id that can be fetched.
+        FileNotFoundError: neither a folder nor a hub id that can be fetched, or a folder of checkpoints.
     """
     folder = Path(dir_or_hub_id)
     if folder.is_dir():
+        if not (folder / "config.json").exists() and (within := name_checkpoints_in(folder, "config.json")):
+            raise FileNotFoundError(f"{folder} is no checkpoint, but a folder of checkpoints: give {within}")
         return folder
     looks_local = folder.is_absolute() or len(folder.parts) != 2 or str(dir_or_hub_id).startswith(".")
     if not looks_local:
@@ -48,6 +50,12 @@ def resolve_checkpoint(dir_or_hub_id: str | os.PathLike, with_weights: bool = Tr
                 f"{dir_or_hub_id} is not a folder here, and could not be fetched from the hub: {error}"
             ) from error
     raise FileNotFoundError(f"there is no checkpoint folder {dir_or_hub_id}; give a folder or a hub id (name/name).")
+
+
+def name_checkpoints_in(folder: Path, file_name: str) -> str:
+    """The newest five of the folders in `folder` that have a file of that name, for a message; "" if there is none."""
+    within = sorted((path.parent for path in folder.glob(f"[!.]*/{file_name}")), key=os.path.getmtime, reverse=True)
+    return " or ".join(map(str, within[:5]))
 
 
 def load_config(dir_or_hub_id: str | os.PathLike, **overrides: Any) -> ChameleonXLLMXConfig:

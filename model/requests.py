@@ -162,8 +162,12 @@ def describe_cuts(answers: Sequence[Answer], max_gen_len: int) -> str:
 
 
 def check_image_symbols(texts: Iterable[str | None], num_images: int) -> None:
-    """Raises ValueError if image symbols stand in the texts, but not as many as there are images."""
-    num_symbols = sum(text.count(IMAGE_SYMBOL) for text in texts if text is not None)
+    """Raises ValueError if the texts are no Unicode, or have image symbols, but not as many as there are images."""
+    texts = [text for text in texts if text is not None]
+    for text in texts:
+        if any("\ud800" <= char <= "\udfff" for char in text):  # a shell's bytes that are not UTF-8
+            raise ValueError(f"the text {ascii(text[:60])} is not valid UTF-8; convert it to UTF-8 first")
+    num_symbols = sum(text.count(IMAGE_SYMBOL) for text in texts)
     if num_symbols and num_symbols != num_images:
         raise ValueError(
             f"the text has {num_symbols} {IMAGE_SYMBOL}, but there are {num_images} images; give one for each, or "
