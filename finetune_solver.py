@@ -52,6 +52,7 @@ from model.distributed import (
     barrier,
     detect_launch,
     end_process,
+    find_shared_gpu,
     from_main,
     process_group,
     stop_at_start,
@@ -68,7 +69,7 @@ from model.report import report_at_end
 from model.run_log import RunLog, describe_losses
 from model.samples import Sampler
 from model.step_guard import StepGuard
-from model.stop_signal import SIGNALS, StopSignal, requeue_on_slurm
+from model.stop_signal import SIGNALS, NoRowsError, StopSignal, requeue_on_slurm
 from model.trainable import TrainableOptions, init_adapters
 from model.training import build_sharded, micro_step, optimizer_step
 from model.validation import Validator
@@ -259,12 +260,14 @@ class Solver:
         rows = EpochRows(self.dataset, plan, launch.rank, launch.world_size, self.pad_id)
         self._show_plan(plan)
         data = self.options.data
-        loader = iter(build_loader(rows, data.num_workers, data.pin_mem, start_step=self.position.step))
+        loader = build_loader(rows, data.num_workers, data.pin_mem, start_step=self.position.step)
+        loader = self.stop_signal.waiting(loader)
         for step in range(self.position.step, plan.num_steps):
             lr = lr_at(epoch + step / plan.num_steps, self.options.optim)
             self.hang_watch.expect(f"step {self.position.global_step + 1}")
             with self.profiler.step(self.position.global_step + 1):
-                with self.run_log.waiting():
+                rows_of_step: list[Mapping[str, Any]] = []
+                with self.run_log.waiting(), contextlib.suppress(NoRowsError):
                     rows_of_step = list(itertools.islice(loader, rows.micro_steps))
                 self.train_step(rows_of_step, lr)
 
@@ -292,7 +295,7 @@ class Solver:
                 break
 
     def train_step(self, rows: Sequence[Mapping[str, Any]], lr: float) -> None:
-        """One optimizer step over this rank's rows (as `data.dataset.collate_row` makes them).
+        """One optimizer step over this rank's rows (as `data.rows.collate_row` makes them), none if none came.
 
         The gradient is that of the sum of the loss over all targets of the step divided by their number, over ranks and
         micro-steps; with `--loss_norm micro_batch` the mean over micro-steps and ranks of each one's mean.
@@ -300,10 +303,12 @@ class Solver:
         self._seed_step()
         bad_items = [bad for row in rows for bad in row["bad_items"]]
         num_valid = sum(row["num_valid_tokens"] for row in rows)
-        num_valid, num_bad, num_failed, *signals = sum_counts(
-            num_valid, len(bad_items), int(self.saver.has_failed), *self.stop_signal.counts()
+        num_valid, num_bad, num_failed, num_without_rows, *signals = sum_counts(
+            num_valid, len(bad_items), int(self.saver.has_failed), int(not rows), *self.stop_signal.counts()
         )
         self.stopped_by = next((number for number, count in zip(SIGNALS, signals, strict=True) if count), 0)
+        if num_without_rows:
+            raise RunError(str(NoRowsError(self.stopped_by)), 128 + self.stopped_by)
         if num_failed:
             self.saver.wait()  # raises SaveError
         if num_bad:
@@ -340,7 +345,7 @@ class Solver:
         """One line of the loss on the validation set, right after `log`."""
         self.hang_watch.expect(f"validation after step {self.position.global_step}", PATIENCE)
         with self.run_log.paused():
-            figures, bad_items = self.validator.run(self.model)
+            figures, bad_items = self.validator.run(self.model, self.stop_signal.waiting)
         self.run_log.write_validation({"step": self.position.global_step, "epoch": round(epoch, 6), **figures})
         if bad_items:
             self.bad_data.leave_out(bad_items, self.position.global_step)
@@ -437,10 +442,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         lock = lock_output_dir(options.checkpoint.output_dir) if writes else contextlib.nullcontext()
     except (ValueError, OSError) as error:
         return stop_at_start(launch, f"finetune_solver.py: {error}")
-    has_cuda = options.run.device == "cuda" or (options.run.device == "auto" and torch.cuda.is_available())
-    if not has_cuda:
-        keep_freed_memory()
-    with lock, process_group(launch, "cuda" if has_cuda else "cpu", options.run.dist_timeout_s) as device:
+    with lock, process_group(launch, options.run.device, options.run.dist_timeout_s) as device:
+        if device.type == "cpu":
+            keep_freed_memory()
+            if options.run.device == "auto" and launch.is_main:
+                print("torch sees no CUDA GPU: this run is on the CPU", flush=True)
+        if problem := find_shared_gpu(device):
+            return end_together(launch, f"finetune_solver.py: {problem}", 2)
         solver = Solver(options, launch, dataset, device, val_dataset)
         try:
             if options.validation.eval_only:
@@ -448,6 +456,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             solver.run()
         except (RunError, SaveError) as error:
             return end_together(launch, f"finetune_solver.py: {error}", error.exit_code)
+        except NoRowsError as error:  # in validation: the other ranks are in a collective, which ends with this rank
+            print(f"finetune_solver.py: rank {launch.rank}: {error}", file=sys.stderr, flush=True)
+            return 128 + error.number
         except KeyboardInterrupt:
             step = solver.position.global_step
             print(f"interrupted after step {step}; the same command goes on from the last checkpoint", file=sys.stderr)

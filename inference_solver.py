@@ -237,6 +237,8 @@ def choose_device(device: str) -> torch.device:
     """The device of "auto", "cuda" or "cpu". Raises ValueError for CUDA where there is none."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu":
+            logger.warning("torch sees no CUDA GPU: generating on the CPU")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"the device {device} is not here: PyTorch sees no CUDA. Use cpu (or auto).")
     return torch.device(device)

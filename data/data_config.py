@@ -8,6 +8,7 @@
 Everything that is wrong with it is reported at once, before anything starts.
 """
 
+import codecs
 import difflib
 import os
 from dataclasses import dataclass
@@ -40,10 +41,17 @@ def load_data_config(path: str | os.PathLike) -> list[DataSource]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"data config {path} does not exist")
+    with path.open("rb") as file:
+        head = file.read(100).removeprefix(codecs.BOM_UTF8).lstrip()
+    if head.startswith((b"[", b'{"file"')) or path.suffix in (".jsonl", *LIST_SUFFIXES):
+        raise ValueError(
+            f"data config {path} seems to be a record itself; write a YAML file beside it that lists it, with the line "
+            f"META: [{{path: {path.name}}}]"
+        )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"data config {path} is not valid YAML: {error}") from None
+        raise ValueError(f"data config {path} is not valid YAML: {' '.join(str(error).split())[:300]}") from None
     problems: list[str] = []
     entries = _entries(content, problems)
     sources = [_parse_entry(entry, f"META entry {i}", path.parent, problems) for i, entry in enumerate(entries, 1)]

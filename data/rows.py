@@ -112,21 +112,43 @@ def build_loader(
 ) -> DataLoader[Mapping[str, Any]]:
     """A loader of the rows from `start_step` on, in order; it reads nothing of the steps before.
 
-    Without CUDA, `pin_memory` is ignored. Workers ignore the signals that are meant for the rank, and end with it.
+    Its workers send arrays through a pipe, so that no row needs /dev/shm, of which a container may have little. Without
+    CUDA, `pin_memory` is ignored. Workers ignore the signals that are meant for the rank, and end with it.
 
     Raises ValueError if `start_step` lies outside the epoch (its end is allowed: a loader without rows).
     """
     if not 0 <= start_step <= rows.plan.num_steps:
         raise ValueError(f"start_step {start_step} is outside this epoch's 0 to {rows.plan.num_steps}")
-    return DataLoader(
+    return _RowLoader(
         rows,
+        pins=pin_memory and torch.cuda.is_available(),
         batch_size=None,
         sampler=_RowOrder(start_step * rows.micro_steps, len(rows)),
         num_workers=num_workers,
-        pin_memory=pin_memory and torch.cuda.is_available(),
+        collate_fn=_to_arrays,
         worker_init_fn=_init_worker if num_workers else None,
         multiprocessing_context="fork" if num_workers else None,  # shares the dataset's arrays with the rank
     )
+
+
+class _RowLoader(DataLoader):
+    """A loader whose workers send rows as numpy arrays; `pins`: whether the tensors are page-locked."""
+
+    def __init__(self, rows: EpochRows, *, pins: bool, **options: Any) -> None:
+        self._pins = pins
+        super().__init__(rows, **options)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return ({name: self._to_tensor(value) for name, value in row.items()} for row in super().__iter__())
+
+    def _to_tensor(self, value: Any) -> Any:
+        if not isinstance(value, np.ndarray):
+            return value
+        return torch.from_numpy(value).pin_memory() if self._pins else torch.from_numpy(value)
+
+
+def _to_arrays(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in row.items()}
 
 
 class _RowOrder(torch.utils.data.Sampler[int]):

@@ -7,6 +7,9 @@
 #
 # DATA_CONFIG and OUTPUT_DIR say where from and where to; PACKING=1 fills rows of batch_size x max_seq_len tokens.
 set -euo pipefail
+for name in DATA_CONFIG OUTPUT_DIR; do # before `cd`: a relative path is taken from where the user stands
+  if [[ -n ${!name:-} && ${!name} != /* ]]; then printf -v "$name" %s "$PWD/${!name}"; fi
+done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 lr=2e-5 # constant: min_lr is the same

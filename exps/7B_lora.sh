@@ -10,6 +10,9 @@
 # DATA_CONFIG and OUTPUT_DIR say where from and where to. `bash exps/7B_lora.sh --plan` tells the memory before anything
 # is loaded.
 set -euo pipefail
+for name in DATA_CONFIG OUTPUT_DIR; do # before `cd`: a relative path is taken from where the user stands
+  if [[ -n ${!name:-} && ${!name} != /* ]]; then printf -v "$name" %s "$PWD/${!name}"; fi
+done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 lr=1e-4 # of adapters, which start from nothing; constant: min_lr is the same

@@ -4,23 +4,28 @@
 #   bash exps/tiny.sh
 #
 # A second run picks up what is there; an interrupted one goes on. OUT (default output/tiny) is the folder of all results.
-# ITEMS, STEPS and PROMPTS shrink the run for a test; RANKS (default 2) is the number of workers and of training ranks.
+# ITEMS, STEPS and PROMPTS shrink the run for a test; RANKS is the number of workers and of training ranks (default 2,
+# but 1 training rank where there is one GPU).
 set -euo pipefail
+if [[ -n ${OUT:-} && $OUT != /* ]]; then OUT=$PWD/$OUT; fi # before `cd`: taken from where the user stands
 cd "$(dirname "$0")/.."
 
 OUT=${OUT:-output/tiny}
 ITEMS=${ITEMS:-16000}
 PROMPTS=${PROMPTS:-256}
-RANKS=${RANKS:-2}
 PYTHON=${PYTHON:-python}
-for name in ITEMS PROMPTS RANKS ${STEPS:+STEPS}; do
+for name in ITEMS PROMPTS ${RANKS:+RANKS} ${STEPS:+STEPS}; do
   if [[ ! ${!name} =~ ^[1-9][0-9]*$ ]]; then
     echo "exps/tiny.sh: $name must be a whole number from 1 on, got '${!name}'" >&2
     exit 2
   fi
 done
+splits=${RANKS:-2}
+if [[ -z ${RANKS:-} && $($PYTHON -c 'import torch; print(torch.cuda.device_count())') == 1 ]]; then RANKS=1; fi
+RANKS=${RANKS:-2}
+accum_iter=$((RANKS == 1 ? 2 : 1)) # so that one rank, too, has steps of 2 rows
 cores=$(getconf _NPROCESSORS_ONLN)
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > RANKS ? cores / RANKS : 1))}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > splits ? cores / splits : 1))}
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 seconds_at_start=$SECONDS
 
@@ -35,15 +40,15 @@ $PYTHON -u exps/tiny/make_data.py --out_dir "$OUT/data" --num_items "$ITEMS" --n
 stage "2/6 text tokenizer (the VQGAN is in exps/tiny/vqgan)"
 $PYTHON -u exps/tiny/train_tokenizer.py --in_filename "$OUT/data/train.json" --out_dir "$OUT/tokenizer"
 
-stage "3/6 tokens: $RANKS workers, and one for the items to validate on"
+stage "3/6 tokens: $splits workers, and one for the items to validate on"
 tokenize() { # NAME OUT_DIR SPLITS RANK, in the background: the job is the worker itself, so that the trap reaches it
   exec $PYTHON -u pre_tokenize/pre_tokenize.py --splits="$3" --rank="$4" --in_filename "$OUT/data/$1.json" \
     --out_dir "$2" --target_size 64 --tokenizer "$OUT/tokenizer" --vqgan_dir exps/tiny/vqgan \
     --device cpu --precision fp32
 }
 workers=()
-for rank in $(seq 0 $((RANKS - 1))); do
-  tokenize train "$OUT/tokens" "$RANKS" "$rank" &
+for rank in $(seq 0 $((splits - 1))); do
+  tokenize train "$OUT/tokens" "$splits" "$rank" &
   workers+=($!)
 done
 tokenize val "$OUT/val_tokens" 1 0 &
@@ -56,12 +61,12 @@ $PYTHON -u pre_tokenize/concat_record.py --sub_record_dir "$OUT/val_tokens" --sa
 printf 'META:\n  - path: tokens/record.json\n' > "$OUT/data.yaml"
 printf 'META:\n  - path: val_tokens/record.json\n' > "$OUT/val_data.yaml"
 
-stage "5/6 training on $RANKS ranks"
+stage "5/6 training, ranks: $RANKS"
 $PYTHON -m torch.distributed.run --standalone --nproc_per_node="$RANKS" finetune_solver.py \
   --model_size tiny --tokenizer "$OUT/tokenizer" --data_config "$OUT/data.yaml" --output_dir "$OUT/checkpoints" \
-  --batch_size 8 --accum_iter 1 --epochs 2 --warmup_epochs 0.1 --lr 3e-3 --min_lr 3e-5 --wd 0.1 --clip_grad 4 \
+  --batch_size 8 --accum_iter "$accum_iter" --epochs 2 --warmup_epochs 0.1 --lr 3e-3 --min_lr 3e-5 --wd 0.1 --clip_grad 4 \
   --max_seq_len 80 --disable_length_clustering --z_loss_weight 1e-5 --precision fp32 --data_parallel sdp \
-  --num_workers 0 --save_iteration_interval 400 --ckpt_max_keep 2 --auto_resume --log_interval 20 \
+  --num_workers 0 --save_iteration_interval $((400 * accum_iter)) --ckpt_max_keep 2 --auto_resume --log_interval 20 \
   --val_data_config "$OUT/val_data.yaml" --val_interval 400 --sample_interval 400 --vqgan_dir exps/tiny/vqgan \
   --sample_prompts "$OUT/data/samples.json" --target_size 64 --sample_max_gen_len 80 --sample_cfg 1 \
   --sample_temperature 0 \

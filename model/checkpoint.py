@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from data.whole_file import sync_path
 from model.adapter_folder import NOTE_NAME
+from model.hf_folder import name_checkpoints_in
 from model.small_states import ADAMW_8BIT
 from model.trainable import LORA_TARGETS
 
@@ -213,7 +214,9 @@ def read_state(folder: Path) -> TrainerState:
         raw = json.loads((folder / STATE_NAME).read_text())
         state = TrainerState(**{**raw, "position": Position(**raw["position"])})
     except FileNotFoundError:
-        raise ValueError(f"{folder} is no checkpoint to go on from: it has no {STATE_NAME}") from None
+        within = name_checkpoints_in(folder, STATE_NAME)
+        advice = f"; give {within}" if within else ""
+        raise ValueError(f"{folder} is no checkpoint to go on from: it has no {STATE_NAME}{advice}") from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / STATE_NAME} cannot be read: {error!r}") from error
     for name, size in state.files.items():

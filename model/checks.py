@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data.data_config import load_data_config
 from data.dataset import TokenDataset
 from data.item_processor import hash_tokenizer, load_text_tokenizer
@@ -17,7 +15,7 @@ from data.vocab import ChameleonVocab
 from model.chameleon import ChameleonXLLMXConfig, build_config, build_model
 from model.checkpoint import find_changes, find_fixed_changes, find_start, read_state
 from model.convert import check_weights
-from model.distributed import Launch
+from model.distributed import Launch, choose_device
 from model.options import Options, find_number_problems, resolve_model
 from model.trainable import IMAGE_HEAD, choose_trainable
 
@@ -42,8 +40,10 @@ def prepare(options: Options, launch: Launch) -> tuple[TokenDataset, TokenDatase
         *options.trackers.problems(),
         *options.watch.problems(),
     ]
-    if options.run.device == "cuda" and not torch.cuda.is_available():
-        problems.append("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
+    try:
+        choose_device(options.run.device, launch)
+    except ValueError as error:
+        problems.append(str(error))
     dataset = _open_dataset("data_config", options, launch, problems)
     val_dataset, notes = None, []
     if options.validation.val_data_config is not None:

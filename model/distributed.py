@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import torch.distributed as dist
 # How long a rank other than the first waits, at a mistake before the start, for rank 0 to speak and the launcher to end
 # all; whoever outlives it met a mistake of its own (say, a file that only its node lacks) and speaks for itself.
 GRACE_S = 20.0
+SLOW_MEETING_S = 10.0  # after which ranks of `srun` that wait for others say so
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
@@ -90,31 +92,60 @@ def stop_at_start(launch: Launch, message: str) -> int:
     return 2
 
 
+def choose_device(name: str, launch: Launch) -> torch.device:
+    """The device of this rank for "auto", "cuda" or "cpu". Waits for no rank.
+
+    Raises ValueError if there is no CUDA for "cuda", or if the node has more ranks than GPUs. A rank that sees exactly
+    one GPU may have it to itself (`srun --gpus-per-task=1`, CUDA_VISIBLE_DEVICES per rank): then it is that one, and
+    `find_shared_gpu` looks again once the ranks have met.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
+    num_gpus = torch.cuda.device_count()
+    if launch.local_world_size <= num_gpus:
+        return torch.device("cuda", launch.local_rank)
+    if num_gpus == 1 and (launch.launcher == "srun" or "CUDA_VISIBLE_DEVICES" in os.environ):
+        return torch.device("cuda", 0)
+    raise ValueError(_more_ranks_than_gpus(launch.local_world_size, num_gpus))
+
+
+def find_shared_gpu(device: torch.device) -> str | None:
+    """Why the ranks cannot train: some of them have the same GPU. None if each has one to itself; called by all."""
+    if device.type == "cpu" or dist.get_world_size() == 1:
+        return None
+    gpus = gather_lists([str(torch.cuda.get_device_properties(device).uuid)])
+    return None if len(set(gpus)) == len(gpus) else _more_ranks_than_gpus(len(gpus), len(set(gpus)))
+
+
+def _more_ranks_than_gpus(num_ranks: int, num_gpus: int) -> str:
+    return f"{num_ranks} ranks share {num_gpus} GPU{'s' * (num_gpus > 1)}: start one rank per GPU, or give --device cpu"
+
+
 @contextlib.contextmanager
-def process_group(launch: Launch, device_type: str, timeout_s: float) -> Iterator[torch.device]:
-    """Joins the other ranks, yields this rank's device, and leaves them at the end.
+def process_group(launch: Launch, device_name: str, timeout_s: float) -> Iterator[torch.device]:
+    """Joins the other ranks, yields this rank's device (as `choose_device` finds it), and leaves them at the end.
 
     CPU tensors travel by gloo, also beside NCCL, so that a small count never waits for the GPU.
     """
     die_with_launcher(launch)
-    if device_type == "cuda":
-        device = torch.device("cuda", launch.local_rank)
+    device, backend = choose_device(device_name, launch), "gloo"
+    if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    else:
-        device = torch.device("cpu")
-        backend = "gloo"
     timeout = datetime.timedelta(seconds=timeout_s)
-    if launch.launcher == "python":
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    else:
-        dist.init_process_group(
-            backend,
-            init_method="env://" if launch.launcher == "torchrun" else _tcp_address(launch),
-            rank=launch.rank,
-            world_size=launch.world_size,
-            timeout=timeout,
-        )
+    store = None  # torchrun has one
+    try:
+        if launch.launcher == "python":
+            store = dist.HashStore()
+        elif launch.launcher == "srun":
+            store = _meet_on_slurm(launch, timeout_s)
+        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    except dist.DistError as error:
+        place = f"{launch.master_addr}:{launch.master_port}"
+        reason = " ".join(str(error).split())[:200]
+        raise SystemExit(f"rank {launch.rank} cannot join the other ranks at {place}: {reason}") from None
     yield device
     # Not reached after an error: the others may be inside a collective, and leaving in order would wait for them.
     barrier()
@@ -190,8 +221,39 @@ def barrier() -> None:
     sum_counts(0)
 
 
-def _tcp_address(launch: Launch) -> str:
-    return f"tcp://{launch.master_addr}:{launch.master_port}"
+def _meet_on_slurm(launch: Launch, timeout_s: float) -> dist.Store:
+    """Where the ranks of `srun` meet. Says after SLOW_MEETING_S who is waited for; raises after `timeout_s`."""
+    place = f"{launch.master_addr}:{launch.master_port}"
+    advice = (
+        f"SLURM_NTASKS says that there are {launch.world_size}; to run alone, as in `srun --pty bash`, begin the "
+        "command with SLURM_NTASKS=1"
+    )
+    slow = threading.Timer(SLOW_MEETING_S, _say, [f"rank {launch.rank} waits for rank 0 at {place}; {advice}"])
+    slow.daemon = True
+    slow.start()
+    deadline = time.monotonic() + timeout_s
+    try:
+        store = dist.TCPStore(
+            launch.master_addr, launch.master_port, launch.world_size, launch.is_main,
+            datetime.timedelta(seconds=timeout_s), wait_for_workers=False,
+        )  # fmt: skip
+    finally:
+        slow.cancel()
+    store.set(str(launch.rank), "")
+    say_at = deadline - timeout_s + SLOW_MEETING_S
+    while launch.is_main and (missing := [rank for rank in range(launch.world_size) if not store.check([str(rank)])]):
+        who = f"at {place} for {len(missing)} of {launch.world_size} ranks, first rank {missing[0]}; {advice}"
+        if time.monotonic() > deadline:
+            raise SystemExit(f"rank 0 waited {timeout_s:g} s {who}")
+        if time.monotonic() > say_at:
+            _say(f"rank 0 waits {who}")
+            say_at = deadline
+        time.sleep(0.1)
+    return store
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 def _slurm_port(env: Mapping[str, str]) -> int:

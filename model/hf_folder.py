@@ -32,10 +32,19 @@ def resolve_checkpoint(
         revision: of a hub id; None: the newest.
 
     Raises:
-        FileNotFoundError: neither a folder nor a hub id that can be fetched.
+        FileNotFoundError: neither a folder nor a hub id that can be fetched, or a folder of checkpoints.
     """
     files = ["*.json", "*.jinja"] + ["*.safetensors"] * with_weights
-    return fetch_folder(dir_or_hub_id, files, "there is no checkpoint folder:", revision=revision)
+    folder = fetch_folder(dir_or_hub_id, files, "there is no checkpoint folder:", revision=revision)
+    if not (folder / "config.json").exists() and (within := name_checkpoints_in(folder, "config.json")):
+        raise FileNotFoundError(f"{folder} is no checkpoint, but a folder of checkpoints: give {within}")
+    return folder
+
+
+def name_checkpoints_in(folder: Path, file_name: str) -> str:
+    """The newest five of the folders in `folder` that have a file of that name, for a message; "" if there is none."""
+    within = sorted((path.parent for path in folder.glob(f"[!.]*/{file_name}")), key=os.path.getmtime, reverse=True)
+    return " or ".join(map(str, within[:5]))
 
 
 def load_config(dir_or_hub_id: str | os.PathLike, **overrides: Any) -> ChameleonXLLMXConfig:

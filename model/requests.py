@@ -172,8 +172,11 @@ def describe_cuts(answers: Sequence[Answer], max_gen_len: int) -> str:
 
 
 def check_image_symbols(texts: Iterable[str | None], num_images: int) -> None:
-    """Raises ValueError if image symbols stand in the texts, but not as many as there are images, or foreign ones."""
+    """Raises ValueError if the texts are no Unicode, have symbols of another format, or not one for each image."""
     texts = [text for text in texts if text is not None]
+    for text in texts:
+        if any("\ud800" <= char <= "\udfff" for char in text):  # a shell's bytes that are not UTF-8
+            raise ValueError(f"the text {ascii(text[:60])} is not valid UTF-8; convert it to UTF-8 first")
     num_symbols = sum(text.count(IMAGE_SYMBOL) for text in texts)
     if num_images and not num_symbols and (problem := foreign_symbol_problem(texts)):
         raise ValueError(f"{problem} write one for each image")

@@ -38,7 +38,7 @@ class SamplePrompt:
 def load_prompts(path: Path) -> list[SamplePrompt]:
     """The prompts of a file. Raises ValueError that names every entry that is wrong, or OSError."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")  # Windows' editors put a mark before the first character
         if path.suffix.lower() == ".json":
             entries = json.loads(text)
         elif path.suffix.lower() in (".yaml", ".yml"):

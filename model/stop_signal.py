@@ -1,16 +1,32 @@
 """SIGTERM and SIGUSR1, as a batch system sends them before it takes the machine away: noted, so that a run can save."""
 
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # A launcher passes on a signal that the batch system has sent to its ranks as well: the same request, twice.
 SAME_REQUEST_S = 3.0
+# How long a run that is told to end still waits for rows: with them it takes the step and saves.
+ROWS_GRACE_S = 10.0
+T = TypeVar("T")
+
+
+class NoRowsError(Exception):
+    """No row came within ROWS_GRACE_S of the signal `number`."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(
+            f"ended by {signal.Signals(number).name} without saving, for no row came within {ROWS_GRACE_S:g} s "
+            "(its disk may hang); the same command continues from the last checkpoint"
+        )
 
 
 class StopSignal:
@@ -20,13 +36,17 @@ class StopSignal:
         self.number: int | None = None
         self._noted_at = 0.0
         self._previous: dict[int, object] = {}
+        self._is_waiting = False
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():  # nobody else may set a handler
             self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._end_waiting)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._previous:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -34,9 +54,32 @@ class StopSignal:
         """For each of SIGNALS, 1 if it was noted: what ranks add up to agree on stopping."""
         return tuple(int(self.number == number) for number in SIGNALS)
 
+    def waiting(self, rows: Iterable[T]) -> Iterator[T]:
+        """The rows. Raises NoRowsError, told to end, once one has not come for ROWS_GRACE_S."""
+        rows = iter(rows)
+        while True:
+            self._is_waiting = True
+            if self.number is not None:
+                signal.setitimer(signal.ITIMER_REAL, ROWS_GRACE_S)
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            finally:
+                self._is_waiting = False
+            yield row
+
+    def _end_waiting(self, _number: int, _frame: object) -> None:
+        if self._is_waiting:
+            # Loader workers: whoever closes a loader would wait 5 s for each that is stuck.
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise NoRowsError(self.number)
+
     def _note(self, number: int, _frame: object) -> None:
         if self.number is None:
             self.number, self._noted_at = number, time.monotonic()
+            signal.setitimer(signal.ITIMER_REAL, ROWS_GRACE_S)
         elif time.monotonic() - self._noted_at >= SAME_REQUEST_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

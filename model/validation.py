@@ -7,6 +7,7 @@ notices nothing: each of its steps seeds its own dropout.
 
 import dataclasses
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,17 +60,19 @@ class Validator:
         self._device, self._z_loss_weight, self._num_workers = device, z_loss_weight, num_workers
 
     @torch.no_grad()
-    def run(self, model: nn.Module) -> tuple[dict[str, Any], list[BadItem]]:
+    def run(
+        self, model: nn.Module, waiting: Callable[[Iterable[dict]], Iterable[dict]] = iter
+    ) -> tuple[dict[str, Any], list[BadItem]]:
         """(`val_loss`, `val_text_loss`, `val_image_loss`, with several types `val_loss_by_type`, `val_num_valid_tokens`
         and `val_s`; items that could not be read and are left out), both over all ranks.
 
-        The model is sharded and in the state in which it was afterwards.
+        `waiting` may break off the wait for rows. The model is sharded and in the state in which it was afterwards.
         """
         started, was_training = time.perf_counter(), model.training
         dataset, bad_items = self.rows.dataset, []
         sums = MetricSums(self._device, len(dataset.types))
         model.eval()
-        for row in build_loader(self.rows, self._num_workers):
+        for row in waiting(build_loader(self.rows, self._num_workers)):
             output = forward_row(model, row, self._device, dataset.max_seq_len)
             sums.add(output, row["num_tokens"], row["type_id"])
             bad_items += row["bad_items"]

@@ -68,6 +68,8 @@ def parse_options(args: argparse.Namespace) -> Options:
     args.vqgan_dir = Path(args.vqgan_dir)
     if args.device == "auto":
         args.device = "cuda" if _has_cuda() else "cpu"
+        if args.device == "cpu":
+            print("torch sees no CUDA GPU: images are encoded on the CPU", flush=True)
     if args.batch_size is None:
         args.batch_size = default_batch_size(args.target_size, args.device)
     options = Options(**vars(args))

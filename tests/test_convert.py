@@ -264,6 +264,9 @@ def test_bad_folders_are_named(tmp_path):
     with pytest.raises(ValueError, match="llama"):
         load_config(tmp_path)
     model = small_model()
+    export_hf(model, model.config, tmp_path / "run" / "epoch1")
+    with pytest.raises(FileNotFoundError, match="is no checkpoint, but a folder of checkpoints: give .*run/epoch1$"):
+        load_config(tmp_path / "run")
     export_hf(model, model.config, tmp_path)
     with pytest.raises(ValueError, match="missing.*layers.2"):
         load_checkpoint_weights(build_model(small_config(num_hidden_layers=3), "cpu"), tmp_path)

@@ -94,6 +94,30 @@ def test_not_a_data_config(tmp_path, text, message):
         load_data_config(write(tmp_path, text))
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("record.json", '[\n{"file": "files/0.pkl", "len": 5, "id": 0}\n]\n'),
+        ("record.json", '\ufeff [{"file": "files/0.pkl", "len": 5, "id": 0}]'),
+        ("0-of-1-record.jsonl", '{"file": "files/0.pkl", "len": 5, "id": 0}\n'),
+        ("renamed", '{"file": "files/0.pkl", "len": 5, "id": 0}\n'),
+        ("record.pkl", "\x80"),
+    ],
+)
+def test_a_record_given_as_data_config_is_told(tmp_path, name, text):
+    with pytest.raises(ValueError, match=f"seems to be a record itself; .* META: .{{path: {name}}}"):
+        load_data_config(write(tmp_path, text, name))
+
+
+def test_a_data_config_with_a_byte_order_mark_and_messages_of_bounded_length(tmp_path):
+    write(tmp_path, "[]", "a.json")
+    assert load_data_config(write(tmp_path, "\ufeffMETA: [{path: a.json}]"))
+    for text in (f"META: {'x' * 9999}", f"META: [{'x' * 9999}]", f"META: [{{path: a.json, ratio: {'x' * 9999}}}]"):
+        with pytest.raises(ValueError) as error:
+            load_data_config(write(tmp_path, text))
+        assert len(str(error.value)) < 500
+
+
 def test_missing_yaml(tmp_path):
     with pytest.raises(FileNotFoundError, match="data config .*none.yaml does not exist"):
         load_data_config(tmp_path / "none.yaml")

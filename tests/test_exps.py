@@ -38,14 +38,14 @@ def python_commands(text: str) -> list[tuple[str, list[str]]]:
     return [(call[1], re.findall(r"(?<![\w-])(--\w[\w-]*)", call[2])) for call in calls]
 
 
-def record_call(tmp_path: Path, script: str, *args: str, **env: str) -> list[str]:
+def record_call(tmp_path: Path, script: str, *args: str, cwd: Path = ROOT, **env: str) -> list[str]:
     """Runs a script with launchers in its PATH that only write down how they were called."""
     for name in ("python", "torchrun", "srun"):
         launcher = tmp_path / name
         launcher.write_text(f'#!/bin/bash\nprintf "%s\\0" {name} "$@" > "{tmp_path}/call"\n')
         launcher.chmod(0o755)
     env["PATH"] = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    subprocess.run(["bash", ROOT / script, *args], check=True, cwd=ROOT, env=env)
+    subprocess.run(["bash", ROOT / script, *args], check=True, cwd=cwd, env=env)
     return (tmp_path / "call").read_text().split("\0")[:-1]
 
 
@@ -106,14 +106,14 @@ def test_recipe_script_says_what_the_recipe_says(tmp_path, size):
 
 @pytest.mark.parametrize(("card", "way"), [("24", "checkpointing"), ("48", "checkpointing_selective")])
 def test_lora_script_is_for_one_card(tmp_path, card, way):
-    call = record_call(tmp_path, "exps/7B_lora.sh", "--lora_rank", "32", CARD_GIB=card, OUTPUT_DIR="a folder")
+    call = record_call(tmp_path, "exps/7B_lora.sh", "--lora_rank", "32", CARD_GIB=card, OUTPUT_DIR="/a folder")
     assert call[:3] == ["python", "-u", "finetune_solver.py"]
     options = vars(load_parser("finetune_solver.py").parse_args(call[3:]))
     expected = {
         "model_size": "7B", "lora_rank": 32, "lora_alpha": 32, "train_only": ["image_head"], "batch_size": 1,
         "accum_iter": 8, "optim": "adamw_bf16_states", "max_seq_len": 4096, "init_from": None,
     }  # fmt: skip
-    assert {key: options[key] for key in expected} == expected and str(options["output_dir"]) == "a folder"
+    assert {key: options[key] for key in expected} == expected and str(options["output_dir"]) == "/a folder"
     switches = {name: options[name] for name in ("checkpointing", "checkpointing_selective")}
     assert switches == dict.fromkeys(switches, False) | {way: True}
     assert record_call(tmp_path, "exps/7B_lora.sh", NPROC="2")[:2] == ["torchrun", "--nproc_per_node=2"]
@@ -121,12 +121,34 @@ def test_lora_script_is_for_one_card(tmp_path, card, way):
 
 @pytest.mark.parametrize("size", RECIPE_SCRIPTS)
 def test_recipe_script_by_torchrun_with_packing(tmp_path, size):
-    call = record_call(tmp_path, f"exps/{size}.sh", "--epochs", "3", NPROC="8", PACKING="1", OUTPUT_DIR="a folder")
+    call = record_call(tmp_path, f"exps/{size}.sh", "--epochs", "3", NPROC="8", PACKING="1", OUTPUT_DIR="/a folder")
     at = call.index("finetune_solver.py")
     assert call[0] == "torchrun" and "--nproc_per_node=8" in call[1:at] and "--nnodes=1" in call[1:at]
     options = load_parser("finetune_solver.py").parse_args(call[at + 1 :])
-    assert options.packing is True and str(options.output_dir) == "a folder"
+    assert options.packing is True and str(options.output_dir) == "/a folder"
     assert options.epochs == 3  # what follows on the command line wins
+
+
+@pytest.mark.parametrize("script", ["7B", "34B", "7B_lora"])
+def test_relative_paths_are_taken_from_where_the_user_stands(tmp_path, script):
+    paths = {"DATA_CONFIG": "my data.yaml", "OUTPUT_DIR": "out"}
+    call = record_call(tmp_path, f"exps/{script}.sh", cwd=tmp_path, **paths)
+    options = load_parser("finetune_solver.py").parse_args(call[3:])
+    assert (str(options.data_config), str(options.output_dir)) == (f"{tmp_path}/my data.yaml", f"{tmp_path}/out")
+
+
+@pytest.mark.parametrize(("gpus", "ranks", "expected"), [(0, "", 2), (1, "", 1), (2, "", 2), (1, "2", 2), (0, "1", 1)])
+def test_tiny_trains_two_rows_a_step_on_one_gpu_too(tmp_path, gpus, ranks, expected):
+    stub = tmp_path / "python"
+    stub.write_text(f'#!/bin/bash\nif [[ $1 == -c ]]; then echo {gpus}; else echo "$*" >> "{tmp_path}/calls"; fi\n')
+    stub.chmod(0o755)
+    (tmp_path / "out").mkdir()
+    env = {**os.environ, "PYTHON": str(stub), "OUT": "out", "RANKS": ranks}
+    subprocess.run(["bash", ROOT / "exps/tiny.sh"], env=env, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+    calls = (tmp_path / "calls").read_text()
+    assert f"--nproc_per_node={expected} " in calls and f"--accum_iter {3 - expected} " in calls
+    assert f"--save_iteration_interval {400 * (3 - expected)} " in calls
+    assert f"--out_dir {tmp_path}/out/tokens" in calls and f"--splits={ranks or 2} " in calls
 
 
 def test_recipe_scripts_differ_in_the_model_alone():

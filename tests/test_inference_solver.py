@@ -394,6 +394,7 @@ def test_command_says_why_there_is_no_picture(folders, tmp_path, capsys):
         (["--cfg", "1e300"], "cfg is 1e+300; it must be a number from -1000000 to 1000000"),
         (["--image", "pyproject.toml"], "image pyproject.toml cannot be read: Pillow knows no such image format"),
         (["--prompt", "<|image|>what"], "--prompt, --image: the text has 1 <|image|>, but there are 0 images"),
+        (["--prompt", "caf\udce9"], "the text 'caf\\udce9' is not valid UTF-8"),
         (["--seed", "-1"], "seed is -1; it must be a whole number from 0"),
         (["--serve"], "--prompt is asked for on the page"),
         (["--serve", "--port", "70000"], "--port is 70000"),

@@ -1,5 +1,6 @@
 """Samples of a training: what is asked, that answers are those of the checkpoint, and that training notices nothing."""
 
+import codecs
 import json
 import subprocess
 import sys
@@ -220,6 +221,7 @@ def test_samples_of_text_need_no_vqgan(small_task, tmp_path, capsys):
     [
         (None, {"sample_prompts": None}, "--sample_interval needs a file of prompts"),
         (None, {"sample_prompts": "absent.json"}, "absent.json"),
+        ('["caf\\ud8e9"]', {}, "entry 0 of"),
         ("[", {}, "prompts.json cannot be read"),
         ("[]", {}, "must be a list of prompts that is not empty"),
         ('["a", 3]', {}, "entry 1 of"),
@@ -266,6 +268,10 @@ def test_prompts_in_three_formats(tmp_path):
     (tmp_path / "p.txt").write_text("a cat\n")
     (tmp_path / "p.json").write_text('["a cat"]')
     assert load_prompts(tmp_path / "p.txt") == load_prompts(tmp_path / "p.json") == [cat]
+    for path in tmp_path.glob("p.*"):  # as editors on Windows save it
+        plain = load_prompts(path)
+        path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+        assert load_prompts(path) == plain
 
 
 def test_later_samples_are_dropped(tmp_path):

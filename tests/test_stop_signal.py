@@ -6,11 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
+from data.dataset import TokenDataset
+from data.record import read_record, write_merged
+from model import stop_signal
 from model.stop_signal import SIGNALS, StopSignal, requeue_on_slurm
 from tests.small_run import ROOT, call_main, command, environment, losses, solver_args, train
+from tests.test_launch import descendants
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +41,9 @@ def test_the_first_signal_is_noted_and_what_comes_with_it_is_the_same_request():
 
 SLOW_TO_END = """
 import time
+from data.dataset import TokenDataset
+from data.record import read_record, write_merged
+from model import stop_signal
 from model.stop_signal import StopSignal
 import model.stop_signal
 model.stop_signal.SAME_REQUEST_S = 0.5
@@ -58,8 +66,9 @@ def test_a_second_signal_ends_at_once():
     assert process.wait(timeout=10) == -signal.SIGTERM
 
 
-def stop_when(num_ranks: int, args: list[str], out, number: int, step: int, to_group: bool = False):
-    """Starts a run and sends a signal to what was started, or to all of its processes, once a step is logged."""
+def stop_when(num_ranks: int, args: list[str], out, number: int, step: int, to_group=False, stalls_loader=False):
+    """Starts a run and sends a signal to what was started, or to all of its processes, once a step is logged; the
+    loader of one rank stands still by then where it shall."""
     process = subprocess.Popen(
         command(num_ranks, args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
         start_new_session=True,
@@ -69,8 +78,15 @@ def stop_when(num_ranks: int, args: list[str], out, number: int, step: int, to_g
     while not metrics.exists() or metrics.read_text().count("\n") < step:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.005)
+    if stalls_loader:
+        loader = next(pid for pid in descendants(process.pid) if not descendants(pid))
+        os.kill(loader, signal.SIGSTOP)
+        time.sleep(3)  # until the rows that it has sent are used up
     (os.killpg if to_group else os.kill)(process.pid, number)
-    printed, said = process.communicate(timeout=60)
+    process.wait(timeout=60)
+    if stalls_loader:
+        os.kill(loader, signal.SIGKILL)
+    printed, said = process.communicate()
     return process.returncode, printed + said
 
 
@@ -97,6 +113,35 @@ def test_all_ranks_end_after_the_same_step(small_task, tmp_path):
     code, said = stop_when(2, args, out, signal.SIGTERM, step=3)
     assert code != 0 and said.count("ended by SIGTERM after step") == 1, said
     assert "going on from" in train(2, args)
+
+
+@pytest.mark.parametrize("validates", [False, True])
+def test_a_run_that_waits_for_rows_ends_by_sigterm(small_task, tmp_path, monkeypatch, validates):
+    """A disk that hangs: the worker waits for ever, and so would the rank."""
+    monkeypatch.setattr(stop_signal, "ROWS_GRACE_S", 0.2)
+    original, rank = TokenDataset.read, os.getpid()
+
+    def read(dataset: TokenDataset, index: int, *rest: object):
+        if os.getpid() != rank and len(dataset) == (12 if validates else 24):
+            os.kill(rank, signal.SIGTERM)
+            time.sleep(1000)
+        return original(dataset, index, *rest)
+
+    monkeypatch.setattr(TokenDataset, "read", read)
+    entries = [replace(entry, file=str(small_task / entry.file)) for entry in read_record(small_task / "record.json")]
+    write_merged(entries[:12], tmp_path / "val.json")
+    (tmp_path / "val.yaml").write_text("META:\n  - path: val.json\n")
+    changes = {"num_workers": 2, "val_data_config": tmp_path / "val.yaml", "val_interval": 1}
+    code, said = call_main(solver_args(small_task, tmp_path / "out", **changes))
+    assert code == 143 and said.count("ended by SIGTERM without saving, for no row came") == 1, said
+
+
+@pytest.mark.slow
+def test_all_ranks_end_where_one_waits_for_rows(small_task, tmp_path):
+    out = tmp_path / "out"
+    args = solver_args(small_task, out, **CHANGES | {"epochs": 400})
+    code, said = stop_when(2, args, out, signal.SIGTERM, step=3, stalls_loader=True)
+    assert code != 0 and said.count("without saving, for no row came") == 1, said
 
 
 def test_a_run_on_slurm_requeues_itself(tmp_path, monkeypatch):
