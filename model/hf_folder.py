@@ -26,7 +26,7 @@ def resolve_checkpoint(dir_or_hub_id: str | os.PathLike, with_weights: bool = Tr
         FileNotFoundError: neither a folder nor a hub id that can be fetched.
     """
     files = ["*.json", "*.jinja"] + ["*.safetensors"] * with_weights
-    return fetch_folder(dir_or_hub_id, files, "there is no checkpoint folder:")
+    return fetch_folder(dir_or_hub_id, files, "the checkpoint")
 
 
 def load_config(dir_or_hub_id: str | os.PathLike, **overrides: Any) -> ChameleonXLLMXConfig:
