@@ -276,7 +276,7 @@ def convert_checkpoint(
     shapes = {name: (tuple(p.shape), dtype or reader.dtype(name)) for name, p in parameters.items()}
     vqgan, values = _load_vqgan_tensors(vqgan_dir) if vqgan_dir else (_stored_vqgan(reader), {})
     if shape == "hf" and vqgan:
-        codebook, of = vqgan[VQGAN_PREFIX + CODEBOOK], "what the model was trained on"
+        codebook, of = vqgan[VQGAN_PREFIX + CODEBOOK], "the model's training data"
         check_codebook(codebook, vqgan_dir or source, config.codebook_sha256, of, other_way="")
     values = config_values(config, shape, is_trained=not is_stock(config)) | values
     partial = out_dir.with_name(out_dir.name + ".partial")

@@ -35,7 +35,7 @@ def resolve_checkpoint(
         FileNotFoundError: neither a folder nor a hub id that can be fetched, or a folder of checkpoints.
     """
     files = ["*.json", "*.jinja"] + ["*.safetensors"] * with_weights
-    folder = fetch_folder(dir_or_hub_id, files, "there is no checkpoint folder:", revision=revision)
+    folder = fetch_folder(dir_or_hub_id, files, "the checkpoint", revision=revision)
     if not (folder / "config.json").exists() and (within := name_checkpoints_in(folder, "config.json")):
         raise FileNotFoundError(f"{folder} is no checkpoint, but a folder of checkpoints: give {within}")
     return folder

@@ -67,7 +67,7 @@ class RequestCodec:
             vqgan_dir: folder or hub id, read once an image is put in or comes out; None: `DEFAULT_VQGAN_DIR`.
             device: of the VQGAN, which is always in fp32.
             target_size: of images put in, in pixels: they are cropped to about its square, as in pre-tokenizing.
-            codebook_sha256: of the VQGAN that the model was trained with, where another is refused; None: any.
+            codebook_sha256: of the VQGAN that the model was trained with, where another is rejected; None: any.
         """
         self.codebook_sha256 = codebook_sha256
         self.tokenizer, self.device = tokenizer, device
@@ -81,7 +81,7 @@ class RequestCodec:
     def vqgan(self) -> VQGAN:
         vqgan = load_vqgan(find_vqgan(self.vqgan_dir), device=self.device)
         codebook = vqgan.quantize.embedding.weight
-        check_codebook(codebook, self.vqgan_dir, self.codebook_sha256, "what the model was trained on")
+        check_codebook(codebook, self.vqgan_dir, self.codebook_sha256, "the model's training data")
         if vqgan.num_codes > self.vocab.num_codes:
             raise ValueError(
                 f"the VQGAN in {self.vqgan_dir} has {vqgan.num_codes} codes, but the tokenizer has tokens for "

@@ -107,7 +107,7 @@ def test_a_checkpoint_names_the_vqgan_of_its_records_and_keeps_out_others(small_
         assert load_config(tmp_path / shape).codebook_sha256 == hashes["one"]
     _, info = ChameleonForConditionalGeneration.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    with pytest.raises(ValueError, match="not the one of what the model was trained on"):
+    with pytest.raises(ValueError, match="not the one of the model's training data"):
         convert_checkpoint(checkpoint, tmp_path / "wrong", shape="hf", vqgan_dir=folder / "two")
 
 
@@ -161,10 +161,7 @@ def test_nothing_is_drawn_by_another_vqgan_unless_told(checkpoint, vqgans, tmp_p
     flags = ["--model_path", checkpoint, "--prompt", "word90", "--size", "32x32", "--out", tmp_path / "out.png"]
     flags += ["--precision", "fp32", "--device", "cpu", "--max_gen_len", "20", "--cfg", "1"]
     assert inference([*map(str, flags), "--vqgan_dir", str(vqgans[0] / "two")]) == 2
-    assert (
-        "not the one of what the model was trained on" in capsys.readouterr().err
-        and not (tmp_path / "out.png").exists()
-    )
+    assert "not the one of the model's training data" in capsys.readouterr().err and not (tmp_path / "out.png").exists()
     for more in (["--vqgan_dir", str(vqgans[0] / "two"), "--any_vqgan"], ["--vqgan_dir", str(vqgans[0] / "one")]):
         assert inference([*map(str, flags), *more]) == 0
         assert Image.open(tmp_path / "out.png").size == (32, 32)
@@ -179,6 +176,6 @@ def test_no_samples_are_drawn_by_another_vqgan_unless_told(small_task, checkpoin
     changes = {"init_from": checkpoint, "sample_interval": 1, "sample_prompts": tmp_path / "prompts.json"}
     changes |= {"sample_max_gen_len": 12, "vqgan_dir": vqgans[0] / "two", "target_size": 64}
     code, said = train(small_task, tmp_path, **changes)
-    assert code == 2 and "not the one of what the model was trained on" in said
+    assert code == 2 and "not the one of the model's training data" in said
     assert train(small_task, tmp_path, **changes, any_vqgan=True) == (0, "")
     assert list((tmp_path / "out" / "samples").rglob("*.png"))

@@ -256,7 +256,7 @@ def test_convert_command(tmp_path, vqgan_dir, capsys):
 
 
 def test_bad_folders_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
+    with pytest.raises(FileNotFoundError, match="the checkpoint .*absent is not a folder"):
         resolve_checkpoint(tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match="config.json"):
         load_config(tmp_path)
