@@ -16,6 +16,8 @@ import re
 from collections.abc import Callable
 from functools import lru_cache
 
+from data.messages import one_line
+
 MAX_DEPTH = 16  # containers inside each other; an item has 2, a list of items 3
 MAX_INT_BYTES = 8  # of larger integers, thousands can share one hash, so that a dict of them takes hours
 MAX_INT_CHARS = 24  # the same for integers in text, with sign and suffix, and for the indices of the memo
@@ -71,9 +73,9 @@ def _load_at(payload: bytes, start: int, name: str) -> tuple[object, int]:
         if not is_harmless or num_containers > MAX_DEPTH:
             _check_depth(value)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{name} cannot be read: {error}") from None
+        raise ValueError(f"{name} cannot be read: {one_line(error)}") from None
     except Exception as error:  # a damaged pickle can raise nearly anything; all of it means the same
-        reason = "it ends too early" if isinstance(error, EOFError) else f"it is damaged ({error})"
+        reason = "it ends too early" if isinstance(error, EOFError) else f"it is damaged ({one_line(error)})"
         raise ValueError(f"{name} cannot be read: {reason}") from error
     return value, end
 

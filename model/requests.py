@@ -20,6 +20,7 @@ from data.conversation import Turn, foreign_symbol_problem
 from data.hub import DEFAULT_VQGAN_DIR, find_vqgan
 from data.image_transform import open_image
 from data.item_processor import ItemProcessor, build_text_encode
+from data.messages import brief
 from data.vocab import GRID_PIXELS, IMAGE_SYMBOL, ChameleonVocab
 from model.generation import CUT_BY_LENGTH, CUT_BY_NAN, CUT_BY_POSITIONS, Generation
 from model.vqgan import VQGAN, check_codebook, load_vqgan, pixels_to_image
@@ -191,9 +192,9 @@ def check_request(request: Any) -> None:
     """Raises ValueError if a request is not {"qas", "images" (optional), "size" (optional)} of the right types."""
     if not isinstance(request, Mapping):
         raise ValueError(f"a request must be an object with {', '.join(REQUEST_KEYS)}, got {str(request)[:80]!r}")
-    unknown = [str(key) for key in request if key not in REQUEST_KEYS]
+    unknown = [brief(key) for key in request if key not in REQUEST_KEYS]
     if unknown or "qas" not in request:
-        problem = f"has {', '.join(map(repr, unknown))}" if unknown else "has no 'qas'"
+        problem = f"has {', '.join(unknown)}" if unknown else "has no 'qas'"
         raise ValueError(f"a request {problem}; it must have 'qas' and may have 'images' and 'size'")
     _check_turns(request["qas"])
     images = request.get("images")
@@ -232,5 +233,5 @@ def parse_size(text: str) -> tuple[int, int]:
     """(width, height) of "768x512". Raises ValueError."""
     sides = text.lower().split("x")
     if len(sides) != 2 or not all(side.isdecimal() and int(side) for side in sides):
-        raise ValueError(f"{text!r} is no size; write width x height in pixels, e.g. 768x512")
+        raise ValueError(f"{brief(text)} is no size; write width x height in pixels, e.g. 768x512")
     return int(sides[0]), int(sides[1])

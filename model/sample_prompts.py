@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from data.image_transform import open_image
+from data.messages import one_line
 from model.requests import check_image_symbols, parse_size
 
 KEYS = ("prompt", "qas", "image", "images", "size")
@@ -65,7 +66,7 @@ def _parse(entry: Any, folder: Path) -> SamplePrompt:
     entry = {"prompt": entry} if isinstance(entry, str) else entry
     if not isinstance(entry, Mapping) or ("prompt" in entry) == ("qas" in entry):
         raise ValueError(f"it must be a text or an object with either `prompt` or `qas`, got {str(entry)[:60]!r}")
-    unknown = [str(key) for key in entry if key not in KEYS]
+    unknown = [one_line(key) for key in entry if key not in KEYS]
     if unknown:
         raise ValueError(f"{', '.join(unknown)} is unknown; it may have {', '.join(KEYS)}")
     qas = _parse_turns([[entry["prompt"], None]] if "prompt" in entry else entry["qas"])

@@ -16,6 +16,7 @@ from multiprocessing import connection
 
 from data.conversation import ItemError
 from data.item_processor import IMAGE_SLOT, ItemProcessor, PreparedItem
+from data.messages import one_line
 from data.vocab import ChameleonVocab
 
 
@@ -33,8 +34,8 @@ def check_can_be_sent(processor: ItemProcessor) -> None:
         pickle.dumps(_without_encoder(processor))
     except Exception as error:  # what cannot be pickled says so in many ways
         raise ValueError(
-            f"the item processor cannot be sent to the processes that load images ({error}); let it hold only what "
-            "can be pickled, or give --num_workers 0"
+            f"the item processor cannot be sent to the processes that load images ({one_line(error)}); let it hold "
+            "only what can be pickled, or give --num_workers 0"
         ) from error
 
 

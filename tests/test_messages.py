@@ -3,6 +3,7 @@
 import pytest
 
 from data.messages import MAX_VALUE, brief, one_line
+from data.plain_pickle import load_plain
 
 
 @pytest.mark.parametrize(
@@ -10,6 +11,12 @@ from data.messages import MAX_VALUE, brief, one_line
 )
 def test_a_value_of_any_size_is_short_in_a_message(value):
     assert len(brief(value)) <= MAX_VALUE
+
+
+def test_a_pickle_cannot_fill_a_message():
+    with pytest.raises(ValueError, match="a.pkl cannot be read: it refers to") as caught:
+        load_plain(b"c" + b"m" * 10**6 + b"\nname\n.", "a.pkl")
+    assert len(str(caught.value)) < 300
 
 
 def test_what_is_short_is_shown_whole():
