@@ -3,7 +3,9 @@
 `prepare` is called on every rank, collects every problem, and raises one error. Nothing of the model is loaded for it.
 """
 
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from data.data_config import DataSource, load_data_config
@@ -18,6 +20,7 @@ from model.distributed import Launch, choose_device
 from model.options import Options, find_number_problems, resolve_model
 from model.trainable import IMAGE_HEAD, choose_trainable
 
+SHM_DIR = Path("/dev/shm")
 INDEX_DIR = "data_index"  # of --cache_ann_on_disk, in --output_dir
 
 
@@ -43,6 +46,7 @@ def prepare(options: Options, launch: Launch) -> tuple[TokenDataset, TokenDatase
         choose_device(options.run.device, launch)
     except ValueError as error:
         problems.append(str(error))
+    problems += _find_shm_problems(options, launch)
     sources, dataset = _open_dataset("data_config", options, launch, problems)
     val_sources, val_dataset = [], None
     if options.validation.val_data_config is not None:
@@ -68,6 +72,21 @@ def prepare(options: Options, launch: Launch) -> tuple[TokenDataset, TokenDatase
     if problems:
         raise ValueError("\n  - ".join(["training cannot start:", *problems]))
     return dataset, val_dataset
+
+
+def _find_shm_problems(options: Options, launch: Launch) -> list[str]:
+    """Why loader workers cannot be started. Rows need no shared memory, but each semaphore of their queues a page."""
+    num_workers = options.data.num_workers
+    if not num_workers or not SHM_DIR.is_dir():
+        return []
+    num_loaders = launch.local_world_size * (2 if options.validation.val_data_config else 1)
+    needed, free = 4096 * num_loaders * (3 * num_workers + 8), shutil.disk_usage(SHM_DIR).free
+    if free >= needed:
+        return []
+    return [
+        f"the queues of the loader workers take {needed >> 10} KiB in {SHM_DIR}, which has {free >> 10} KiB free: give "
+        f"the container a larger --shm-size, or fewer --num_workers than {num_workers}"
+    ]
 
 
 def _open_dataset(
