@@ -3,6 +3,7 @@
 `prepare` is called on every rank, collects every problem, and raises one error. Nothing of the model is loaded for it.
 """
 
+import mmap
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,12 +81,12 @@ def _find_shm_problems(options: Options, launch: Launch) -> list[str]:
     if not num_workers or not SHM_DIR.is_dir():
         return []
     num_loaders = launch.local_world_size * (2 if options.validation.val_data_config else 1)
-    needed, free = 4096 * num_loaders * (3 * num_workers + 8), shutil.disk_usage(SHM_DIR).free
-    if free >= needed:
+    needed, shm = mmap.PAGESIZE * num_loaders * (3 * num_workers + 8), shutil.disk_usage(SHM_DIR)
+    if shm.free >= needed or not shm.total:  # 0: without a limit
         return []
     return [
-        f"the queues of the loader workers take {needed >> 10} KiB in {SHM_DIR}, which has {free >> 10} KiB free: give "
-        f"the container a larger --shm-size, or fewer --num_workers than {num_workers}"
+        f"the queues of the loader workers take {needed >> 10} KiB in {SHM_DIR}, which has {shm.free >> 10} KiB free: "
+        f"give the container a larger --shm-size, or fewer --num_workers than {num_workers}"
     ]
 
 

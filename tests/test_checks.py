@@ -19,7 +19,7 @@ def test_a_folder_of_checkpoints_is_told_with_those_in_it(small_task, tmp_path):
 
 
 def test_shared_memory_without_room_for_semaphores_is_told_at_the_start(small_task, tmp_path, monkeypatch):
-    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**16))
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: SimpleNamespace(total=2**26, free=2**16))
     code, message = call_main(solver_args(small_task, tmp_path / "out", num_workers=8))
     assert code == 2 and "which has 64 KiB free: give the container a larger --shm-size, or fewer --num_w" in message
 
