@@ -3,6 +3,8 @@
 `prepare` is called on every rank, collects every problem, and raises one error. Nothing of the model is loaded for it.
 """
 
+import mmap
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from model.distributed import Launch, choose_device
 from model.options import Options, find_number_problems, resolve_model
 from model.trainable import IMAGE_HEAD, choose_trainable
 
+SHM_DIR = Path("/dev/shm")
 INDEX_DIR = "data_index"  # of --cache_ann_on_disk, in --output_dir
 
 
@@ -44,6 +47,7 @@ def prepare(options: Options, launch: Launch) -> tuple[TokenDataset, TokenDatase
         choose_device(options.run.device, launch)
     except ValueError as error:
         problems.append(str(error))
+    problems += _find_shm_problems(options, launch)
     dataset = _open_dataset("data_config", options, launch, problems)
     val_dataset, notes = None, []
     if options.validation.val_data_config is not None:
@@ -77,6 +81,21 @@ def settle_codebook(dataset: TokenDataset, start: str | None) -> str | None:
     """The `codebook_sha256` of what is trained on these items: theirs (None, if they mix several), else the start's."""
     named = {manifest.get("codebook_sha256") for _, manifest in dataset.manifests if manifest} - {None}
     return start if not named else named.pop() if len(named) == 1 else None
+
+
+def _find_shm_problems(options: Options, launch: Launch) -> list[str]:
+    """Why loader workers cannot be started. Rows need no shared memory, but each semaphore of their queues a page."""
+    num_workers = options.data.num_workers
+    if not num_workers or not SHM_DIR.is_dir():
+        return []
+    num_loaders = launch.local_world_size * (2 if options.validation.val_data_config else 1)
+    needed, shm = mmap.PAGESIZE * num_loaders * (3 * num_workers + 8), shutil.disk_usage(SHM_DIR)
+    if shm.free >= needed or not shm.total:  # 0: without a limit
+        return []
+    return [
+        f"the queues of the loader workers take {needed >> 10} KiB in {SHM_DIR}, which has {shm.free >> 10} KiB free: "
+        f"give the container a larger --shm-size, or fewer --num_workers than {num_workers}"
+    ]
 
 
 def _open_dataset(name: str, options: Options, launch: Launch, problems: list[str]) -> TokenDataset | None:

@@ -228,9 +228,10 @@ def _meet_on_slurm(launch: Launch, timeout_s: float) -> dist.Store:
         f"SLURM_NTASKS says that there are {launch.world_size}; to run alone, as in `srun --pty bash`, begin the "
         "command with SLURM_NTASKS=1"
     )
-    slow = threading.Timer(SLOW_MEETING_S, _say, [f"rank {launch.rank} waits for rank 0 at {place}; {advice}"])
+    slow = threading.Timer(SLOW_MEETING_S, _say, [f"rank 1 waits for rank 0 at {place}; {advice}"])
     slow.daemon = True
-    slow.start()
+    if launch.rank == 1:  # one line, not one of each rank
+        slow.start()
     deadline = time.monotonic() + timeout_s
     try:
         store = dist.TCPStore(

@@ -166,8 +166,9 @@ def test_every_precision_draws(folders, precision):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
-def test_a_device_that_is_not_here_is_named(folders, capsys):
+def test_a_device_that_is_not_here_is_named(folders, capsys, caplog):
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
+    assert caplog.messages == ["torch sees no CUDA GPU: generating on the CPU"]
     assert main(command(folders, "--device", "cuda")) == 2
     assert "PyTorch sees no CUDA" in capsys.readouterr().err
 

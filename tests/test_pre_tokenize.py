@@ -281,6 +281,13 @@ def test_the_recipes_command_is_understood(task):
     assert [default_batch_size(size, "cpu") for size in (64, 256, 512, 768)] == [16, 4, 1, 1]
 
 
+def test_without_a_gpu_images_are_encoded_on_the_cpu_and_a_line_says_so(task, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # as CUDA_VISIBLE_DEVICES= does
+    argv = ["--in_filename", str(task / "in.json"), "--out_dir", "out", "--vqgan_dir", str(task / "vqgan")]
+    assert parse_options(build_parser().parse_args(argv)).device == "cpu"
+    assert capsys.readouterr().out == "torch sees no CUDA GPU: images are encoded on the CPU\n"
+
+
 def test_merging_refuses_what_is_not_whole(task, tmp_path, capsys):
     out = tmp_path / "out"
 

@@ -109,6 +109,12 @@ def test_any_number_of_workers_gives_the_same_rows_from_any_step(dataset, num_wo
     assert [plain(row) for row in loader] == expected
 
 
+def test_rows_of_workers_need_no_shared_memory(dataset):
+    """A container may have little of it, and a worker that cannot send would keep its rank waiting for ever."""
+    for row in build_loader(make_rows(dataset), num_workers=1):
+        assert not any(value.is_shared() for value in row.values() if isinstance(value, torch.Tensor))
+
+
 def test_resuming_reads_nothing_that_was_consumed(dataset, monkeypatch):
     rows, read = make_rows(dataset), []
     original = TokenDataset.read
