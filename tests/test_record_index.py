@@ -327,38 +327,36 @@ def test_the_temporary_folder_is_this_user_s_alone(tmp_path, monkeypatch):
 
 
 MEASURED = """
-import sys, time
+import sys
 from pathlib import Path
 from data.record_index import RecordIndex, load_header, open_index
 def peak():  # MiB of this process; what getrusage says may be of the one that started it
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
-before, start = peak(), time.perf_counter()
+before = peak()
 index = {call}
-print(time.perf_counter() - start, peak() - before, peak())
+print(peak() - before, peak())
 print(index.num_items, index.max_len, *index.place(len(index) - 1))
 """
 
 
 def measured(call: str, *args: object) -> tuple[list[float], str]:
-    """Seconds that `call` took in a process of its own, MiB that it added and MiB in all; and what the index says."""
+    """MiB that `call` added to a process of its own, and MiB in all; and what the index says."""
     command = [sys.executable, "-c", MEASURED.format(call=call), *args]
     figures, said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.splitlines()
     return [float(figure) for figure in figures.split()], said
 
 
 @pytest.mark.slow
-def test_a_million_items_in_figures(tmp_path, record):
-    """The goal is 3 s and 300 MB to build, 0.2 s to open; time is given three times as much, for busy machines."""
+def test_a_million_items_take_little_memory(tmp_path, record):
     line = '{"file": "shards/0-of-1-record-%05d.pkls", "len": %d, "id": %d, "offset": %d, "nbytes": 9000}'
     lines = (line % (i // 5000, i % 8000 + 1, i, i % 5000 * 9000) for i in range(10**6))
     with record.open("w") as file:
         file.write("[\n" + ",\n".join(lines) + "\n]")
     call = "open_index(sys.argv[1], sys.argv[2], say=lambda _: None)"
-    (build_s, _, build_mib), built = measured(call, record, tmp_path / "cache")
-    (open_s, open_mib, _), opened = measured(call, record, tmp_path / "cache")
+    (_, build_mib), built = measured(call, record, tmp_path / "cache")
+    (open_mib, _), opened = measured(call, record, tmp_path / "cache")
     assert built == opened == f"1000000 8000 {record.parent}/shards/0-of-1-record-00199.pkls 44991000 9000"
-    assert build_s < 9 and build_mib < 300, (build_s, build_mib)
-    assert open_s < 0.6 and open_mib < 20, (open_s, open_mib)
+    assert build_mib < 300 and open_mib < 20, (build_mib, open_mib)
 
 
 @pytest.mark.slow
@@ -371,9 +369,9 @@ def test_ten_million_items_are_opened_unread(tmp_path):
         header = writer.finish()
     assert header["num_items"] == 10**7 and header["num_tokens"] == int(lens.sum()) * 10
     call = "RecordIndex(Path(sys.argv[1]), load_header(Path(sys.argv[1])), '')"
-    (open_s, open_mib, _), opened = measured(call, tmp_path / "index")
+    (open_mib, _), opened = measured(call, tmp_path / "index")
     assert opened == f"10000000 8000 /shards/9.pkls {999_999 * 9} 1000000"
-    assert open_s < 0.6 and open_mib < 100, (open_s, open_mib)
+    assert open_mib < 100
 
 
 def assert_same_items(index: RecordIndex, entries: list) -> None:
