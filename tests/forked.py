@@ -1,0 +1,187 @@
+"""Scripts run as processes forked from one server that has torch and transformers imported: 0.2 s, not 5, for a start.
+
+`run` and `Popen` take the command lines that `subprocess` takes: `[python, script, ...]`, `[python, "-c", code]`, and
+`[python, "-m", "torch.distributed.run", "--nproc_per_node=N", script, ...]`. Ranks then have a parent that stands in
+for torchrun: it sets their variables and, as soon as one fails, ends all. Tests of a launcher, of /proc, and of what is
+decided while torch or huggingface_hub is imported start real processes instead.
+"""
+
+import contextlib
+import functools
+import multiprocessing
+import multiprocessing.spawn
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).parents[1]
+PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "transformers", "tests.preloaded"]
+# What torchrun gives its ranks to end well after SIGTERM.
+GRACE_S = 30.0
+
+
+@functools.cache
+def _context() -> multiprocessing.context.BaseContext:
+    """The server starts with the first process. It inherits this environment: what modules read on import."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return context
+
+
+class Popen:
+    """A running script. What it prints is in `stdout` and `stderr` (paths), also while it runs."""
+
+    def __init__(
+        self, command: Sequence[object], env: Mapping[str, str], cwd: Path = ROOT, start_new_session: bool = False
+    ) -> None:
+        self.args = [str(part) for part in command]
+        folder = Path(tempfile.mkdtemp(prefix="forked"))
+        self.stdout, self.stderr = folder / "stdout", folder / "stderr"
+        self._process = _context().Process(
+            target=_launch,
+            args=(self.args, dict(env), str(cwd), (str(self.stdout), str(self.stderr)), start_new_session),
+        )
+        # A script brings its own main module: pytest's is not imported.
+        prepare = multiprocessing.spawn.get_preparation_data
+        with mock.patch("multiprocessing.spawn.get_preparation_data", lambda name: _without_main(prepare(name))):
+            self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.wait(timeout)
+        return self.stdout.read_text(), self.stderr.read_text()
+
+
+def run(
+    command: Sequence[object], env: Mapping[str, str], cwd: Path = ROOT, timeout: float = 300, check: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """As `subprocess.run` with captured text. A script that outlives `timeout` seconds is killed."""
+    process = Popen(command, env, cwd)
+    try:
+        said = process.communicate(timeout)
+    finally:
+        process.kill()
+    done = subprocess.CompletedProcess(process.args, process.returncode, *said)
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def _without_main(preparation: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in preparation.items() if not name.startswith("init_main")}
+
+
+# In the forked process
+
+
+def _launch(
+    command: list[str], env: dict[str, str], cwd: Path, said: tuple[Path, Path], start_new_session: bool
+) -> None:
+    if start_new_session:
+        os.setsid()
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    for number, path in enumerate(said, start=1):
+        # To append, so that ranks do not write over each other.
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdout.reconfigure(line_buffering=True)
+    multiprocessing.process._parent_process = None  # a script is no child of multiprocessing
+    arguments = [part for part in command[1:] if part != "-u"]
+    if arguments[:2] == ["-m", "torch.distributed.run"]:
+        arguments = [part for part in arguments[2:] if part != "--standalone"]
+        _supervise(int(arguments[0].removeprefix("--nproc_per_node=")), arguments[1:])
+    _run_script(arguments)
+
+
+def _run_script(arguments: list[str]) -> None:
+    if arguments[0] == "-c":
+        sys.argv = ["-c", *arguments[2:]]
+        exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
+        return
+    sys.argv = arguments
+    sys.path[0] = str(Path(arguments[0]).parent)
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+def _supervise(num_ranks: int, arguments: list[str]) -> None:
+    """Stands in for torchrun: does not return."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks: dict[int, int] = {}
+    for rank in range(num_ranks):
+        pid = os.fork()
+        if pid == 0:
+            places = shared | {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_RUN_ID": "forked"}
+            os.environ.update({name: str(value) for name, value in places.items()})
+            _end_with_script(arguments)
+        ranks[pid] = rank
+    signal.signal(signal.SIGTERM, lambda number, _: _signal_all(ranks, number))
+    code, deadline = 0, None
+    while ranks:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid in ranks:
+            del ranks[pid]
+            if status and not code:
+                code, deadline = abs(os.waitstatus_to_exitcode(status)), time.monotonic() + GRACE_S
+                _signal_all(ranks, signal.SIGTERM)
+        elif deadline and time.monotonic() > deadline:
+            _signal_all(ranks, signal.SIGKILL)
+        else:
+            time.sleep(0.005)
+    os._exit(min(code, 1))
+
+
+def _end_with_script(arguments: list[str]) -> None:
+    code = 1
+    try:
+        _run_script(arguments)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _signal_all(pids: Mapping[int, int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
