@@ -203,9 +203,9 @@ class Solver:
         self.config.codebook_sha256 = settle_codebook(self.dataset, self.config.codebook_sha256)
         self._build_sampler()
         self.mesh = build_mesh(options.parallel, self.device.type, self.launch.local_world_size)
-        if options.validation.eval_only:  # whatever was trained, the whole is what is looked at
-            options = dataclasses.replace(options, trainable=TrainableOptions())
-        self.model = build_sharded(self.config, self.mesh, options)
+        # Whatever was trained, the whole is what is looked at.
+        trainable = TrainableOptions() if options.validation.eval_only else options.trainable
+        self.model = build_sharded(self.config, self.mesh, options.parallel, trainable, options.float8)
         allocate(self.model, self.device, options.parallel)
         if self.val_dataset is not None:
             self.validator = Validator(

@@ -18,7 +18,6 @@ from model.hf_folder import DEFAULT_TOKENIZER, find_tokenizer
 from model.image_head import IMAGE_HEAD_INITS
 from model.optim import OPTIMIZERS, OptimOptions
 from model.parallelize import ParallelOptions
-from model.plan import PlanningOptions
 from model.samples import SampleOptions
 from model.step_guard import GuardOptions
 from model.trackers import TrackerOptions
@@ -97,6 +96,24 @@ class RunOptions:
     loss_norm: str = "global"
     device: str = "auto"
     dist_timeout_s: float = 1800.0
+
+
+@dataclass(frozen=True)
+class PlanningOptions:
+    """`plan`: say what the run would need, and end. For so many ranks, and a GPU of so many GiB."""
+
+    plan: bool = False
+    plan_world_size: int = 1
+    plan_gpu_gib: float | None = None
+
+    def problems(self) -> list[str]:
+        """What is wrong with these options, one sentence each."""
+        found = []
+        if self.plan_world_size < 1:
+            found.append(f"--plan_world_size must be at least 1, got {self.plan_world_size}")
+        if self.plan_gpu_gib is not None and not 0 < self.plan_gpu_gib < float("inf"):
+            found.append(f"--plan_gpu_gib must be above 0, got {self.plan_gpu_gib:g}")
+        return found
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,24 +75,6 @@ HEADROOM_SHARE = 0.05
 HOST_KINDS = (PARAMETERS, GRADIENTS, OPTIMIZER)  # under --cpu_offload
 MAX_ROW_LEN = 2**31 - 1
 ROW_TENSORS = ("input_ids", "labels", "position_ids")
-
-
-@dataclass(frozen=True)
-class PlanningOptions:
-    """`plan`: say what the run would need, and end. For so many ranks, and a GPU of so many GiB."""
-
-    plan: bool = False
-    plan_world_size: int = 1
-    plan_gpu_gib: float | None = None
-
-    def problems(self) -> list[str]:
-        """What is wrong with these options, one sentence each."""
-        found = []
-        if self.plan_world_size < 1:
-            found.append(f"--plan_world_size must be at least 1, got {self.plan_world_size}")
-        if self.plan_gpu_gib is not None and not 0 < self.plan_gpu_gib < math.inf:
-            found.append(f"--plan_gpu_gib must be above 0, got {self.plan_gpu_gib:g}")
-        return found
 
 
 @dataclass(frozen=True)
@@ -248,7 +229,7 @@ def plan_memory(
     cu_seqlens = torch.tensor([*range(0, row_len, document_len), row_len], dtype=torch.int32)
     with _fake_process_group(world_size):
         mesh = build_mesh(options.parallel, device.type, min(RANKS_PER_NODE, world_size))
-        model = build_sharded(config, mesh, options)
+        model = build_sharded(config, mesh, options.parallel, options.trainable, options.float8)
         with FakeTensorMode(allow_non_fake_inputs=True), as_on_cuda(), _dropout_as_on_cuda():
             allocate(model, device, options.parallel)
             optimizer = build_optimizer(model, options.optim)

@@ -5,29 +5,26 @@ Where it stands: `finetune_solver.py` calls these functions on real tensors, `mo
 without values, to count the memory of a run before there is one. They read no file and wait for no device.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from model.chameleon import ChameleonXLLMXConfig, ChameleonXLLMXOutput, build_model
-from model.float8 import use_float8
+from model.float8 import Float8Options, use_float8
 from model.parallelize import DTYPES, ParallelOptions, begin_micro_step, clip_grad_norm, parallelize
 from model.step_guard import StepGuard
-from model.trainable import choose_trainable
-
-if TYPE_CHECKING:
-    from model.options import Options
+from model.trainable import TrainableOptions, choose_trainable
 
 
 def build_sharded(
     config: ChameleonXLLMXConfig,
     mesh: DeviceMesh,
-    options: Options,
+    parallel: ParallelOptions,
+    trainable: TrainableOptions,
+    float8: Float8Options,
     compile_backend: str | Callable = "inductor",
 ) -> nn.Module:
     """The decoder that a run trains, with what is trained chosen, spread over the ranks of `mesh`; still on meta.
@@ -35,10 +32,10 @@ def build_sharded(
     `model.parallelize.allocate` gives it memory. Raises what `use_float8` and `choose_trainable` raise.
     """
     model = build_model(config, device="meta")
-    if options.float8.float8:
+    if float8.float8:
         use_float8(model)
-    model = choose_trainable(model, options.trainable, DTYPES[options.parallel.precision])
-    return parallelize(model, mesh, options.parallel, compile_backend)
+    model = choose_trainable(model, trainable, DTYPES[parallel.precision])
+    return parallelize(model, mesh, parallel, compile_backend)
 
 
 def micro_step(

@@ -78,7 +78,7 @@ def test_parameters_gradients_and_states_are_the_sums_by_hand(small_task, world_
 def count_real_step(options: Options, config, device: torch.device) -> StorageTracker:
     """What `plan_memory` does, with values and one real rank that has joined its group."""
     mesh = build_mesh(options.parallel, device.type, 1)
-    model = build_sharded(config, mesh, options)
+    model = build_sharded(config, mesh, options.parallel, options.trainable, options.float8)
     allocate(model, device, options.parallel)
     init_weights(model)
     optimizer = build_optimizer(model, options.optim)
@@ -134,7 +134,7 @@ def measure_step(options: Options, config, device: torch.device) -> dict[str, in
     found, num_micro = {}, options.data.accum_iter
     gc.collect()  # what earlier tests left would else be given back while the allocator is listened to
     with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model = build_sharded(config, mesh, options)
+        model = build_sharded(config, mesh, options.parallel, options.trainable, options.float8)
         allocate(model, device, options.parallel)
         init_weights(model.train())
         init_adapters(model, 0)

@@ -124,7 +124,9 @@ class Ours:
         """Builds and fills model and optimizer, in the order of `Solver.build`."""
         self.work, self.options, self.device = work, options, device
         self.mesh = build_mesh(options.parallel, device.type, 1)
-        self.model = build_sharded(config, self.mesh, options, compile_backend)
+        self.model = build_sharded(
+            config, self.mesh, options.parallel, options.trainable, options.float8, compile_backend
+        )
         fill(self.model, device, options)
         self.optimizer = build_optimizer(self.model, options.optim)
         guarded = torch.device("cpu") if options.parallel.cpu_offload else device
