@@ -33,7 +33,6 @@ from data.vocab import ChameleonVocab
 from model.adapter_folder import AdapterWriter, BaseWeights, open_weights
 from model.async_checkpoint import CheckpointSaver, SaveError
 from model.bad_data import BadData, RunError
-from model.chameleon import build_config, grow_positions, init_weights
 from model.checkpoint import (
     Position,
     TrainerState,
@@ -47,6 +46,7 @@ from model.checkpoint import (
 from model.checks import prepare, settle_codebook
 from model.convert import load_checkpoint_weights, load_config, prepare_starting_point
 from model.cpu_memory import keep_freed_memory
+from model.decoder.chameleon import build_config, grow_positions, init_weights
 from model.distributed import (
     Launch,
     barrier,

@@ -28,8 +28,8 @@ from data.image_transform import crop_sizes, open_image
 from data.item_processor import load_text_tokenizer
 from data.vocab import IMAGE_SYMBOL
 from model import serve
-from model.chameleon import grow_positions
 from model.convert import load_config, load_pretrained, resolve_checkpoint
+from model.decoder.chameleon import grow_positions
 from model.generation import (
     CUT_BY_LENGTH,
     CUT_BY_NAN,

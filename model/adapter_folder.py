@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from model.chameleon import ChameleonXLLMXConfig
+from model.decoder.chameleon import ChameleonXLLMXConfig
 from model.hf_folder import load_config, resolve_checkpoint
 from model.image_head import image_token_ids
 from model.trainable import EMBEDDING, HEAD, TrainableOptions, lora_config

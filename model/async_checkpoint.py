@@ -30,7 +30,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from model.adapter_folder import AdapterWriter
-from model.chameleon import ChameleonXLLMXConfig
 from model.checkpoint import (
     SAVING_PREFIX,
     SHARDS_NAME,
@@ -44,6 +43,7 @@ from model.checkpoint import (
     seal,
 )
 from model.convert import carried_vqgan, clean_name, export_tensors, write_config
+from model.decoder.chameleon import ChameleonXLLMXConfig
 from model.local_shards import rows_by_rank
 
 # The others wait while one rank writes its share, on a disk that may be slow; a dead rank ends the training's own

@@ -2,7 +2,7 @@
 Packed attention: several documents in one row, none of which sees another.
 
 Where it stands: registered with `transformers` under `ATTENTION_NAME`, and called by every attention layer of
-`model/chameleon.py`, in training (a packed row, or a padded batch) and in generation (with a key/value cache).
+`model/decoder/chameleon.py`, in training (a packed row, or a padded batch) and in generation (with a key/value cache).
 """
 
 import contextlib

@@ -14,9 +14,9 @@ from data.dataset import TokenDataset
 from data.item_processor import hash_tokenizer, load_text_tokenizer
 from data.manifest import MANIFEST_NAME
 from data.vocab import ChameleonVocab
-from model.chameleon import ChameleonXLLMXConfig, build_config, build_model
 from model.checkpoint import find_changes, find_fixed_changes, find_start, read_state
 from model.convert import check_weights
+from model.decoder.chameleon import ChameleonXLLMXConfig, build_config, build_model
 from model.distributed import Launch, choose_device
 from model.options import Options, find_number_problems, resolve_model
 from model.trainable import IMAGE_HEAD, choose_trainable

@@ -4,7 +4,7 @@ Weights in and out of the decoder, in both shapes of checkpoint.
 `xllmx` is the recipe's shape and ours (q/k-norms tied per model-parallel group); `hf` is stock Chameleon's (a row per
 head, the VQGAN inside), which `transformers.ChameleonForConditionalGeneration` loads. The VQGAN's tensors are carried
 along in both shapes where the source has them, and never loaded with the decoder. Where it stands: between the folders
-on disk and `model/chameleon.py`, for training (plain or sharded models), generation, and by hand:
+on disk and `model/decoder/chameleon.py`, for training (plain or sharded models), generation, and by hand:
 
     python model/convert.py facebook/chameleon-7b start               # image rows of lm_head zeroed, the recipe's way
     python model/convert.py output/7B/epoch1 chameleon-hf --shape hf  # --vqgan_dir, if there was none at the start
@@ -30,7 +30,7 @@ if __name__ == "__main__":
 from data.hub import find_vqgan  # noqa: E402
 from data.whole_file import sync_path  # noqa: E402
 from model.adapter_folder import open_weights  # noqa: E402
-from model.chameleon import (  # noqa: E402
+from model.decoder.chameleon import (  # noqa: E402
     ChameleonXLLMXConfig,
     ChameleonXLLMXForConditionalGeneration,
     build_model,

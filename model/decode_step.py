@@ -1,5 +1,5 @@
 """
-The decoder's forward for one new token per row: the numbers of `model/chameleon.py` in fewer and larger operations.
+The decoder's forward for one new token per row: the numbers of `model/decoder/` in fewer and larger operations.
 
 Where it stands: `model/generation.py` calls `LeanForward`, the step and the head, for every token after the prompts.
 Around the matrix products a step costs calls on a CPU and kernels on a GPU, so projections of the same input are one
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from data.vocab import ChameleonVocab
-from model.chameleon import ChameleonXLLMXDecoderLayer, ChameleonXLLMXForConditionalGeneration
+from model.decoder.chameleon import ChameleonXLLMXDecoderLayer, ChameleonXLLMXForConditionalGeneration
 from model.kv_cache import KVCache
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, fields
 import torch
 
 from data.vocab import ChameleonVocab
-from model.chameleon import ChameleonXLLMXConfig, ChameleonXLLMXForConditionalGeneration
 from model.decode_step import LeanForward
+from model.decoder.chameleon import ChameleonXLLMXConfig, ChameleonXLLMXForConditionalGeneration
 from model.image_grammar import GrammarState, ImageGrammar, Kind, open_image_start
 from model.kv_cache import KVCache, row_bytes
 from model.root_forward import RootForward

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import ChameleonConfig
 
 from data.hub import TOKENIZER_FILES, fetch_folder
-from model.chameleon import ChameleonXLLMXConfig
+from model.decoder.chameleon import ChameleonXLLMXConfig
 
 DEFAULT_TOKENIZER = "Alpha-VLLM/Lumina-mGPT-7B-768"  # the recipe's; its other checkpoints come without
 # Ours; and that of stock Chameleon, of the recipe's checkpoints and of our older ones.

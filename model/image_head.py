@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from model.chameleon import ChameleonXLLMXConfig, build_model
+from model.decoder.chameleon import ChameleonXLLMXConfig, build_model
 from model.hf_folder import load_config
 from model.weight_files import WeightReader, write_text_file
 

@@ -1,8 +1,8 @@
 """
 Keys and values of a batch, allocated once.
 
-Where it stands: filled by the decoder's forward over the prompts (`model/chameleon.py`), then by one token per row and
-step (`model/decode_step.py`, or again the decoder's forward); `model/generation.py` says which slots a row sees.
+Where it stands: filled by the decoder's forward over the prompts (`model/decoder/`), then by one token per row and step
+(`model/decode_step.py`, or again the decoder's forward); `model/generation.py` says which slots a row sees.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from model.chameleon import ChameleonXLLMXConfig
+from model.decoder.chameleon import ChameleonXLLMXConfig
 
 
 def row_bytes(config: ChameleonXLLMXConfig, num_slots: int, dtype: torch.dtype) -> int:

@@ -1,7 +1,7 @@
 """
 Which part of a full tensor a rank holds, and filling it, without importing anything distributed.
 
-Where it stands: under `init_weights` in `model/chameleon.py`, the loading in `model/convert.py` and the gathering in
+Where it stands: under `init_weights` in `model/decoder/`, the loading in `model/convert.py` and the gathering in
 `model/async_checkpoint.py`. A sharded parameter (DTensor) knows its mesh and its place in it; that is all that is asked
 of it here, and nothing is communicated.
 """

@@ -1,7 +1,7 @@
 """
 The loss: cross-entropy and z-loss of the language-model head, fused with its matmul.
 
-Where it stands: `LossHead` is the `lm_head` of `model/chameleon.py`. The logits of all targets are never in memory at
+Where it stands: `LossHead` is the `lm_head` of the decoder. The logits of all targets are never in memory at
 once: they are made chunk by chunk, and their gradient is used up at once, in the forward.
 """
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from data.dataset import OVERLONG_CHOICES
-from model.chameleon import MODEL_SIZES
 from model.checkpoint import CheckpointOptions
+from model.decoder.chameleon import MODEL_SIZES
 from model.distributed import detect_launch, stop_at_start
 from model.float8 import Float8Options
 from model.hf_folder import DEFAULT_TOKENIZER, find_tokenizer

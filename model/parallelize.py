@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from model.chameleon import reset_rotary_buffers
+from model.decoder.chameleon import reset_rotary_buffers
 from model.recompute import recompute_layers
 
 DTYPES = {

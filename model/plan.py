@@ -35,8 +35,8 @@ from data.dataset import TokenDataset
 from data.item_processor import load_text_tokenizer
 from data.packing import PlanOptions, plan_epoch, round_row_len
 from model.attention import as_on_cuda
-from model.chameleon import IMAGE_TOKEN_PREFIX, ChameleonXLLMXConfig, build_config, build_model, grow_positions
 from model.convert import load_config
+from model.decoder.chameleon import IMAGE_TOKEN_PREFIX, ChameleonXLLMXConfig, build_config, build_model, grow_positions
 from model.distributed import Launch, stop_at_start
 from model.flops import trained_flops_per_token
 from model.gpu_peaks import mean_document_len

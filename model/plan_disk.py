@@ -15,8 +15,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from model.adapter_folder import NOTE_NAME, BaseWeights
-from model.chameleon import ChameleonXLLMXConfig, build_model
 from model.convert import VQGAN_PREFIX
+from model.decoder.chameleon import ChameleonXLLMXConfig, build_model
 from model.storage_tracker import storages_of
 from model.weight_files import WeightReader
 

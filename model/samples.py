@@ -18,7 +18,7 @@ from torch import nn
 from data.hub import DEFAULT_VQGAN_DIR, find_vqgan_problems
 from data.image_transform import crop_sizes, crop_to_rgb, open_image
 from data.vocab import IMAGE_SYMBOL, ChameleonVocab
-from model.chameleon import ChameleonXLLMXConfig
+from model.decoder.chameleon import ChameleonXLLMXConfig
 from model.distributed import barrier, broadcast_from_main, from_main, gather_over_ranks
 from model.generation import Generation, SamplingOptions, fit_batch_size, generate_batch
 from model.kv_cache import free_bytes

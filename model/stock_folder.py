@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from data.item_processor import load_text_tokenizer
 from data.vocab import BEGIN_IMAGE, BOS, END_IMAGE, END_OF_TURN
-from model.chameleon import ChameleonXLLMXConfig, ChameleonXLLMXForConditionalGeneration
+from model.decoder.chameleon import ChameleonXLLMXConfig, ChameleonXLLMXForConditionalGeneration
 from model.image_head import EXPORT_MARK, STOCK_ARCHITECTURE
 from model.weight_files import write_text_file
 

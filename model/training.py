@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from model.chameleon import ChameleonXLLMXConfig, ChameleonXLLMXOutput, build_model
+from model.decoder.chameleon import ChameleonXLLMXConfig, ChameleonXLLMXOutput, build_model
 from model.float8 import Float8Options, use_float8
 from model.parallelize import DTYPES, ParallelOptions, begin_micro_step, clip_grad_norm, parallelize
 from model.step_guard import StepGuard

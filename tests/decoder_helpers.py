@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from model.chameleon import ChameleonXLLMXConfig, build_model
+from model.decoder.chameleon import ChameleonXLLMXConfig, build_model
 
 NUM_CODES = 32
 WORDS = "a b c d e f g h red blue one two cat car on the".split()

@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerFast
 from data.record import RecordEntry, read_record, write_merged
 from data.token_file import save_token_file
 from data.vocab import ChameleonVocab
-from model.chameleon import build_config, build_model, init_weights
 from model.convert import export_hf
+from model.decoder.chameleon import build_config, build_model, init_weights
 from tests import forked
 
 ROOT = Path(__file__).parents[1]

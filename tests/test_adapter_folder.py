@@ -18,8 +18,8 @@ from model.adapter_folder import (
     fingerprint_weights,
     open_weights,
 )
-from model.chameleon import build_model, init_weights
 from model.convert import check_weights, clean_name, convert_checkpoint, export_hf, load_pretrained, main, write_config
+from model.decoder.chameleon import build_model, init_weights
 from model.trainable import TrainableOptions
 from tests.test_trainable import BOTH, IMAGE_HEAD, IMAGE_IDS, LORA, NAMED, make_adapted, make_config, make_row
 

@@ -22,7 +22,6 @@ from small_run import call_main, command, losses, solver_args, train
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from model.async_checkpoint import CheckpointSaver, SaveError, find_space_problem
-from model.chameleon import build_config, build_model, init_weights, reset_rotary_buffers
 from model.checkpoint import (
     CheckpointOptions,
     Position,
@@ -34,6 +33,7 @@ from model.checkpoint import (
     read_state,
 )
 from model.convert import load_pretrained
+from model.decoder.chameleon import build_config, build_model, init_weights, reset_rotary_buffers
 from model.distributed import detect_launch, end_process, process_group
 from model.optim import OptimOptions, build_optimizer
 from model.parallelize import ParallelOptions, build_mesh, parallelize

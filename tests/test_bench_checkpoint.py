@@ -5,7 +5,7 @@ import json
 import pytest
 
 from exps.bench.checkpoint import BYTES_PER_PARAMETER, model_shape
-from model.chameleon import build_config, build_model
+from model.decoder.chameleon import build_config, build_model
 from tests.tokenize_helpers import run_script
 
 

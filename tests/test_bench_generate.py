@@ -6,7 +6,7 @@ import pytest
 
 from data.vocab import ChameleonVocab
 from exps.bench.generate import image_start, make_vocabulary, needed_bytes
-from model.chameleon import build_config, build_model
+from model.decoder.chameleon import build_config, build_model
 from tests.tokenize_helpers import run_script
 
 

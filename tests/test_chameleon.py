@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
-from model.chameleon import MODEL_SIZES, ChameleonXLLMXConfig, build_config, build_model, init_weights
+from model.decoder.chameleon import MODEL_SIZES, ChameleonXLLMXConfig, build_config, build_model, init_weights
 from model.loss import IGNORE_INDEX
 from tests.decoder_helpers import code_name, random_tokens, seed_weights, small_model, small_vocabulary
 

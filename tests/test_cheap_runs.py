@@ -17,8 +17,8 @@ from transformers import ChameleonForConditionalGeneration
 from data.item_processor import load_text_tokenizer
 from inference_solver import FlexARInferenceSolver
 from model.adapter_folder import open_weights
-from model.chameleon import build_config, build_model, init_weights
 from model.convert import convert_checkpoint, export_hf, load_pretrained, main
+from model.decoder.chameleon import build_config, build_model, init_weights
 from model.vqgan import VQGAN, save_vqgan
 from tests import forked
 from tests.decoder_helpers import small_config

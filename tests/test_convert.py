@@ -16,12 +16,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, ChameleonConfig, ChameleonForConditionalGeneration
 
-from model.chameleon import (
-    ChameleonXLLMXForConditionalGeneration,
-    build_model,
-    init_weights,
-    reset_rotary_buffers,
-)
+from model.chameleon import ChameleonXLLMXForConditionalGeneration
 from model.convert import (
     VQGAN_PREFIX,
     convert_checkpoint,
@@ -31,6 +26,11 @@ from model.convert import (
     load_pretrained,
     main,
     resolve_checkpoint,
+)
+from model.decoder.chameleon import (
+    build_model,
+    init_weights,
+    reset_rotary_buffers,
 )
 from model.vqgan import VQGAN, load_vqgan, save_vqgan
 from model.weight_files import INDEX_FILE, WeightReader, write_weights

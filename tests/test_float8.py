@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from model.chameleon import build_config, build_model, init_weights, reset_rotary_buffers
+from model.decoder.chameleon import build_config, build_model, init_weights, reset_rotary_buffers
 from model.distributed import Launch, process_group
 from model.float8 import Float8Options, use_float8
 from model.optim import OptimOptions, build_optimizer

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.chameleon import build_config, build_model, init_weights
+from model.decoder.chameleon import build_config, build_model, init_weights
 from model.flops import flops_per_token, trained_flops_per_token
 
 SEQ_LEN = 48

@@ -9,8 +9,8 @@ import torch
 from data.item_processor import load_text_tokenizer
 from inference_solver import FlexARInferenceSolver
 from model.adapter_folder import BaseWeights
-from model.chameleon import build_config, build_model
 from model.convert import export_hf, load_pretrained
+from model.decoder.chameleon import build_config, build_model
 from model.hf_folder import DEFAULT_TOKENIZER, find_tokenizer
 from tests.decoder_helpers import seed_weights
 from tests.small_run import call_main, solver_args, write_small_task

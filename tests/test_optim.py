@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from model.chameleon import build_config, build_model
+from model.decoder.chameleon import build_config, build_model
 from model.optim import OptimOptions, build_optimizer, lr_at, set_lr, split_by_decay
 from model.small_states import plain_tensors
 

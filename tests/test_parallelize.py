@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model.chameleon import build_config, build_model, init_weights
+from model.decoder.chameleon import build_config, build_model, init_weights
 from model.optim import OptimOptions, build_optimizer
 from model.options import build_parser
 from model.parallelize import (

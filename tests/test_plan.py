@@ -21,8 +21,8 @@ from data.packing import PlanOptions, plan_epoch
 from exps import plan_table
 from model import storage_tracker
 from model.adapter_folder import NOTE_NAME, BaseWeights
-from model.chameleon import build_config, build_model, init_weights
 from model.convert import convert_checkpoint, load_config, prepare_starting_point
+from model.decoder.chameleon import build_config, build_model, init_weights
 from model.distributed import Launch, process_group
 from model.flops import flops_per_token
 from model.optim import build_optimizer

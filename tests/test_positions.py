@@ -7,14 +7,15 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM
 
+import model.chameleon  # noqa: F401, known to AutoModelForCausalLM
 from data.item_processor import load_text_tokenizer
 from data.record import RecordEntry, write_merged
 from data.token_file import save_token_file
 from data.vocab import ChameleonVocab
 from inference_solver import FlexARInferenceSolver
 from inference_solver import main as infer
-from model.chameleon import build_config, build_model, grow_positions, init_weights
 from model.convert import convert_checkpoint, export_hf, load_pretrained
+from model.decoder.chameleon import build_config, build_model, grow_positions, init_weights
 from model.options import Options, build_parser
 from model.plan import find_config
 from model.vqgan import VQGAN, save_vqgan

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.chameleon import build_config, build_model, init_weights
+from model.decoder.chameleon import build_config, build_model, init_weights
 from model.parallelize import ParallelOptions
 from model.recompute import recompute_layers
 

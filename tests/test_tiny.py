@@ -24,8 +24,8 @@ from exps.tiny.scenes import (
     read,
 )
 from exps.tiny.train_vqgan import k_means
-from model.chameleon import build_config, build_model
 from model.convert import export_hf
+from model.decoder.chameleon import build_config, build_model
 from model.vqgan import image_to_pixels, load_vqgan, pixels_to_image
 
 VQGAN_DIR = Path(__file__).parents[1] / "exps" / "tiny" / "vqgan"

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model.chameleon import build_config, build_model, init_weights, reset_rotary_buffers
 from model.checks import prepare
 from model.convert import clean_name, export_hf, load_checkpoint_weights, load_pretrained
+from model.decoder.chameleon import build_config, build_model, init_weights, reset_rotary_buffers
 from model.distributed import Launch, detect_launch, end_process, process_group
 from model.optim import OptimOptions, build_optimizer
 from model.options import Options, build_parser

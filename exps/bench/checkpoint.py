@@ -33,9 +33,9 @@ from exps.bench.common import (  # noqa: E402
     versions,
 )
 from model.async_checkpoint import CheckpointSaver  # noqa: E402
-from model.chameleon import build_config, build_model, init_weights, reset_rotary_buffers  # noqa: E402
 from model.checkpoint import CheckpointOptions, Position, TrainerState, read_state  # noqa: E402
 from model.cpu_memory import keep_freed_memory  # noqa: E402
+from model.decoder.chameleon import build_config, build_model, init_weights, reset_rotary_buffers  # noqa: E402
 from model.distributed import Launch, process_group  # noqa: E402
 from model.optim import OptimOptions, build_optimizer  # noqa: E402
 from model.parallelize import ParallelOptions, build_mesh, parallelize  # noqa: E402

@@ -53,7 +53,7 @@ from exps.bench.common import (  # noqa: E402
     run_alone,
     versions,
 )
-from model.chameleon import MODEL_SIZES, build_config, build_model, reset_rotary_buffers  # noqa: E402
+from model.decoder.chameleon import MODEL_SIZES, build_config, build_model, reset_rotary_buffers  # noqa: E402
 from model.generation import SamplingOptions, generate_batch  # noqa: E402
 from model.image_grammar import ImageGrammar, Kind  # noqa: E402
 

@@ -45,7 +45,7 @@ from exps.bench.common import (  # noqa: E402
 )
 from exps.bench.train_measure import GIB, MATRIX_RATE, Task, parse_training  # noqa: E402
 from exps.bench.train_ways import WAYS, Work, fill_rows, spread_lengths  # noqa: E402
-from model.chameleon import MODEL_SIZES  # noqa: E402
+from model.decoder.chameleon import MODEL_SIZES  # noqa: E402
 from model.gpu_peaks import peak_flops  # noqa: E402
 from model.options import Options  # noqa: E402
 from model.options import build_parser as build_training_parser  # noqa: E402

@@ -24,7 +24,7 @@ from data.rows import collate_row
 from data.token_file import TokenItem
 from data.vocab import IGNORE_INDEX
 from model import loss as loss_module
-from model.chameleon import ChameleonXLLMXConfig, build_config, init_weights
+from model.decoder.chameleon import ChameleonXLLMXConfig, build_config, init_weights
 from model.metrics import MetricSums
 from model.optim import BETAS, build_optimizer, set_lr, split_by_decay
 from model.options import Options

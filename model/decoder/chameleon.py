@@ -1,0 +1,455 @@
+"""
+The decoder: `transformers`' Chameleon with what training needs.
+
+Where it stands: `finetune_solver.py` trains it on the rows of `data/`, `model/convert.py` reads and writes its weights,
+`model/generation.py` samples from it. Different from stock Chameleon: residual dropout, q/k-norm weights tied per
+model-parallel group, packed rows, no VQGAN in memory, image logits masked only if asked, and a forward that returns
+the loss. It knows no cluster: all that FSDP needs is that everything goes through the root's `forward`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin
+from transformers.models.chameleon.configuration_chameleon import ChameleonConfig
+from transformers.models.chameleon.modeling_chameleon import (
+    ChameleonAttention,
+    ChameleonMLP,
+    ChameleonPreTrainedModel,
+    ChameleonRMSNorm,
+    ChameleonRotaryEmbedding,
+)
+from transformers.utils import ModelOutput
+
+from model.attention import (
+    ATTENTION_NAME,
+    PackedRow,
+    build_packed_row,
+    causal_mask,
+    positions_from_cu_seqlens,
+    positions_from_mask,
+)
+from model.local_shards import copy_into_parameter
+from model.loss import HeadLoss, LossHead, refuse_image_targets, shift_labels
+
+IMAGE_TOKEN_PREFIX = "IMGIMG"
+
+TINY: dict[str, Any] = dict(
+    hidden_size=256,
+    intermediate_size=688,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    max_position_embeddings=4096,
+)
+MODEL_SIZES: dict[str, dict[str, Any]] = {
+    "7B": dict(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        max_position_embeddings=4096,
+    ),
+    "34B": dict(
+        hidden_size=8192,
+        intermediate_size=22016,
+        num_hidden_layers=48,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        max_position_embeddings=4096,
+        model_parallel_size=8,
+        swin_norm=True,
+    ),
+    "1B": dict(
+        hidden_size=2048,
+        intermediate_size=5504,
+        num_hidden_layers=20,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        max_position_embeddings=4096,
+    ),
+    "tiny": TINY,
+    "bench": TINY | {"vocab_size": 65536},
+}
+
+
+class ChameleonXLLMXConfig(ChameleonConfig):
+    """
+    Chameleon's configuration and what training adds to it.
+
+    Attributes:
+        dropout: dropout on what attention and MLP add to the residual stream, in training.
+        z_loss_weight: weight of the squared log-normalizer in the loss.
+        mask_image_logits: mask the logits of image tokens (stock Chameleon always does; ours only if asked).
+        tie_head_norm: q/k-norm weights are shared by the heads of a model-parallel group ([model_parallel_size,
+            head_dim], the recipe's shape); False gives every head its own ([heads, head_dim], stock's shape).
+        codebook_sha256: names the VQGAN whose codes it was trained on (model/vqgan.py); None: not known.
+    """
+
+    model_type = "chameleon_xllmx"  # stock's own is "chameleon", as in the recipe's checkpoints
+    dropout: float | int = 0.0
+    z_loss_weight: float | int = 0.0
+    mask_image_logits: bool = False
+    tie_head_norm: bool = True
+    codebook_sha256: str | None = None
+
+
+@dataclass
+class ChameleonXLLMXOutput(ModelOutput):
+    """
+    What the decoder returns: with labels all but `logits`, without labels `logits` (and the cache).
+
+    Attributes:
+        loss: scalar to call `backward` on.
+        logits: [B, T, V] (or fewer positions, see `logits_to_keep`).
+        ce_loss: sum of the cross-entropy over valid targets, detached, like everything below.
+        z_loss: sum of the squared log-normalizer over valid targets, without its weight.
+        num_valid_tokens: valid targets, int64.
+        text_ce_sum, image_ce_sum: `ce_loss` split by the kind of the target.
+        num_text_tokens, num_image_tokens: `num_valid_tokens` split likewise.
+        past_key_values: the cache given in, filled.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    ce_loss: torch.Tensor | None = None
+    z_loss: torch.Tensor | None = None
+    num_valid_tokens: torch.Tensor | None = None
+    text_ce_sum: torch.Tensor | None = None
+    image_ce_sum: torch.Tensor | None = None
+    num_text_tokens: torch.Tensor | None = None
+    num_image_tokens: torch.Tensor | None = None
+    past_key_values: Any = None
+
+
+def build_config(model_size: str, vocabulary: Any = None, **overrides: Any) -> ChameleonXLLMXConfig:
+    """
+    The configuration of a named size.
+
+    Args:
+        model_size: a key of `MODEL_SIZES`.
+        vocabulary: a tokenizer (with `get_vocab()`) or a mapping of token name to id. Its size is the model's, unless
+            the size or an override says otherwise; without one there are no image tokens to know.
+        overrides: configuration values that replace those of the table.
+
+    Raises:
+        ValueError: unknown size, or a vocabulary with ids beyond `vocab_size`.
+    """
+    if model_size not in MODEL_SIZES:
+        raise ValueError(f"model size {model_size!r} is unknown; choose one of {', '.join(MODEL_SIZES)}.")
+    name_to_id: Mapping[str, int] = vocabulary.get_vocab() if hasattr(vocabulary, "get_vocab") else vocabulary or {}
+    values: dict[str, Any] = dict(
+        vocabulary_map=dict(name_to_id),
+        bos_token_id=name_to_id.get("<s>"),
+        eos_token_id=name_to_id.get("</s>"),
+        pad_token_id=name_to_id.get("<pad>"),
+    )
+    num_ids = max(name_to_id.values(), default=-1) + 1
+    if num_ids:
+        values["vocab_size"] = num_ids
+    values |= MODEL_SIZES[model_size] | overrides
+    config = ChameleonXLLMXConfig(**values)
+    if num_ids > config.vocab_size:
+        raise ValueError(
+            f"the vocabulary has ids up to {num_ids - 1}, but the model ({model_size}) has vocab_size="
+            f"{config.vocab_size}. Give a vocab_size of at least {num_ids}, or another tokenizer."
+        )
+    return config
+
+
+def grow_positions(config: ChameleonXLLMXConfig, least: int) -> str | None:
+    """
+    Give a configuration at least so many positions; what to tell of it, None where it has them.
+
+    Rotary frequencies do not depend on the number of positions, so no weight changes.
+    """
+    had = config.max_position_embeddings
+    if had >= least:
+        return None
+    config.max_position_embeddings = least
+    return f"max_position_embeddings grows from {had:,} to {least:,}"
+
+
+def build_model(
+    config: ChameleonXLLMXConfig, device: str | torch.device = "meta", dtype: torch.dtype = torch.float32
+) -> "ChameleonXLLMXForConditionalGeneration":
+    """
+    The decoder without values: on "meta", or allocated on a device.
+
+    On a device the weights are undefined until `init_weights` or `convert.load_checkpoint_weights`; only the rotary
+    buffers are right. From meta: shard, `to_empty`, `reset_rotary_buffers`, then fill the weights.
+    """
+    with torch.device("meta"):
+        model = ChameleonXLLMXForConditionalGeneration(config).to(dtype)
+    if torch.device(device).type != "meta":
+        model.to_empty(device=device)
+        reset_rotary_buffers(model)
+    return model
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, seed: int = 0) -> None:
+    """
+    Fill a plain or sharded model: norms 1 (their biases 0), all else normal(0, `initializer_range`).
+
+    Every rank draws every full tensor from the same generator and keeps its part, so the values do not depend on the
+    number of ranks or on the device.
+    """
+    std = model.config.initializer_range
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        module, _, kind = name.rpartition(".")
+        if "norm" in module.rpartition(".")[2]:
+            parameter.fill_(1.0 if kind == "weight" else 0.0)
+            continue
+        full = torch.empty(parameter.shape, dtype=torch.float32)
+        if kind == "weight":
+            full.normal_(0.0, std, generator=generator)
+        else:
+            full.zero_()
+        copy_into_parameter(parameter, full)
+
+
+def reset_rotary_buffers(model: nn.Module) -> None:
+    """Recompute the rotary frequencies, in fp32: they are in no checkpoint, and garbage after `to_empty`."""
+    rotary = next(module for module in model.modules() if isinstance(module, ChameleonRotaryEmbedding))
+    device = rotary.inv_freq.device
+    with torch.device("cpu"):
+        fresh = ChameleonRotaryEmbedding(rotary.config)
+    rotary.inv_freq = fresh.inv_freq.to(device)
+    rotary.original_inv_freq = fresh.original_inv_freq.to(device)
+
+
+class TiedHeadLayerNorm(nn.Module):
+    """Layer norm over each head, with one weight and bias per group of heads: [num_groups, head_dim]."""
+
+    def __init__(self, num_groups: int, num_heads: int, head_dim: int, eps: float = 1e-5):
+        super().__init__()
+        if num_heads % num_groups:
+            raise ValueError(
+                f"{num_heads} heads cannot be split into {num_groups} groups of q/k-norm weights; "
+                "model_parallel_size must divide the numbers of heads and of kv heads."
+            )
+        self.num_heads, self.head_dim, self.eps = num_heads, head_dim, eps
+        self.weight = nn.Parameter(torch.ones(num_groups, head_dim))
+        self.bias = nn.Parameter(torch.zeros(num_groups, head_dim))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[N, num_heads, head_dim] -> the same shape."""
+        weight, bias = self.weight, self.bias
+        repeats = self.num_heads // weight.shape[0]
+        if 1 < weight.shape[0] < self.num_heads:
+            weight, bias = weight.repeat_interleave(repeats, 0), bias.repeat_interleave(repeats, 0)
+        return F.layer_norm(hidden_states, (self.head_dim,), None, None, self.eps) * weight + bias
+
+
+class ChameleonXLLMXDecoderLayer(nn.Module):
+    """Attention and MLP on the residual stream; norms before them, or with `swin_norm` after them."""
+
+    def __init__(self, config: ChameleonXLLMXConfig, layer_idx: int):
+        super().__init__()
+        self.swin_norm = bool(config.swin_norm)
+        self.dropout = float(config.dropout)
+        self.self_attn = ChameleonAttention(config, layer_idx)
+        head_dim, heads, kv_heads = self.self_attn.head_dim, config.num_attention_heads, config.num_key_value_heads
+        groups = config.model_parallel_size if config.tie_head_norm else None
+        self.self_attn.q_norm = TiedHeadLayerNorm(groups or heads, heads, head_dim)
+        self.self_attn.k_norm = TiedHeadLayerNorm(groups or kv_heads, kv_heads, head_dim)
+        self.mlp = ChameleonMLP(config)
+        self.input_layernorm = ChameleonRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = ChameleonRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Any = None,
+        packed_row: PackedRow | None = None,
+    ) -> torch.Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        attention = dict(
+            attention_mask=attention_mask,
+            position_embeddings=position_embeddings,
+            past_key_values=past_key_values,
+            packed_row=packed_row,
+        )
+        if self.swin_norm:
+            added = self.input_layernorm(self.self_attn(hidden_states, **attention)[0])
+            hidden_states = hidden_states + F.dropout(added, self.dropout, self.training)
+            added = self.post_attention_layernorm(self.mlp(hidden_states))
+        else:
+            added = self.self_attn(self.input_layernorm(hidden_states), **attention)[0]
+            hidden_states = hidden_states + F.dropout(added, self.dropout, self.training)
+            added = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + F.dropout(added, self.dropout, self.training)
+
+
+class ChameleonXLLMXModel(ChameleonPreTrainedModel):
+    """Embedding, layers and final norm; the keys are those of stock Chameleon without `vqmodel`."""
+
+    config_class = ChameleonXLLMXConfig
+
+    def __init__(self, config: ChameleonXLLMXConfig):
+        super().__init__(config)
+        self.config._attn_implementation = ATTENTION_NAME
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(ChameleonXLLMXDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = ChameleonRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = ChameleonRotaryEmbedding(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        max_seqlen: int | None = None,
+    ) -> torch.Tensor:
+        """Hidden states [B, T, D] after the final norm; arguments as in the model's `forward`."""
+        hidden_states = self.embed_tokens(input_ids)
+        packed_row = None
+        if cu_seqlens is not None:
+            _check_packed(input_ids, attention_mask, past_key_values)
+            packed_row = build_packed_row(
+                cu_seqlens, input_ids.shape[1], hidden_states.device, max_seqlen, hidden_states.dtype
+            )
+            if position_ids is None:
+                position_ids = positions_from_cu_seqlens(packed_row.cu_seqlens, input_ids.shape[1], input_ids.device)
+        past_len = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = positions_from_mask(input_ids, attention_mask, past_len)
+        mask = None if packed_row else causal_mask(attention_mask, past_len, input_ids.shape[1], input_ids.device)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=mask,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                packed_row=packed_row,
+            )
+        return self.norm(hidden_states)
+
+
+class ChameleonXLLMXForConditionalGeneration(ChameleonPreTrainedModel, GenerationMixin):
+    """The decoder with its head: a loss with labels, logits without."""
+
+    config_class = ChameleonXLLMXConfig
+    _no_split_modules = ["ChameleonXLLMXDecoderLayer"]
+    _keys_to_ignore_on_load_unexpected = [r"model\.vqmodel\..*"]
+
+    def __init__(self, config: ChameleonXLLMXConfig):
+        super().__init__(config)
+        self.config._attn_implementation = ATTENTION_NAME
+        if config.tie_word_embeddings:
+            raise ValueError("tie_word_embeddings=True is not supported: Chameleon's head has its own weights.")
+        self.model = ChameleonXLLMXModel(config)
+        self.lm_head = LossHead(config.hidden_size, config.vocab_size, bias=False)
+        self._image_ids: dict[torch.device, torch.Tensor] = {}
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        loss_scale: float | torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        max_seqlen: int | None = None,
+        num_valid: int | None = None,
+        **_unused: Any,
+    ) -> ChameleonXLLMXOutput:
+        """
+        Args:
+            input_ids: int64 [B, T]; a packed row has B = 1.
+            labels: int64 [B, T], labels[t] is the token at t or `IGNORE_INDEX`; shifted here.
+            position_ids: int64 [B, T] or [1, T]; by default from `cu_seqlens`, `attention_mask` or the cache.
+            cu_seqlens: int [num_documents + 1], the documents of a packed row. Nothing attends across them, and the
+                first token of a document is never a target. Best kept on the host: then nothing waits for the device.
+            attention_mask: [B, S] with 0 at padding (right padding alone needs none), or bool [B, 1, T, S].
+            past_key_values: a cache with `get_seq_length` and `update`.
+            use_cache: make a cache if none is given (as `transformers.generate` does).
+            loss_scale: None: the loss is the mean over valid targets; otherwise their sum times this.
+            logits_to_keep: how many positions at the end get logits (0: all), or int64 [B], one position per row.
+            max_seqlen: an upper bound of the longest document, on the host.
+            num_valid: number of targets (after the shift), on the host; without it the host waits for the device.
+
+        Raises:
+            ValueError: `cu_seqlens` with a batch, a mask or a cache; an image target under `mask_image_logits`.
+        """
+        if use_cache and past_key_values is None:
+            from transformers import DynamicCache
+
+            past_key_values = DynamicCache(config=self.config)
+        hidden_states = self.model(input_ids, position_ids, cu_seqlens, attention_mask, past_key_values, max_seqlen)
+        if labels is None:
+            logits = self.lm_head(_keep_positions(hidden_states, logits_to_keep))
+            if self.config.mask_image_logits:
+                logits = logits.index_fill(-1, self.image_token_ids(logits.device), torch.finfo(logits.dtype).min)
+            return ChameleonXLLMXOutput(logits=logits, past_key_values=past_key_values)
+        targets = shift_labels(labels, cu_seqlens)
+        image_ids = self.image_token_ids(labels.device)
+        if self.config.mask_image_logits:
+            refuse_image_targets(targets, image_ids)
+        head_loss = self.lm_head(
+            hidden_states,
+            targets,
+            loss_scale,
+            self.config.z_loss_weight,
+            image_ids if self.config.mask_image_logits else None,
+            num_valid,
+        )
+        return self._loss_output(head_loss, image_ids)
+
+    def image_token_ids(self, device: torch.device) -> torch.Tensor:
+        """Sorted int64 ids of the image tokens (those named `IMGIMG...`), kept per device."""
+        if device not in self._image_ids:
+            names = self.config.vocabulary_map or {}
+            ids = sorted(token_id for name, token_id in names.items() if name.startswith(IMAGE_TOKEN_PREFIX))
+            self._image_ids[device] = torch.tensor(ids, dtype=torch.int64, device=device)
+        return self._image_ids[device]
+
+    def _loss_output(self, head_loss: HeadLoss, image_ids: torch.Tensor) -> ChameleonXLLMXOutput:
+        ce, targets = head_loss.ce, head_loss.targets
+        is_image = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=ce.device)
+        is_image = is_image.index_fill_(0, image_ids, True)[targets]
+        ce_sum, image_ce_sum, num_image = ce.sum(), (ce * is_image).sum(), is_image.sum()
+        num_valid = torch.full_like(num_image, targets.numel())
+        return ChameleonXLLMXOutput(
+            loss=head_loss.loss,
+            ce_loss=ce_sum,
+            z_loss=head_loss.lse.square().sum(),
+            num_valid_tokens=num_valid,
+            text_ce_sum=ce_sum - image_ce_sum,
+            image_ce_sum=image_ce_sum,
+            num_text_tokens=num_valid - num_image,
+            num_image_tokens=num_image,
+        )
+
+
+def _check_packed(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cache: Any) -> None:
+    if input_ids.shape[0] != 1 or attention_mask is not None or cache is not None:
+        raise ValueError(
+            f"cu_seqlens describes the documents of one row, without mask or cache; got a batch of "
+            f"{input_ids.shape[0]} rows, attention_mask {'given' if attention_mask is not None else 'absent'}, "
+            f"cache {'given' if cache is not None else 'absent'}."
+        )
+
+
+def _keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    if isinstance(logits_to_keep, torch.Tensor):
+        rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
+        return hidden_states[rows, logits_to_keep][:, None]
+    return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
