@@ -17,16 +17,8 @@ from data.messages import one_line
 from data.vocab import GRID_PIXELS
 
 MAX_ASPECT_RATIO = 4.0
-CROP_MODES = (
-    "L",
-    "LA",
-    "RGB",
-    "RGBA",
-    "P",
-    "CMYK",
-    "YCbCr",
-    "LAB",
-)  # cropped as they are; all others are converted before
+# Cropped as they are; all others are converted before.
+CROP_MODES = ("L", "LA", "RGB", "RGBA", "P", "CMYK", "YCbCr", "LAB")
 _ODD_ALPHA = ("La", "PA", "RGBa")
 _HIGH_DEPTH = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _TO_UPRIGHT = {
