@@ -18,7 +18,7 @@ from data.vocab import GRID_PIXELS
 
 MAX_ASPECT_RATIO = 4.0
 # Cropped as they are; all others are converted before.
-CROP_MODES = ("L", "LA", "RGB", "RGBA", "P", "CMYK", "YCbCr", "LAB")
+CROP_MODES = ("L", "LA", "RGB", "RGBA", "P", "CMYK", "YCbCr")
 _ODD_ALPHA = ("La", "PA", "RGBa")
 _HIGH_DEPTH = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _TO_UPRIGHT = {

@@ -111,6 +111,12 @@ def test_colours_of_print_are_cropped_in_their_own_mode_as_the_recipe_does():
     assert crop_to_rgb(image.convert("RGB"), 64).tobytes() != plain.tobytes()
 
 
+def test_an_image_in_lab_is_not_made_white():
+    pixels = np.random.default_rng(0).integers(0, 256, (150, 200, 3), dtype=np.uint8)
+    crop = np.asarray(crop_to_rgb(Image.frombytes("LAB", (200, 150), pixels.tobytes()), 64))
+    assert crop.mean() < 200, "Pillow gives LAB an alpha of 0"
+
+
 def test_orientation_is_read_from_metadata_that_are_damaged_elsewhere(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
