@@ -10,11 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from exps.bench.sweep import CPU_VARIANTS, GPU_VARIANTS, apply, format_variant
 from exps.bench.table import figures
-from exps.bench.train import main
-from exps.bench.train_measure import Task, parse_training
-from exps.bench.train_ways import Work
 from tests.tokenize_helpers import ROOT, environment
 
 ALL_SH = ROOT / "exps" / "bench" / "all.sh"
@@ -64,7 +60,7 @@ def test_every_bench_runs_and_one_that_fails_is_a_line_and_the_exit_code(tmp_pat
     assert "| checkpoint | failed: exit code 3, see checkpoint.err | | | |" in table
     assert "| generate | failed: exit code 1, see generate.err | | | |" in table
     assert "| generate | **time** |  |  | **0.25** |" in table, "what it measured before it failed"
-    assert "| loss | **time** |  |  | **0.25** |" in table and "| loss | nested.gib | 1 | 4 | 0.25 |" in table
+    assert "| train | **time** |  |  | **0.25** |" in table and "| train | nested.gib | 1 | 4 | 0.25 |" in table
     assert "items" not in table.split("    python")[0], "what both ways share is no result"
     assert sum("    python exps/bench/" in line for line in table.splitlines()) == len(names) + 1
 
@@ -72,34 +68,33 @@ def test_every_bench_runs_and_one_that_fails_is_a_line_and_the_exit_code(tmp_pat
 def bench_names() -> set[str]:
     """The scripts of exps/bench that measure something."""
     scripts = (ROOT / "exps" / "bench").glob("*.py")
-    return {path.stem for path in scripts if '"ratio"' in path.read_text()} - {"sweep", "table"}
+    return {path.stem for path in scripts if '"ratio"' in path.read_text()} - {"table"}
 
 
 def test_a_bench_that_no_time_is_left_for_is_a_line_beside_the_others(tmp_path):
     launcher = Path(make_launcher(tmp_path))
-    launcher.write_text(launcher.read_text().replace("*generate.py*)", "*attention.py*) sleep 60 ;;\n  *generate.py*)"))
-    done = run_all(tmp_path, PYTHON=str(launcher), SCALE="gpu", TOTAL_S="2", BENCHES="loss attention data")
+    launcher.write_text(
+        launcher.read_text().replace("*generate.py*)", "*pre_tokenize.py*) sleep 60 ;;\n  *generate.py*)")
+    )
+    done = run_all(tmp_path, PYTHON=str(launcher), SCALE="gpu", TOTAL_S="2", BENCHES="train pre_tokenize data")
     assert done.returncode == 1 and "no time was left of TOTAL_S=2" in done.stderr
     table = (tmp_path / "out" / "table.md").read_text()
-    assert "| loss | **time** |  |  | **0.25** |" in table
-    assert "| attention | failed: exit code 124" in table and "| data | failed: exit code 124" in table
+    assert "| train | **time** |  |  | **0.25** |" in table
+    assert "| pre_tokenize | failed: exit code 124" in table and "| data | failed: exit code 124" in table
 
 
 @pytest.mark.slow
 def test_a_bench_really_runs(tmp_path):
-    done = run_all(tmp_path, BENCHES="attention")
+    done = run_all(tmp_path, BENCHES="train")
     assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "out" / "attention.json").read_text())
+    summary = json.loads((tmp_path / "out" / "train.json").read_text())
     assert {"bench", "device", "versions", "ours", "baseline", "ratio"} <= summary.keys()
-    assert summary["largest_difference"] < 1e-5
-    ms = summary["ours"]["ms"]["items"], summary["baseline"]["ms"]["items"]
-    assert min(ms) > 0 and summary["ratio"]["items"] == pytest.approx(ms[0] / ms[1])
-    assert "| attention | ms.items |" in (tmp_path / "out" / "table.md").read_text()
+    assert "| train | tokens_per_s |" in (tmp_path / "out" / "table.md").read_text()
 
 
 @pytest.mark.parametrize(
     ("env", "message"),
-    [({"BENCHES": "loss los"}, "BENCHES may name"), ({"SCALE": "huge"}, "SCALE must be gpu, cpu or ci")],
+    [({"BENCHES": "train trian"}, "BENCHES may name"), ({"SCALE": "huge"}, "SCALE must be gpu, cpu or ci")],
 )
 def test_wrong_settings_end_before_anything_runs(tmp_path, env, message):
     done = run_all(tmp_path, **env)
@@ -109,7 +104,7 @@ def test_wrong_settings_end_before_anything_runs(tmp_path, env, message):
 
 @pytest.mark.slow
 def test_a_bench_that_is_killed_leaves_no_temporary_folder(tmp_path):
-    command = [sys.executable, "exps/bench/loss.py", "--device=cpu", "--num_tokens=65536"]
+    command = [sys.executable, "exps/bench/checkpoint.py", "--device=cpu"]
     bench = subprocess.Popen(command, cwd=ROOT, env={**environment(), "TMPDIR": str(tmp_path)})
     try:
         deadline = time.monotonic() + 120
@@ -142,25 +137,3 @@ def test_ways_of_a_baseline_are_compared_one_by_one():
     assert list(figures({"ratio": None, "ours": {"speed": 5}, "baseline": None})) == [("speed", "5", "", "")]
     failed = {"fits": False, "reason": "CUDA out of memory"}
     assert list(figures({"ratio": None, "ours": {"speed": 5}, "baseline": failed})) == [("speed", "5", "", "")]
-
-
-def test_variants_of_the_sweep_are_trainings():
-    task = Task("ours", ["--model_size", "7B", "--max_seq_len", "4096"], "cuda")
-    work = Work((4096,), 4096)
-    for variant in GPU_VARIANTS + CPU_VARIANTS:
-        changed = apply(variant, task, work)
-        options = parse_training(changed.training)
-        assert options.parallel.problems(1, 1) == [] and options.model.model_size == "7B"
-        assert sum(changed.work["item_lens"]) == changed.work["row_len"] == 4096 * variant.rows
-    assert len({str(variant) for variant in GPU_VARIANTS}) == len(GPU_VARIANTS)
-    line = format_variant({"variant": "8 rows", "fits": False, "reason": "CUDA out of memory"})
-    assert "does not fit: CUDA out of memory" in line and line.count("|") == 11
-
-
-@pytest.mark.slow
-def test_a_sweep_without_time_measures_the_first_variant_and_says_what_it_left_out(capsys):
-    assert main(["--sweep", "--minutes=0.001", "--device=cpu", "--row_len=40", "--item_len=20", "--repeats=1"]) == 0
-    *table, last = capsys.readouterr().out.splitlines()
-    summary = json.loads(last)
-    assert sum("no time left" in line for line in table) == len(CPU_VARIANTS) - 1
-    assert summary["ours"] == summary["baseline"] and summary["ratio"]["tokens_per_s"] == 1

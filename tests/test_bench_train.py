@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from exps.bench.sweep import format_variant
 from exps.bench.train import default_model_size, format_way, main, measure_alone
 from exps.bench.train_measure import Task, covered, out_of_memory, parse_training, read_kernels, sum_by_kind
 from exps.bench.train_ways import Ours, Recipe, Work, bench_config, fill_rows, make_items, pad_items, spread_lengths
@@ -241,7 +240,6 @@ def test_a_step_that_the_profiler_did_not_see_has_no_kinds():
     result = {"fits": True, "tokens_per_s": 1.0, "ms_per_step": ms, "tflops": 1.0, "peak_gib": 1.0, "kinds_ms": None}
     result |= {"phases_ms": {"loss": 1.0, "optimizer": 1.0}, "mfu": {"datasheet": None, "matrix_rate": 0.5}}
     assert format_way("bf16", "ours", result).endswith("| - |")
-    assert format_variant({**result, "variant": "1 row"}).endswith("| 100.0% | - | - | - |")
 
 
 @pytest.mark.parametrize(("gib", "size"), [(139.8, "7B"), (79.1, "1B")])

@@ -53,7 +53,6 @@ from model.options import build_parser as build_training_parser  # noqa: E402
 OURS, BASELINE = WAYS
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 MIN_GIB_FOR_7B = 110  # 16 bytes for each of its parameters are 104 GiB
-SWEEP_MINUTES = 8.0
 PHASES = ("forward", "loss", "backward", "optimizer")
 
 
@@ -80,12 +79,8 @@ def add_bench_flags(group: argparse.ArgumentParser | argparse._ArgumentGroup) ->
     add("--num_items", type=int, help="of a micro-step, which is as long as they are (default: as many as fill --rows)")
     add("--accum_iter", type=int, default=1, help="micro-steps of a step (default 1)")
     add("--warmup", type=int, help="steps before those measured (default: 3 on CUDA, 1 on a CPU)")
-    add("--loss_chunk", type=int, help="logits that our loss makes at once (default: see model/loss.py)")
     add("--baseline", action="store_true", help="measure the recipe's way too")
-    add("--sweep", action="store_true", help="measure ours with one option after another instead (exps/bench/sweep.py)")
-    add("--skip", type=int, default=0, help="variants of --sweep to leave out at its start (default 0)")
-    limit = f"default: no limit; {SWEEP_MINUTES:g} for --sweep"
-    add("--minutes", type=float, help=f"for all measurements; one that lasts longer is ended, and has failed ({limit})")
+    add("--minutes", type=float, help="for all measurements; one that lasts longer is ended, and has failed")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -113,10 +108,6 @@ def main(argv: list[str] | None = None) -> int:
     if problems:
         print("; ".join(problems), file=sys.stderr)
         return 2
-    if args.sweep:
-        from exps.bench.sweep import run_sweep  # which measures by what stands here
-
-        return run_sweep(tasks[0], work, args.minutes or SWEEP_MINUTES, args.skip)
     load_before = os.getloadavg()[0]
     until = time.monotonic() + 60 * args.minutes if args.minutes else None
     rows = [compare(task, work, args.baseline, until) for task in tasks]
@@ -144,7 +135,7 @@ def default_model_size(device: str) -> str:
 
 
 def find_problems(args: argparse.Namespace) -> list[str]:
-    names = ("repeats", "rows", "row_len", "num_items", "accum_iter", "warmup", "loss_chunk")
+    names = ("repeats", "rows", "row_len", "num_items", "accum_iter", "warmup")
     found = [problem] if (problem := find_too_small(args, *names)) else []
     if args.minutes is not None and not args.minutes > 0:
         found.append(f"--minutes must be above 0, got {args.minutes:g}")
@@ -178,7 +169,6 @@ def build_task(
         asdict(work),
         args.warmup or (3 if device == "cuda" else 1),
         args.repeats,
-        loss_chunk=args.loss_chunk,
     )
 
 

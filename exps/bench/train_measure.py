@@ -1,4 +1,4 @@
-"""What exps/bench/train.py and its sweep measure in one process: speed, memory and where the time goes.
+"""What exps/bench/train.py measures in one process: speed, memory and where the time goes.
 
 Phases are timed by marks in the step, kinds of work by the profiler, both in one step after those that are timed. The
 matrix rate is what the machine reaches on products of the model's own shapes and precision, one after the other.
@@ -22,7 +22,7 @@ import torch  # noqa: E402
 from torch.autograd import DeviceType  # noqa: E402
 
 from exps.bench.common import peak_device_gib, peak_host_gib  # noqa: E402
-from exps.bench.train_ways import WAYS, Work, bench_config, set_loss_chunk  # noqa: E402
+from exps.bench.train_ways import WAYS, Work, bench_config  # noqa: E402
 from model.cpu_memory import keep_freed_memory  # noqa: E402
 from model.distributed import Launch, end_process, process_group  # noqa: E402
 from model.flops import trained_flops_per_token  # noqa: E402
@@ -56,7 +56,6 @@ class Task:
     warmup: int = 2
     repeats: int = 3
     profile: bool = True
-    loss_chunk: int | None = None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,8 +93,6 @@ def measure(task: Task) -> dict[str, Any]:
     """Speed, memory and, with `profile`, the split of one way."""
     options, work = parse_training(task.training), Work(**{**task.work, "item_lens": tuple(task.work["item_lens"])})
     set_matmul_precision(options.parallel.precision)
-    if task.loss_chunk:
-        set_loss_chunk(task.loss_chunk)
     if task.device == "cpu" and task.way == "ours":
         keep_freed_memory()
     with process_group(Launch(), task.device, timeout_s=600) as device:

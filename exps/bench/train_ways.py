@@ -23,7 +23,6 @@ from transformers import ChameleonForConditionalGeneration
 from data.rows import collate_row
 from data.token_file import TokenItem
 from data.vocab import IGNORE_INDEX
-from model import loss as loss_module
 from model.chameleon import ChameleonXLLMXConfig, build_config, init_weights
 from model.metrics import MetricSums
 from model.optim import BETAS, build_optimizer, set_lr, split_by_decay
@@ -215,11 +214,6 @@ class RecipeDecoder(ChameleonForConditionalGeneration):
 
 
 WAYS: dict[str, Callable[..., Any]] = {"ours": Ours, "baseline": Recipe}
-
-
-def set_loss_chunk(num_logits: int) -> None:
-    """Lets the loss take so many logits at once in this process (its own default: model/loss.py)."""
-    loss_module._CHUNK_LOGITS = num_logits
 
 
 def pad_items(items: Sequence[TokenItem]) -> tuple[torch.Tensor, torch.Tensor]:
