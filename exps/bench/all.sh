@@ -34,7 +34,7 @@ esac
 
 failed=0
 mkdir -p "$OUT"
-: > "$OUT/runs.tsv"
+date +%F > "$OUT/table.md"
 trap 'running=$(jobs -p); if [[ -n $running ]]; then kill $running; wait; fi' EXIT
 
 # bench SCRIPT FLAGS...: runs it if BENCHES names it. One that fails may have measured one of its ways: its object stays.
@@ -60,11 +60,15 @@ bench() {
     echo "exps/bench/all.sh: $name ended with exit code $code after $((SECONDS - start)) s:" >&2
     tail -n 5 "$OUT/$name.err" >&2
   fi
-  printf '%s\t%d\t%d\t%s\n' "$name" $((SECONDS - start)) "$code" "python $*" >> "$OUT/runs.tsv"
+  {
+    printf '\n## %s\n\n    python %s  # %d s\n\n' "$name" "$*" $((SECONDS - start))
+    if ((code != 0)); then printf 'failed: exit code %d, see %s.err\n\n' "$code" "$name"; fi
+    if [[ -s $OUT/$name.log ]]; then grep -v '^{' "$OUT/$name.log" || true; fi
+  } >> "$OUT/table.md"
 }
 
 if [[ $SCALE == gpu ]]; then
-  bench exps/bench/train.py --rows 2 --baseline --minutes 3.5
+  bench exps/bench/train.py --rows 2 --checkpointing --baseline
   bench exps/bench/generate.py --model_size 1B --batch_sizes 8 --cfg 4 --num_tokens 256 --repeats 1 --ways ours batched
   bench exps/bench/checkpoint.py --gigabytes 2 --repeats 1
   bench exps/bench/pre_tokenize.py --num_images 16 --target_size 512 --precision tf32 bf16
@@ -84,6 +88,5 @@ else
     --max_seq_len 832 --num_workers 0 --repeats 1
 fi
 
-$PYTHON -u exps/bench/table.py --results "$OUT" > "$OUT/table.md"
 cat "$OUT/table.md"
 exit $failed
