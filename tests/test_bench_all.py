@@ -10,11 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from exps.bench.sweep import CPU_VARIANTS, GPU_VARIANTS, apply, format_variant
-from exps.bench.table import figures
-from exps.bench.train import main
-from exps.bench.train_measure import Task, parse_training
-from exps.bench.train_ways import Work
+from exps.bench.common import compare, format_table, report, run_alone
 from tests.tokenize_helpers import ROOT, environment
 
 ALL_SH = ROOT / "exps" / "bench" / "all.sh"
@@ -40,7 +36,6 @@ def make_launcher(tmp_path: Path) -> str:
     launcher.write_text(
         f"""#!/bin/bash
 case "$*" in
-  *table.py*) exec {sys.executable} "$@" ;;
   *checkpoint.py*) echo "no space left on device" >&2; exit 3 ;;
   *generate.py*) echo '{json.dumps(RESULT)}'; exit 1 ;;
   *) echo "| a table |"; echo '{json.dumps(RESULT)}' ;;
@@ -60,46 +55,43 @@ def test_every_bench_runs_and_one_that_fails_is_a_line_and_the_exit_code(tmp_pat
     assert names == bench_names() - {"checkpoint"}
     table = (tmp_path / "out" / "table.md").read_text()
     assert table in done.stdout
-    assert re.search(r"a device; torch 2\.13\.0; \d{4}-\d\d-\d\d", table)
-    assert "| checkpoint | failed: exit code 3, see checkpoint.err | | | |" in table
-    assert "| generate | failed: exit code 1, see generate.err | | | |" in table
-    assert "| generate | **time** |  |  | **0.25** |" in table, "what it measured before it failed"
-    assert "| loss | **time** |  |  | **0.25** |" in table and "| loss | nested.gib | 1 | 4 | 0.25 |" in table
-    assert "items" not in table.split("    python")[0], "what both ways share is no result"
-    assert sum("    python exps/bench/" in line for line in table.splitlines()) == len(names) + 1
+    assert re.match(r"\d{4}-\d\d-\d\d\n", table)
+    sections = dict(section.split("\n", 1) for section in table.split("## ")[1:])
+    assert sections.keys() == bench_names()
+    assert "failed: exit code 3, see checkpoint.err" in sections["checkpoint"]
+    assert "failed: exit code 1, see generate.err" in sections["generate"]
+    assert "    python exps/bench/train.py" in sections["train"] and "| a table |" in sections["train"]
+    assert "{" not in table, "JSON objects are in files of their own"
 
 
 def bench_names() -> set[str]:
     """The scripts of exps/bench that measure something."""
     scripts = (ROOT / "exps" / "bench").glob("*.py")
-    return {path.stem for path in scripts if '"ratio"' in path.read_text()} - {"sweep", "table"}
+    return {path.stem for path in scripts if "common.report(" in path.read_text()}
 
 
 def test_a_bench_that_no_time_is_left_for_is_a_line_beside_the_others(tmp_path):
     launcher = Path(make_launcher(tmp_path))
-    launcher.write_text(launcher.read_text().replace("*generate.py*)", "*attention.py*) sleep 60 ;;\n  *generate.py*)"))
-    done = run_all(tmp_path, PYTHON=str(launcher), SCALE="gpu", TOTAL_S="2", BENCHES="loss attention data")
+    sleeps = "*pre_tokenize.py*) sleep 60 ;;\n  *generate.py*)"
+    launcher.write_text(launcher.read_text().replace("*generate.py*)", sleeps))
+    done = run_all(tmp_path, PYTHON=str(launcher), SCALE="gpu", TOTAL_S="2", BENCHES="train pre_tokenize data")
     assert done.returncode == 1 and "no time was left of TOTAL_S=2" in done.stderr
     table = (tmp_path / "out" / "table.md").read_text()
-    assert "| loss | **time** |  |  | **0.25** |" in table
-    assert "| attention | failed: exit code 124" in table and "| data | failed: exit code 124" in table
+    assert "| a table |" in table and table.count("failed: exit code 124") == 2
 
 
 @pytest.mark.slow
 def test_a_bench_really_runs(tmp_path):
-    done = run_all(tmp_path, BENCHES="attention")
+    done = run_all(tmp_path, BENCHES="train")
     assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "out" / "attention.json").read_text())
+    summary = json.loads((tmp_path / "out" / "train.json").read_text())
     assert {"bench", "device", "versions", "ours", "baseline", "ratio"} <= summary.keys()
-    assert summary["largest_difference"] < 1e-5
-    ms = summary["ours"]["ms"]["items"], summary["baseline"]["ms"]["items"]
-    assert min(ms) > 0 and summary["ratio"]["items"] == pytest.approx(ms[0] / ms[1])
-    assert "| attention | ms.items |" in (tmp_path / "out" / "table.md").read_text()
+    assert "| fp32 | ours / baseline |" in (tmp_path / "out" / "table.md").read_text()
 
 
 @pytest.mark.parametrize(
     ("env", "message"),
-    [({"BENCHES": "loss los"}, "BENCHES may name"), ({"SCALE": "huge"}, "SCALE must be gpu, cpu or ci")],
+    [({"BENCHES": "train trian"}, "BENCHES may name"), ({"SCALE": "huge"}, "SCALE must be gpu, cpu or ci")],
 )
 def test_wrong_settings_end_before_anything_runs(tmp_path, env, message):
     done = run_all(tmp_path, **env)
@@ -109,7 +101,7 @@ def test_wrong_settings_end_before_anything_runs(tmp_path, env, message):
 
 @pytest.mark.slow
 def test_a_bench_that_is_killed_leaves_no_temporary_folder(tmp_path):
-    command = [sys.executable, "exps/bench/loss.py", "--device=cpu", "--num_tokens=65536"]
+    command = [sys.executable, "exps/bench/checkpoint.py", "--device=cpu"]
     bench = subprocess.Popen(command, cwd=ROOT, env={**environment(), "TMPDIR": str(tmp_path)})
     try:
         deadline = time.monotonic() + 120
@@ -123,44 +115,40 @@ def test_a_bench_that_is_killed_leaves_no_temporary_folder(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux")
 def test_the_peak_of_a_measurement_is_not_that_of_the_process_that_started_it():
     large = bytearray(b"x") * (1 << 30)
-    code = "from exps.bench.common import peak_host_gib; print(peak_host_gib())"
+    code = "from exps.bench.common import resident_gib; print(resident_gib())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert 0.05 < float(done.stdout) < 1, "GiB: torch and transformers, imported"
     del large
 
 
-def test_ways_of_a_baseline_are_compared_one_by_one():
-    result = {"ratio": 2.5, "ours": {"speed": 5}, "baseline": {"batched": {"speed": 2}, "one by one": {"speed": 1}}}
-    assert list(figures(result)) == [
-        ("**ratio**", "", "", "**2.5**"),
-        ("speed (batched)", "5", "2", "2.5"),
-        ("speed (one by one)", "5", "1", "5"),
+def test_a_table_has_each_way_and_the_ratios_of_what_both_have():
+    ours = {"speed": 5, "ms": {"min": 2.0}, "only": 1}
+    rows = [
+        compare({"size": 8}, ours, {"speed": 2, "ms": {"min": 4.0}}, way="batched"),
+        compare({"size": 8}, ours, {"speed": 1}, way="one by one"),
+        compare({"size": 9}, ours, None),
     ]
-    assert list(figures({"ratio": None, "ours": {"speed": 5}, "baseline": None})) == [("speed", "5", "", "")]
-    failed = {"fits": False, "reason": "CUDA out of memory"}
-    assert list(figures({"ratio": None, "ours": {"speed": 5}, "baseline": failed})) == [("speed", "5", "", "")]
+    assert [row["ratio"] for row in rows] == [{"speed": 2.5, "ms.min": 0.5}, {"speed": 5}, None]
+    assert format_table(rows, ("speed", "ms.min", "nowhere")).splitlines() == [
+        "| case | way | speed | ms.min |",
+        "|---|---|---|---|",
+        "| 8 | ours | 5 | 2 |",
+        "| 8 | batched | 2 | 4 |",
+        "| 8 | ours / batched | 2.5 | 0.5 |",
+        "| 8 | one by one | 1 | - |",
+        "| 8 | ours / one by one | 5 | - |",
+        "| 9 | ours | 5 | 2 |",
+    ]
 
 
-def test_variants_of_the_sweep_are_trainings():
-    task = Task("ours", ["--model_size", "7B", "--max_seq_len", "4096"], "cuda")
-    work = Work((4096,), 4096)
-    for variant in GPU_VARIANTS + CPU_VARIANTS:
-        changed = apply(variant, task, work)
-        options = parse_training(changed.training)
-        assert options.parallel.problems(1, 1) == [] and options.model.model_size == "7B"
-        assert sum(changed.work["item_lens"]) == changed.work["row_len"] == 4096 * variant.rows
-    assert len({str(variant) for variant in GPU_VARIANTS}) == len(GPU_VARIANTS)
-    line = format_variant({"variant": "8 rows", "fits": False, "reason": "CUDA out of memory"})
-    assert "does not fit: CUDA out of memory" in line and line.count("|") == 11
-
-
-@pytest.mark.slow
-def test_a_sweep_without_time_measures_the_first_variant_and_says_what_it_left_out(capsys):
-    assert main(["--sweep", "--minutes=0.001", "--device=cpu", "--row_len=40", "--item_len=20", "--repeats=1"]) == 0
+def test_a_way_that_fails_is_a_line_beside_what_the_other_measured(capsys):
+    failed = run_alone("checkpoint:no_such_function")
+    assert failed == {"failed": "exit code 1"}
+    assert report("x", "title", "cpu", [compare({"size": 8}, {"speed": 5}, failed)], ("speed",)) == 1
     *table, last = capsys.readouterr().out.splitlines()
+    assert table[-2:] == ["| 8 | ours | 5 |", "| 8 | baseline | failed: exit code 1 |"]
     summary = json.loads(last)
-    assert sum("no time left" in line for line in table) == len(CPU_VARIANTS) - 1
-    assert summary["ours"] == summary["baseline"] and summary["ratio"]["tokens_per_s"] == 1
+    assert {"bench", "device", "versions", "ours", "baseline", "ratio", "rows"} <= summary.keys()
+    assert summary["ours"] == {"speed": 5} and summary["ratio"] is None

@@ -2,23 +2,19 @@
 
 import functools
 import json
-import subprocess
-import sys
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.autograd import DeviceType
 
-from exps.bench.sweep import format_variant
-from exps.bench.train import default_model_size, format_way, main, measure_alone
-from exps.bench.train_measure import Task, covered, out_of_memory, parse_training, read_kernels, sum_by_kind
+from exps.bench.train import default_model_size, main
+from exps.bench.train_measure import covered, parse_training, read_kernels, sum_by_kind
 from exps.bench.train_ways import Ours, Recipe, Work, bench_config, fill_rows, make_items, pad_items, spread_lengths
 from model import loss as loss_module
 from model.distributed import Launch, process_group
 from model.flops import flops_per_token
-from tests.tokenize_helpers import ROOT, environment, run_script
+from tests.tokenize_helpers import run_script
 
 NUM_STEPS = 50
 
@@ -30,10 +26,8 @@ def test_the_bench_compares_both_ways_on_the_tiny_model():
         "--device=cpu", "--accum_iter=2",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    *table, last = done.stdout.splitlines()
-    assert sum(line.startswith(("| fp32 | ours |", "| fp32 | baseline |", "| fp32 | ratio |")) for line in table) == 3
-    summary = json.loads(last)
-    assert {"bench", "device", "versions", "ours", "baseline", "ratio", "load"} <= summary.keys()
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert {"bench", "device", "versions", "ours", "baseline", "ratio", "matrix_rate"} <= summary.keys()
     ours, baseline = summary["ours"], summary["baseline"]
     for way in (ours, baseline):
         assert way["num_items"] == 6 and way["num_tokens"] == 2 * (20 + 55 + 90)
@@ -42,14 +36,14 @@ def test_the_bench_compares_both_ways_on_the_tiny_model():
         assert way["tokens_per_s"] == pytest.approx(way["num_tokens"] / ms["median"] * 1e3)
         assert way["tflops"] == pytest.approx(way["tokens_per_s"] * way["flops_per_token"] / 1e12)
         assert way["mfu"]["matrix_rate"] == pytest.approx(way["tflops"] * 1e12 / summary["matrix_rate"]["flops_per_s"])
-        assert way["mfu"]["datasheet"] is None, "a CPU has none here"
+        assert way["mfu"].keys() == {"matrix_rate"}, "a CPU has no datasheet here"
         assert 0 < way["peak_gib"] < 2
         assert way["phases_ms"].keys() == {"forward", "loss", "backward", "optimizer"}
         assert min(way["phases_ms"].values()) > 0
         assert 0 < way["kinds_ms"]["attention"] < sum(way["phases_ms"].values())
         assert 0 < way["kinds_ms"]["matrix products"] < sum(way["phases_ms"].values())
     assert summary["ratio"]["tokens_per_s"] == pytest.approx(ours["tokens_per_s"] / baseline["tokens_per_s"])
-    assert summary["ratio"]["peak_memory"] == pytest.approx(ours["peak_gib"] / baseline["peak_gib"])
+    assert summary["ratio"]["peak_gib"] == pytest.approx(ours["peak_gib"] / baseline["peak_gib"])
     assert ours["losses"][0] == pytest.approx(baseline["losses"][0], abs=1e-4), "the same items and weights"
     assert len(ours["losses"]) == 1 + 2, "warm-up and measured steps"
 
@@ -160,71 +154,6 @@ def test_kinds_of_work_and_time_with_a_kernel_running():
     assert covered([(0, 2), (1, 3), (5, 6), (5, 5.5)]) == 4
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, which keeps to the limit of a process's memory")
-def test_a_baseline_that_does_not_fit_is_measured_with_recomputation_and_then_with_fewer_items():
-    """In processes that may have 600 MiB beside what their imports take: two items padded to 5,000 tokens need more."""
-    code = """
-import json, re, resource
-from exps.bench.train import build_parser, build_task, build_work, measure_baseline
-data = int(re.search(r"^VmData:\\s+(\\d+) kB$", open("/proc/self/status").read(), re.M)[1]) << 10
-resource.setrlimit(resource.RLIMIT_DATA, (data + (600 << 20),) * 2)
-args = build_parser().parse_args("--model_size=tiny --num_items=2 --row_len=5000 --item_len 20 5000".split())
-args.warmup = args.repeats = 1
-work = build_work(args)
-print(json.dumps(measure_baseline(build_task(args, [], "cpu", work, None), work)))
-"""
-    env = environment() | {"OMP_NUM_THREADS": "1"}  # stacks of threads count
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["fits"] and result["num_tokens"] == 20, done.stderr
-    assert result["reduced"] == "1 of 2 items, recomputed"
-
-
-@pytest.mark.slow
-def test_a_measurement_that_fails_is_a_line_of_the_table():
-    broken = Task("no such way", ["--model_size=tiny"], "cpu", {"item_lens": [20], "row_len": 20})
-    result = measure_alone(broken)
-    assert result == {"fits": False, "failed": True, "reason": "ended with exit code 1"}
-    assert "| fp32 | baseline | failed: ended with exit code 1 |" in format_way("fp32", "baseline", result)
-
-
-def test_what_does_not_fit_is_told_from_what_failed():
-    with pytest.raises(RuntimeError) as raised:
-        torch.empty(1 << 60, dtype=torch.uint8)
-    assert out_of_memory(raised.value) == "CPU out of memory"
-    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried")) == "CUDA out of memory"
-    for beside_torch in (
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-        "NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
-        "Triton Error [CUDA]: out of memory",
-    ):
-        assert out_of_memory(RuntimeError(beside_torch)) == "CUDA out of memory"
-    assert out_of_memory(RuntimeError("shapes cannot be multiplied")) is None
-    line = format_way("bf16", "baseline", {"fits": False, "reason": "CUDA out of memory", "reduced": ""})
-    assert "does not fit: CUDA out of memory" in line and line.count("|") == 14
-
-
-@pytest.mark.slow
-def test_a_measurement_that_does_not_end_is_ended_and_one_without_time_is_not_begun():
-    endless = Task("ours", ["--model_size=tiny"], "cpu", {"item_lens": [20], "row_len": 20}, repeats=10**9)
-    result = measure_alone(endless, until=time.monotonic() + 2)
-    assert result == {"fits": False, "failed": True, "reason": "ended after 2 s, when its time was over"}
-    assert measure_alone(endless, until=time.monotonic())["reason"] == "no time left"
-
-
-@pytest.mark.slow
-def test_what_ours_measured_is_told_when_the_baseline_fails(monkeypatch, capsys):
-    monkeypatch.setattr("exps.bench.train.measure_baseline", lambda *_: {"fits": False, "failed": True, "reason": "x"})
-    flags = ["--device=cpu", "--model_size=tiny", "--item_len=20", "--num_items=1", "--repeats=1", "--minutes=5"]
-    assert main([*flags, "--baseline"]) == 1
-    *table, last = capsys.readouterr().out.splitlines()
-    summary = json.loads(last)
-    assert summary["ours"]["tokens_per_s"] > 0 and summary["ratio"] is None
-    assert any("| fp32 | baseline | failed: x |" in line for line in table)
-
-
 def test_the_kernels_of_a_profile_are_those_of_the_device_without_marks_of_the_program():
     def event(name, device, start, end, is_mark=False):
         time_range = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
@@ -234,14 +163,6 @@ def test_the_kernels_of_a_profile_are_those_of_the_device_without_marks_of_the_p
     events = [event("gemm", cuda, 0, 3000), event("gemm", cuda, 2000, 4000), event("FSDP::x", cuda, 0, 9000, True)]
     assert read_kernels([*events, event("aten::mm", cpu, 0, 9000)]) == ({"gemm": 5.0}, 4.0)
     assert read_kernels([]) == ({}, 0.0)
-
-
-def test_a_step_that_the_profiler_did_not_see_has_no_kinds():
-    ms = {"median": 1.0, "min": 1.0, "max": 1.0}
-    result = {"fits": True, "tokens_per_s": 1.0, "ms_per_step": ms, "tflops": 1.0, "peak_gib": 1.0, "kinds_ms": None}
-    result |= {"phases_ms": {"loss": 1.0, "optimizer": 1.0}, "mfu": {"datasheet": None, "matrix_rate": 0.5}}
-    assert format_way("bf16", "ours", result).endswith("| - |")
-    assert format_variant({**result, "variant": "1 row"}).endswith("| 100.0% | - | - | - |")
 
 
 @pytest.mark.parametrize(("gib", "size"), [(139.8, "7B"), (79.1, "1B")])
@@ -267,16 +188,16 @@ def test_the_options_of_the_lora_script_train_here():
     [
         (["--item_len", "30", "20"], "--item_len must be one or two lengths of 2 to --row_len 4096"),
         (["--item_len", "5000"], "--item_len must be one or two lengths of 2 to --row_len 4096"),
-        (["--rows", "0"], "--rows must be at least 1, got 0"),
-        (["--minutes", "0"], "--minutes must be above 0, got 0"),
+        (["--rows", "0"], "argument --rows: must be at least 1, got 0"),
         (["--device", "cpu", "--float8"], "--float8 needs a GPU"),
         (["--dropout", "2"], "--dropout must lie between 0 and 1, got 2"),
         (["--lora_rank", "-1"], "--lora_rank must not be negative, got -1"),
     ],
 )
 def test_wrong_options_end_with_a_message(flags, message, capsys):
-    assert main(flags) == 2
-    assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main(flags)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_an_unknown_option_ends_with_the_nearest_one(capsys):

@@ -14,7 +14,7 @@ cd "$(dirname "$0")/../.."
 OUT=${OUT:-output/bench}
 PYTHON=${PYTHON:-python}
 LIMIT_S=${LIMIT_S:-}
-ALL="loss attention train metrics generate checkpoint pre_tokenize data"
+ALL="train generate checkpoint pre_tokenize data"
 BENCHES=${BENCHES:-$ALL}
 SCALE=${SCALE:-$($PYTHON -c 'import torch; print("gpu" if torch.cuda.is_available() else "cpu")')}
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
@@ -34,7 +34,7 @@ esac
 
 failed=0
 mkdir -p "$OUT"
-: > "$OUT/runs.tsv"
+date +%F > "$OUT/table.md"
 trap 'running=$(jobs -p); if [[ -n $running ]]; then kill $running; wait; fi' EXIT
 
 # bench SCRIPT FLAGS...: runs it if BENCHES names it. One that fails may have measured one of its ways: its object stays.
@@ -60,32 +60,27 @@ bench() {
     echo "exps/bench/all.sh: $name ended with exit code $code after $((SECONDS - start)) s:" >&2
     tail -n 5 "$OUT/$name.err" >&2
   fi
-  printf '%s\t%d\t%d\t%s\n' "$name" $((SECONDS - start)) "$code" "python $*" >> "$OUT/runs.tsv"
+  {
+    printf '\n## %s\n\n    python %s  # %d s\n\n' "$name" "$*" $((SECONDS - start))
+    if ((code != 0)); then printf 'failed: exit code %d, see %s.err\n\n' "$code" "$name"; fi
+    if [[ -s $OUT/$name.log ]]; then grep -v '^{' "$OUT/$name.log" || true; fi
+  } >> "$OUT/table.md"
 }
 
 if [[ $SCALE == gpu ]]; then
-  bench exps/bench/loss.py --num_tokens 8192 --hidden_size 4096
-  bench exps/bench/attention.py --row_len 4096 --item_len 300 1100
-  bench exps/bench/train.py --rows 2 --baseline --minutes 3.5
-  bench exps/bench/metrics.py --num_steps 20 --repeats 1
+  bench exps/bench/train.py --rows 2 --checkpointing --baseline
   bench exps/bench/generate.py --model_size 1B --batch_sizes 8 --cfg 4 --num_tokens 256 --repeats 1 --ways ours batched
   bench exps/bench/checkpoint.py --gigabytes 2 --repeats 1
   bench exps/bench/pre_tokenize.py --num_images 16 --target_size 512 --precision tf32 bf16
   bench exps/bench/data.py --num_items 100000 --repeats 1 --num_workers 0 4
 elif [[ $SCALE == cpu ]]; then
-  bench exps/bench/loss.py --num_tokens 4096 --hidden_size 512
-  bench exps/bench/attention.py --row_len 4096 --item_len 300 1100
   bench exps/bench/train.py --model_size bench --baseline --num_items 4 --item_len 300 1100 --precision fp32 bf16
-  bench exps/bench/metrics.py --num_steps 15
   bench exps/bench/generate.py --model_size tiny --batch_sizes 8 --cfg 4 --repeats 1
   bench exps/bench/checkpoint.py --gigabytes 0.5
   bench exps/bench/pre_tokenize.py --num_images 4 --target_size 512
   bench exps/bench/data.py --num_items 100000 --repeats 1
 else
-  bench exps/bench/loss.py --num_tokens 64 --hidden_size 16 --repeats 1
-  bench exps/bench/attention.py --row_len 128 --item_len 30 60 --num_heads 2 --head_dim 16 --repeats 1
   bench exps/bench/train.py --model_size tiny --baseline --num_items 2 --item_len 20 40 --repeats 1
-  bench exps/bench/metrics.py --num_steps 6 --batch_size 1 --repeats 1
   bench exps/bench/generate.py --model_size tiny --batch_sizes 2 --cfg 1 --num_tokens 8 --repeats 1 --ways ours batched
   bench exps/bench/checkpoint.py --gigabytes 0.15 --num_tokens 16 --repeats 1
   bench exps/bench/pre_tokenize.py --num_images 1 --target_size 64 --precision fp32 --vqgan_dir exps/tiny/vqgan
@@ -93,6 +88,5 @@ else
     --max_seq_len 832 --num_workers 0 --repeats 1
 fi
 
-$PYTHON -u exps/bench/table.py --results "$OUT" > "$OUT/table.md"
 cat "$OUT/table.md"
 exit $failed

@@ -4,13 +4,10 @@
 
 One decoder is trained on random tokens in one process, and saved several times: weights, both Adam moments and the
 Hugging Face files, put on disk. The baseline is `--no_async_save`: training stands still until the checkpoint is
-whole. Ours copies and goes on; what the writing thread takes from the steps beside it is measured too ("slowed"). Each
-way runs in its own process. The last line printed is one JSON object.
+whole. Ours copies and goes on; what the writing thread takes from the steps beside it is measured too. The last line
+printed is one JSON object.
 """
 
-import argparse
-import json
-import os
 import statistics
 import sys
 import tempfile
@@ -22,16 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 
-from exps.bench.common import (  # noqa: E402
-    build_bench_parser,
-    choose_device,
-    device_name,
-    exit_on_sigterm,
-    find_too_small,
-    peak_host_gib,
-    run_alone,
-    versions,
-)
+from exps.bench import common  # noqa: E402
 from model.async_checkpoint import CheckpointSaver  # noqa: E402
 from model.checkpoint import CheckpointOptions, Position, TrainerState, read_state  # noqa: E402
 from model.cpu_memory import keep_freed_memory  # noqa: E402
@@ -40,71 +28,48 @@ from model.distributed import Launch, process_group  # noqa: E402
 from model.optim import OptimOptions, build_optimizer  # noqa: E402
 from model.parallelize import ParallelOptions, build_mesh, parallelize  # noqa: E402
 
-SYNCHRONOUS, ASYNCHRONOUS = "synchronous", "asynchronous"
 BYTES_PER_PARAMETER = 16  # fp32 weights twice (for resuming, and in the Hugging Face files) and two moments
 VOCAB_SIZE, HIDDEN_SIZE, INTERMEDIATE_SIZE = 8192, 512, 1376
 NUM_PLAIN_STEPS = 3  # before each save
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = build_bench_parser(__doc__, repeats="saves measured, after one to warm up")
-    add = parser.add_argument
-    add("--gigabytes", type=float, default=0.5, help="size of a checkpoint, by the number of layers (default 0.5)")
-    add("--num_tokens", type=int, default=256, help="of a training step (default 256)")
-    add("--output_dir", type=Path, help="folder on the disk to measure (default: a temporary one)")
-    return parser
+COLUMNS = ("gigabytes", "step_s", "stall_s", "slowed_s", "lost_s", "whole_s", "peak_gib")
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    if args.task:
-        print(json.dumps(measure(**json.loads(args.task))))
-        return 0
-    problem = find_too_small(args, "num_tokens", "repeats")
-    if problem:
-        print(problem, file=sys.stderr)
-        return 2
-    device, load_before = choose_device(args.device), os.getloadavg()[0]
-    task = {name: getattr(args, name) for name in ("gigabytes", "num_tokens", "repeats")} | {"device": device}
-    results = {}
-    for way in (SYNCHRONOUS, ASYNCHRONOUS):
+    parser = common.build_bench_parser(__doc__, repeats="saves measured, after one to warm up")
+    add = parser.add_argument
+    add("--gigabytes", type=float, default=0.5, help="size of a checkpoint, by the number of layers (default 0.5)")
+    add("--num_tokens", type=common.positive, default=256, help="of a training step (default 256)")
+    add("--output_dir", type=Path, help="folder on the disk to measure (default: a temporary one)")
+    args = parser.parse_args(argv)
+    device = common.choose_device(args.device)
+    task = {"gigabytes": args.gigabytes, "num_tokens": args.num_tokens, "repeats": args.repeats, "device": device}
+    results = []
+    for async_save in (False, True):
         with tempfile.TemporaryDirectory(dir=args.output_dir) as folder:
-            results[way] = run_alone("exps.bench.checkpoint", {"way": way, "folder": folder, **task})
-    ours, baseline = results[ASYNCHRONOUS], results[SYNCHRONOUS]
-    summary = {
-        "bench": "checkpoint",
-        "device": device_name(device),
-        "versions": versions(),
-        "ours": ours,
-        "baseline": baseline,
-        "ratio": {
-            "stall": ours["stall_s"] / baseline["stall_s"],
-            "lost": (ours["stall_s"] + ours["slowed_s"]) / baseline["stall_s"],
-        },
-        "load": {"before": load_before, "after": os.getloadavg()[0]},
-    }
-    print(format_table(summary))
-    print(json.dumps(summary))
-    return 0
+            results.append(common.run_alone("checkpoint:measure", async_save=async_save, folder=folder, **task))
+    baseline, ours = results
+    row = common.compare({"gigabytes": args.gigabytes}, ours, baseline, way="--no_async_save")
+    return common.report("checkpoint", "A checkpoint, one process", device, [row], COLUMNS)
 
 
-def measure(way: str, folder: str, gigabytes: float, num_tokens: int, repeats: int, device: str) -> dict[str, float]:
+def measure(
+    async_save: bool, folder: str, gigabytes: float, num_tokens: int, repeats: int, device: str
+) -> dict[str, float]:
     """Medians over the saves after the first one, in seconds; size of a checkpoint in GB; peak host memory in GiB.
 
     `stall_s` is how long `save` keeps the training, `slowed_s` how much longer than others the steps take that run
-    while the thread writes, `whole_s` the time from the call until the checkpoint is whole.
+    while the thread writes, `lost_s` both, `whole_s` the time from the call until the checkpoint is whole.
     """
     if device == "cpu":
         keep_freed_memory()
     with process_group(Launch(), device, timeout_s=600) as torch_device:
-        step, saver = build_training(Path(folder), gigabytes, num_tokens, torch_device, way == ASYNCHRONOUS)
+        step, saver = build_training(Path(folder), gigabytes, num_tokens, torch_device, async_save)
         step()  # allocates moments and gradients
         saves = [measure_save(step, saver, number) for number in range(1 + repeats)]
     (checkpoint,) = Path(folder).glob("epoch*")
     size = sum(read_state(checkpoint).files.values())
-    names = ("step_s", "stall_s", "slowed_s", "whole_s")
-    figures = {name: statistics.median(save[name] for save in saves[1:]) for name in names}
-    return {**figures, "first_stall_s": saves[0]["stall_s"], "gigabytes": size / 1e9, "peak_gib": peak_host_gib()}
+    figures = {name: statistics.median(save[name] for save in saves[1:]) for name in saves[0]}
+    return {**figures, "gigabytes": size / 1e9, "peak_gib": common.resident_gib()}
 
 
 def build_training(
@@ -142,42 +107,23 @@ def measure_save(step: Callable[[], None], saver: CheckpointSaver, number: int) 
     """Some plain steps, a save, and steps beside it until it is whole."""
     plain = statistics.median(timed(step) for _ in range(NUM_PLAIN_STEPS))
     state = TrainerState(Position(0, number + 1, number + 1), 1, 1, {})
-    start = time.perf_counter()
+    began = time.perf_counter()
     stall = timed(lambda: saver.save(f"epoch0-iter{number + 1}", state))
     slowed = []
     while saver.is_writing:
         slowed.append(timed(step) - plain)
     saver.wait()
     # The last step runs on after the checkpoint is whole, by half its length on average.
-    whole = time.perf_counter() - start - (plain / 2 if slowed else 0)
-    return {"step_s": plain, "stall_s": stall, "slowed_s": sum(slowed), "whole_s": whole}
+    whole = time.perf_counter() - began - (plain / 2 if slowed else 0)
+    lost = stall + sum(slowed)
+    return {"step_s": plain, "stall_s": stall, "slowed_s": sum(slowed), "lost_s": lost, "whole_s": whole}
 
 
 def timed(work: Callable[[], None]) -> float:
-    start = time.perf_counter()
+    began = time.perf_counter()
     work()
-    return time.perf_counter() - start
-
-
-def format_table(summary: dict) -> str:
-    ours, baseline = summary["ours"], summary["baseline"]
-    lines = [
-        f"A checkpoint of {ours['gigabytes']:.2f} GB, one process on {summary['device']}; load of the machine "
-        f"{summary['load']['before']:.1f} before, {summary['load']['after']:.1f} after",
-        "",
-        "| checkpoint | plain step, s | stands still, s | the first time, s | steps slowed by, s | whole after, s "
-        "| peak, GiB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for way, row in ((SYNCHRONOUS, baseline), (ASYNCHRONOUS, ours)):
-        lines.append(
-            f"| {way} | {row['step_s']:.3g} | {row['stall_s']:.3g} | {row['first_stall_s']:.3g} | "
-            f"{row['slowed_s']:.3g} | {row['whole_s']:.3g} | {row['peak_gib']:.2f} |"
-        )
-    ratio = summary["ratio"]
-    return "\n".join([*lines, f"| ratio | | {ratio['stall']:.2f} | | {ratio['lost']:.2f} with the above | | |"])
+    return time.perf_counter() - began
 
 
 if __name__ == "__main__":
-    exit_on_sigterm()
-    sys.exit(main())
+    common.start(main)

@@ -1,84 +1,126 @@
-"""What the benches share: common options, each way in its own process, and what their last line says of the machine."""
+"""The frame of the benches: each way runs in a process of its own; then a table for people, and one JSON object.
+
+A bench measures its ways with `run_alone`, puts two that belong together into a row with `compare`, and ends with
+`report`.
+"""
 
 import argparse
 import json
 import os
 import platform
 import re
-import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class OutOfMemory(RuntimeError):
-    """A measurement was killed, as Linux does with the process that wants more memory than there is."""
-
-
-class TookTooLong(RuntimeError):
-    """A measurement did not end in its time, and was killed."""
+Row = Mapping[str, Any]
 
 
 def build_bench_parser(description: str | None, repeats: str | None = None) -> argparse.ArgumentParser:
-    """A parser with what `add_common_flags` adds."""
+    """A parser with `--device` and, where `repeats` says of what they are, `--repeats`."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    add_common_flags(parser, repeats)
+    add = parser.add_argument
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default auto: cuda if there is one")
+    if repeats:
+        add("--repeats", type=positive, default=3, help=f"{repeats} (default 3)")
     return parser
 
 
-def add_common_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, repeats: str | None = None) -> None:
-    """`--device`, `--task` and, where `repeats` says of what they are, `--repeats`."""
-    parser.add_argument(
-        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="default auto: cuda if there is one"
-    )
-    parser.add_argument("--task", help=argparse.SUPPRESS)  # one measurement as JSON: how a bench calls itself
-    if repeats:
-        parser.add_argument("--repeats", type=int, default=3, help=f"{repeats} (default 3)")
+def positive(text: str) -> int:
+    """The type of an option that must be at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
 
 
-def find_too_small(args: argparse.Namespace, *names: str) -> str | None:
-    """What is wrong with the first of the named options that is below 1, or None."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            return f"--{name} must be at least 1, got {value}"
-    return None
-
-
-def exit_on_sigterm() -> None:
-    """Lets SIGTERM end this process as an exception does: a `with` removes its temporary folder, and the measurement
+def start(main: Callable[[], int]) -> NoReturn:
+    """Runs a script. SIGTERM ends it as an exception does: a `with` removes its temporary folder, and the measurement
     that runs is killed."""
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    sys.exit(main())
 
 
-def run_alone(module: str, task: dict, env: dict[str, str] | None = None, limit_s: float | None = None) -> dict:
-    """What `main(["--task", ...])` of a module prints last, as JSON, in a process of its own.
+def run_alone(function: str, **arguments: Any) -> dict[str, Any]:
+    """What a function `module:name` of exps.bench returns in a process of its own; `{"failed": why}` if it fails.
 
-    The module is not the main one there, so that loader processes started by it need not import it again. `env` is
-    added to the environment.
-
-    Raises OutOfMemory if the process was killed, TookTooLong if it had not ended after `limit_s` seconds, RuntimeError
-    if it failed otherwise.
+    Arguments and result travel as JSON. The module is not the main one there, so that loader processes started by it
+    need not import it again.
     """
-    code = f"import sys; from {module} import main; sys.exit(main(sys.argv[1:]))"
-    command, env = [sys.executable, "-c", code, "--task", json.dumps(task)], {**os.environ, **(env or {})}
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env, timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        raise TookTooLong(f"the measurement {task} took longer than the {limit_s:.0f} s that it had") from None
+    module, name = function.split(":")
+    code = (
+        f"import json, sys; from exps.bench.{module} import {name}; from model.distributed import end_process; "
+        f"print(json.dumps({name}(**json.loads(sys.argv[1])))); end_process(0)"
+    )
+    command = [sys.executable, "-c", code, json.dumps(arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     if done.returncode == -signal.SIGKILL:
-        raise OutOfMemory(f"the measurement {task} was killed, perhaps for want of memory")
+        return {"failed": "killed, perhaps for want of memory"}
     if done.returncode:
-        raise RuntimeError(f"the measurement {task} ended with exit code {done.returncode}")
+        return {"failed": f"exit code {done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(case: Row, ours: Row, baseline: Row | None, **more: Any) -> dict[str, Any]:
+    """A row: what was measured of both ways in one case, and ours / baseline of each number that both have."""
+    others = dict(flatten(baseline or {}))
+    ratio = {name: value / others[name] for name, value in flatten(ours) if others.get(name)}
+    return {**case, "case": list(case.values()), "ours": ours, "baseline": baseline, "ratio": ratio or None, **more}
+
+
+def report(
+    bench: str, title: str, device: str, rows: Sequence[Row], columns: Sequence[str], main_row: Row | None = None
+) -> int:
+    """Prints the table and the JSON object, whose figures are those of `main_row` (default: the first).
+
+    Returns the exit code, 1 if a way failed. `columns` are paths of figures ("ms.median"); those that no way has are
+    left out.
+    """
+    summary = {"bench": bench, "device": device_name(device), "versions": versions(), **(main_row or rows[0])}
+    print(f"{title}, on {summary['device']}; {', '.join(map(' '.join, versions().items()))}\n")
+    print(format_table(rows, columns))
+    print(json.dumps({**summary, "rows": rows}))
+    return int(any("failed" in (row[way] or {}) for row in rows for way in ("ours", "baseline")))
+
+
+def format_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """Three lines for each row: ours, the baseline (`way` of the row is its name) and ours / baseline."""
+    measured = [dict(flatten(row[way] or {})) for row in rows for way in ("ours", "baseline")]
+    shown = [column for column in columns if any(column in figures for figures in measured)]
+    lines = [f"| case | way | {' | '.join(shown)} |", "|---" * (2 + len(shown)) + "|"]
+    for row in rows:
+        name = row.get("way", "baseline")
+        for way, figures in (("ours", row["ours"]), (name, row["baseline"]), (f"ours / {name}", row["ratio"])):
+            if figures is None:
+                continue
+            numbers = dict(flatten(figures))
+            cells = [number(numbers[column]) if column in numbers else "-" for column in shown]
+            failed = f"failed: {figures['failed']}" if "failed" in figures else None
+            line = f"| {', '.join(map(str, row['case']))} | {way} | {failed or ' | '.join(cells)} |"
+            lines += [line] * (line not in lines)  # ours stands beside several baselines
+    return "\n".join(lines)
+
+
+def flatten(values: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """(path, number) of every number in nested mappings, not of lists."""
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            yield from flatten(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(values, int | float) and not isinstance(values, bool):
+        yield name, values
+
+
+def number(value: float) -> str:
+    """Three digits, thousands with commas."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def choose_device(wanted: str) -> str:
@@ -91,20 +133,12 @@ def device_name(device: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def peak_host_gib() -> float:
-    """Largest resident memory of this process so far."""
-    try:  # not ru_maxrss: a process begins with that of the one that started it
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[1]) / 2**20
-    except (OSError, TypeError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def resident_gib(field: str = "VmHWM") -> float:
+    """Resident memory of this process: its peak, or another field of Linux's /proc/self/status."""
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
 
 
 def peak_device_gib(device: str) -> float:

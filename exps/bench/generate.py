@@ -6,178 +6,131 @@
 Every answer is a picture that begins at once and is not over before `--num_tokens`, so all ways draw as many tokens,
 each with a key/value cache. The baselines are stock `ChameleonForConditionalGeneration` with `generate`, and logits
 processors that follow the grammar of images in Python, row by row, and run the unconditional branch as a second
-forward per token with a cache of its own. They are asked for the whole batch at once ("batched") and for one prompt
-after the other, as the recipe samples ("one by one"). Weights are seeded, not trained. The first run of each case is
-greedy: it warms up, and its tokens are compared. Each way runs in its own process. In brackets beside each ratio: the
-same of the CPU time of the processes, which other work on the machine disturbs less (threads that wait for each other
-count too: OMP_NUM_THREADS=1). The last line printed is one JSON object.
+forward per token with a cache of its own. They are asked for the whole batch at once ("batched") and, where it has
+several prompts, for one after the other, as the recipe samples ("one by one"). Weights are seeded, not trained. The
+first run of each case is greedy: it warms up, and its tokens are compared (`equal_tokens`). `read_tb_per_s` is what
+decoding reads at the least, per second: its limit is the memory's bandwidth (4.3 TB/s for an H200). The last line
+printed is one JSON object.
 """
 
-import argparse
-import json
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
-from transformers import (  # noqa: E402
-    ChameleonConfig,
-    ChameleonForConditionalGeneration,
-    DynamicCache,
-    LogitsProcessor,
-    LogitsProcessorList,
-)
+import transformers  # noqa: E402
 
-from data.vocab import (  # noqa: E402
-    BEGIN_IMAGE,
-    BOS,
-    CODES_PER_GRID,
-    END_IMAGE,
-    END_OF_TURN,
-    EOS,
-    FIRST_GRID_SIZE,
-    NEW_LINE,
-    PAD,
-    ChameleonVocab,
-)
-from exps.bench.common import (  # noqa: E402
-    choose_device,
-    device_name,
-    exit_on_sigterm,
-    peak_device_gib,
-    run_alone,
-    versions,
-)
+from data.vocab import CODES_PER_GRID, ChameleonVocab  # noqa: E402
+from exps.bench import common  # noqa: E402
+from exps.bench.synthetic import fill_weights, special_names  # noqa: E402
 from model.decoder.chameleon import MODEL_SIZES, build_config, build_model, reset_rotary_buffers  # noqa: E402
 from model.generation import SamplingOptions, generate_batch  # noqa: E402
 from model.image_grammar import ImageGrammar, Kind  # noqa: E402
 
-OURS, BATCHED, ONE_BY_ONE = "ours", "batched", "one by one"
+WAYS = OURS, BATCHED, ONE_BY_ONE = "ours", "batched", "one by one"
+Answers = list[list[int]]  # token ids
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SIZES = ("tiny", "bench", "1B", "7B")
-NUM_CODES, VOCAB_SIZE = {"tiny": 1024}, {"tiny": 1480}  # of the laptop default's tokenizer
-DEFAULT_NUM_CODES, DEFAULT_VOCAB_SIZE = 8192, 65536  # Chameleon's
-MAX_GRIDS = 32
-WEIGHT_STD = 0.02
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model_size", choices=SIZES, default="tiny", help="default tiny; `bench` is tiny with 65,536 token ids")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default auto: cuda if there is one")
-    add("--precision", choices=tuple(DTYPES), help="default: fp32 on a CPU, bf16 on CUDA")
-    add("--batch_sizes", type=int, nargs="+", default=[1, 8], help="prompts at a time (default 1 8)")
-    add("--cfg", type=float, nargs="+", default=[1.0, 4.0], help="guidance, 1 is without (default 1 4)")
-    add("--num_tokens", type=int, help="new tokens per prompt (default 256 on a CPU, 1024 on CUDA)")
-    add("--prompt_len", type=int, default=32, help="longest prompt in tokens, the others a little shorter (default 32)")
-    add("--repeats", type=int, default=3, help="sampled runs per case, after the greedy one (default 3)")
-    add("--ways", nargs="+", choices=(OURS, BATCHED, ONE_BY_ONE), default=[OURS, BATCHED, ONE_BY_ONE])
-    add("--bandwidth_tb_s", type=float, default=4.3, help="the GPU's memory bandwidth in TB/s (default 4.3, H200)")
-    add("--cuda_graph", action=argparse.BooleanOptionalAction, default=True, help="ours: CUDA graphs (default on)")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="ours: torch.compile (default off)")
-    add("--task", help=argparse.SUPPRESS)  # one measurement as JSON: how this script calls itself
-    return parser
+NUM_CODES, VOCAB_SIZE = 8192, 65536  # Chameleon's
+TINY_NUM_CODES, TINY_VOCAB_SIZE = 1024, 1480  # of the laptop default's tokenizer
+PROMPT_LEN = 32  # of the longest prompt in tokens, the others are a little shorter
+COLUMNS = ("tokens_per_s", "ms_per_step", "equal_tokens", "read_tb_per_s", "peak_gib")
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    if args.task:
-        print(json.dumps(measure(**json.loads(args.task))))
-        return 0
-    device = choose_device(args.device)
-    args.num_tokens = args.num_tokens or (1024 if device == "cuda" else 256)
-    args.precision = args.precision or ("bf16" if device == "cuda" else "fp32")
-    problems = find_problems(args)
-    if problems:
-        print("\n".join(problems), file=sys.stderr)
-        return 2
-    names = ("model_size", "precision", "batch_sizes", "cfg", "num_tokens", "prompt_len", "repeats")
-    task = {name: getattr(args, name) for name in names} | {"device": device}
-    task |= {"cuda_graph": args.cuda_graph, "compile_step": args.compile}
-    load_before = os.getloadavg()[0]
-    results = {way: run_alone("exps.bench.generate", task | {"way": way}) for way in args.ways}
-    rows = [compare(index, results, args) for index in range(len(results[args.ways[0]]["cases"]))]
-    print(format_table(rows, device, args))
-    best = max(rows, key=lambda row: (row["batch_size"], -row["cfg"]))  # the largest batch, with the least guidance
-    summary = {"bench": "generate", "device": device_name(device), "versions": versions(), **best, "rows": rows}
-    print(json.dumps(summary | {"load": {"before": load_before, "after": os.getloadavg()[0]}}))
-    differs = args.precision == "fp32" and any(row["equal_tokens"] not in (None, 1.0) for row in rows)
-    if differs:
+    parser = common.build_bench_parser(__doc__, repeats="sampled runs per case, after the greedy one")
+    add = parser.add_argument
+    add(
+        "--model_size",
+        choices=("tiny", "bench", "1B", "7B"),
+        default="tiny",
+        help="default tiny; `bench` is tiny with 65,536 token ids",
+    )
+    add("--precision", choices=tuple(DTYPES), help="default: fp32 on a CPU, bf16 on CUDA")
+    add("--batch_sizes", type=common.positive, nargs="+", default=[1, 8], help="prompts at a time (default 1 8)")
+    add("--cfg", type=float, nargs="+", default=[1.0, 4.0], help="guidance, 1 is without (default 1 4)")
+    add("--num_tokens", type=common.positive, help="new tokens per prompt (default 256 on a CPU, 1024 on CUDA)")
+    add("--ways", nargs="+", choices=WAYS, default=WAYS, help="what to measure; ours always is (default: all)")
+    add("--compile", action="store_true", help="ours with torch.compile")
+    args = parser.parse_args(argv)
+    device = common.choose_device(args.device)
+    num_tokens = args.num_tokens or (1024 if device == "cuda" else 256)
+    precision = args.precision or ("bf16" if device == "cuda" else "fp32")
+    most = MODEL_SIZES[args.model_size]["max_position_embeddings"] - PROMPT_LEN - 3
+    if num_tokens > most:
+        parser.error(f"--num_tokens must be at most {most}, got {num_tokens}: the model has no more")
+    cases = list(product(args.batch_sizes, args.cfg))
+    task = {"model_size": args.model_size, "precision": precision, "device": device, "cases": cases}
+    task |= {"num_tokens": num_tokens, "repeats": args.repeats, "compile_step": args.compile}
+    results = {way: common.run_alone("generate:measure", way=way, **task) for way in dict.fromkeys([OURS, *args.ways])}
+    rows = []
+    for index, (batch_size, cfg) in enumerate(cases):
+        found = {way: result["cases"][index] if "cases" in result else result for way, result in results.items()}
+        tokens = {way: case.pop("tokens", None) for way, case in found.items() if case}
+        ours = found.pop(OURS)
+        for way, baseline in [(way, case) for way, case in found.items() if case] or [("baseline", None)]:
+            if baseline and tokens[OURS] and tokens[way]:
+                baseline["equal_tokens"] = share_of_equal(tokens[OURS], tokens[way])
+            rows.append(common.compare({"batch_size": batch_size, "cfg": cfg}, ours, baseline, way=way))
+    title = f"{args.model_size}, {precision}, {num_tokens} new tokens per prompt, case: batch, cfg"
+    largest = max(rows, key=lambda row: (row["batch_size"], -row["cfg"]))
+    code = common.report("generate", title, device, rows, COLUMNS, main_row=largest)
+    if precision == "fp32" and any((row["baseline"] or {}).get("equal_tokens", 1) < 1 for row in rows):
         print("greedy tokens in fp32 differ: see equal_tokens", file=sys.stderr)
-    return int(differs)
+        return 1
+    return code
 
 
-def find_problems(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the arguments."""
-    problems = []
-    for name in ("num_tokens", "repeats", "bandwidth_tb_s", "batch_sizes"):
-        value = getattr(args, name)
-        if min(value if isinstance(value, list) else [value]) <= 0:
-            problems.append(f"--{name} must be above 0, got {value}")
-    if args.prompt_len < 2:
-        problems.append(f"--prompt_len must be at least 2, got {args.prompt_len}")
-    most = MODEL_SIZES[args.model_size]["max_position_embeddings"] - args.prompt_len - 3
-    if args.num_tokens > most:
-        problems.append(
-            f"--num_tokens must be at most {most} with --prompt_len {args.prompt_len}: the model has no more"
-        )
-    return problems
+def share_of_equal(ours: list[list[int]], theirs: list[list[int]]) -> float:
+    """The share of tokens that are the same in the same place; 0 for answers of different lengths."""
+    pairs = zip(ours, theirs, strict=True)
+    return statistics.mean(len(a) == len(b) and sum(map(int.__eq__, a, b)) / len(a) for a, b in pairs)
 
 
-def measure(way: str, model_size: str, precision: str, device: str, **task) -> dict:
-    """One way in all cases: seconds, greedy tokens and peak memory of each."""
+def measure(
+    way: str, model_size: str, precision: str, device: str, cases: list, num_tokens: int, repeats: int,
+    compile_step: bool,
+) -> dict:  # fmt: skip
+    """One way in all cases (batch size, cfg): figures and greedy tokens of each; None for one that is no case of it."""
     vocab_mapping = make_vocabulary(model_size)
     vocab, dtype = ChameleonVocab.from_mapping(vocab_mapping), DTYPES[precision]
     config = build_config(model_size, vocab_mapping)
-    if way == OURS:
-        model = fill_weights(build_model(config, device, dtype).eval())
-    else:
-        model = fill_weights(build_stock(config, device, dtype))
-    cases = []
-    for batch_size in task["batch_sizes"]:
+    model = build_model(config, device, dtype).eval() if way == OURS else build_stock(config, device, dtype)
+    model = fill_weights(model)
+    begin = image_start(num_tokens, vocab)
+    found = []
+    for batch_size, cfg in cases:
+        prompts = make_prompts(batch_size, PROMPT_LEN, vocab)
         if way == ONE_BY_ONE and batch_size == 1:
-            cases += [None for _ in task["cfg"]]  # the same as batched
+            found.append(None)  # the same as batched
             continue
-        prompts = make_prompts(batch_size, task["prompt_len"], vocab)
-        start = image_start(task["num_tokens"], vocab)
-        for cfg in task["cfg"]:
-            if way == OURS:
-                draw = ours(model, vocab, prompts, start, cfg, task)
-            else:
-                size = 1 if way == ONE_BY_ONE else batch_size
-                draw = stock(model, vocab, prompts, start, cfg, task["num_tokens"], size)
-            tokens, *_ = timed(draw, 0.0, device)
-            times = [timed(draw, 1.0, device)[1:] for _ in range(task["repeats"])]
-            seconds, cpu_seconds = (list(column) for column in zip(*times, strict=True))
-            cases.append(
-                {
-                    "tokens": tokens,
-                    "seconds": statistics.median(seconds),
-                    "all_seconds": seconds,
-                    "cpu_seconds": statistics.median(cpu_seconds),
-                }
-            )
-    return {"cases": cases, "peak_gib": peak_device_gib(device), "needed": needed_bytes(model, vocab, way, task)}
+        if way == OURS:
+            draw = ours(model, vocab, prompts, begin, cfg, num_tokens, compile_step)
+        else:
+            draw = stock(model, vocab, prompts, begin, cfg, num_tokens, 1 if way == ONE_BY_ONE else batch_size)
+        tokens, _ = timed(draw, 0.0, device)
+        seconds = statistics.median(timed(draw, 1.0, device)[1] for _ in range(repeats))
+        needed = needed_bytes(model, vocab, way, num_tokens, 1 if way == ONE_BY_ONE else batch_size, cfg)
+        steps = num_tokens * (batch_size if way == ONE_BY_ONE else 1)
+        figures = {"tokens_per_s": batch_size * num_tokens / seconds, "ms_per_step": 1e3 * seconds / steps}
+        figures |= {"read_tb_per_s": needed * steps / seconds / 1e12, "peak_gib": common.peak_device_gib(device)}
+        found.append({**figures, "tokens": tokens})
+    return {"cases": found}
 
 
-def needed_bytes(model: torch.nn.Module, vocab: ChameleonVocab, way: str, task: dict) -> dict[str, float]:
+def needed_bytes(
+    model: torch.nn.Module, vocab: ChameleonVocab, way: str, num_tokens: int, batch_size: int, cfg: float
+) -> float:
     """
-    What a decoding step reads at the least, in bytes: `weights` once per step, `cache` per branch of each prompt.
+    What a decoding step reads at the least, in bytes: weights once, and the cache of each branch of each prompt.
 
     Weights are all parameters but the embedding, of which one row per token is read; of the head, ours reads the image
     codes only. The cache is `2 * layers * kv heads * head_dim` numbers for every token that is visible, on average
-    prompt + 3 + num_tokens / 2 of them. (The unconditional branch needs fewer; it is counted as if it needed as many as
-    half of the answer.) The share of the bandwidth limit is
-
-        (weights + batch * (conditional + unconditional cache)) * num_tokens / seconds / bandwidth
-
-    with the seconds of the whole answer, prefill included.
+    prompt + 3 + num_tokens / 2 of them; the unconditional branch has no prompt.
     """
     config, head = model.config, model.lm_head.weight
     size = head.element_size()
@@ -186,22 +139,15 @@ def needed_bytes(model: torch.nn.Module, vocab: ChameleonVocab, way: str, task: 
         weights -= (head.shape[0] - vocab.num_codes) * head.shape[1] * size
     head_dim = config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * size
-    seen = task["num_tokens"] / 2 + 3
-    return {
-        "weights": weights,
-        "conditional": per_token * (seen + task["prompt_len"]),
-        "unconditional": per_token * seen,
-    }
+    seen = num_tokens / 2 + 3
+    return weights + batch_size * per_token * (PROMPT_LEN + seen + (seen if cfg != 1 else 0))
 
 
 def make_vocabulary(model_size: str) -> dict[str, int]:
     """Names and ids in Chameleon's layout; what is no control token is a word."""
-    num_codes = NUM_CODES.get(model_size, DEFAULT_NUM_CODES)
-    letters = str.maketrans("0123456789", "ABCDEFGHIJ")
-    names = [BOS, PAD, EOS, "<unk>", *(f"IMGIMG{str(code).translate(letters)}Z" for code in range(num_codes))]
-    names += [END_IMAGE, BEGIN_IMAGE, END_OF_TURN, NEW_LINE]
-    names += [f"<reserved{FIRST_GRID_SIZE + grids:05d}>" for grids in range(1, MAX_GRIDS + 1)]
-    names += [f"word{n}" for n in range(VOCAB_SIZE.get(model_size, DEFAULT_VOCAB_SIZE) - len(names))]
+    tiny = model_size == "tiny"
+    names = special_names(TINY_NUM_CODES if tiny else NUM_CODES, max_grids=32)
+    names += [f"word{n}" for n in range((TINY_VOCAB_SIZE if tiny else VOCAB_SIZE) - len(names))]
     return {name: token_id for token_id, name in enumerate(names)}
 
 
@@ -215,21 +161,19 @@ def make_prompts(batch_size: int, prompt_len: int, vocab: ChameleonVocab) -> lis
 
 def image_start(num_tokens: int, vocab: ChameleonVocab) -> list[int]:
     """The beginning of the smallest square image that is not over after so many tokens."""
-    for grids, token_id in vocab.grid_size_ids.items():
-        side = CODES_PER_GRID * grids
-        if side * (side + 1) >= num_tokens:
-            return [vocab.begin_image_id, token_id, token_id]
-    raise ValueError(f"no image has {num_tokens} tokens; give a smaller --num_tokens")
+    sides = {token_id: CODES_PER_GRID * grids for grids, token_id in vocab.grid_size_ids.items()}
+    grid = next(token_id for token_id, side in sides.items() if side * (side + 1) >= num_tokens)
+    return [vocab.begin_image_id, grid, grid]
 
 
-def build_stock(config: ChameleonConfig, device: str, dtype: torch.dtype) -> ChameleonForConditionalGeneration:
+def build_stock(config: transformers.PretrainedConfig, device: str, dtype: torch.dtype) -> torch.nn.Module:
     """transformers' own model of the same shape, without the VQGAN, which generation does not use."""
     values = config.to_dict()
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     names += ("num_key_value_heads", "max_position_embeddings", "vocabulary_map", "swin_norm", "model_parallel_size")
-    stock_config = ChameleonConfig(**{name: values[name] for name in names})
+    stock_config = transformers.ChameleonConfig(**{name: values[name] for name in names})
     with torch.device("meta"):
-        model = ChameleonForConditionalGeneration(stock_config).to(dtype)
+        model = transformers.ChameleonForConditionalGeneration(stock_config).to(dtype)
     del model.model.vqmodel
     model.to_empty(device=device)
     reset_rotary_buffers(model)
@@ -238,35 +182,23 @@ def build_stock(config: ChameleonConfig, device: str, dtype: torch.dtype) -> Cha
     return model.eval()
 
 
-@torch.no_grad()
-def fill_weights(model: torch.nn.Module) -> torch.nn.Module:
-    """The same values in both models: those of the norms 1 and 0, all else drawn in the order of the parameters."""
-    generator = torch.Generator(model.lm_head.weight.device).manual_seed(0)
-    for name, parameter in model.named_parameters():
-        module, _, kind = name.rpartition(".")
-        if "norm" in module.rpartition(".")[2]:
-            parameter.fill_(1.0 if kind == "weight" else 0.0)
-        else:
-            parameter.normal_(0.0, WEIGHT_STD, generator=generator)
-    return model
-
-
-def ours(model, vocab, prompts, start, cfg: float, task: dict) -> Callable[[float], list[list[int]]]:
-    """A call that draws all answers at a temperature; returns their tokens without the start."""
-    extra = {"cuda_graph": None if task["cuda_graph"] else False, "compile_step": task["compile_step"]}
+def ours(
+    model, vocab: ChameleonVocab, prompts: Answers, begin: list[int], cfg: float, num_tokens: int, compile_step: bool
+) -> Callable[[float], Answers]:
+    """A call that draws all answers at a temperature; returns their tokens without `begin`."""
 
     def draw(temperature: float) -> list[list[int]]:
         options = SamplingOptions(temperature=temperature, cfg=cfg)
-        most = task["num_tokens"] + len(start)
-        answers = generate_batch(model, prompts, vocab, options, most, [start] * len(prompts), len(prompts), **extra)
-        return [answer.tokens[len(start) :] for answer in answers]
+        begins, most = [begin] * len(prompts), num_tokens + len(begin)
+        answers = generate_batch(model, prompts, vocab, options, most, begins, len(prompts), compile_step=compile_step)
+        return [answer.tokens[len(begin) :] for answer in answers]
 
     return draw
 
 
 def stock(
-    model, vocab: ChameleonVocab, prompts, start, cfg: float, num_tokens: int, batch_size: int
-) -> Callable[[float], list[list[int]]]:
+    model, vocab: ChameleonVocab, prompts: Answers, begin: list[int], cfg: float, num_tokens: int, batch_size: int
+) -> Callable[[float], Answers]:
     """The same by `transformers.generate`, `batch_size` prompts at a time, padded on the left."""
     grammar = PythonGrammar(vocab, model)
 
@@ -277,27 +209,22 @@ def stock(
         guidance = [UnconditionalBranch(model, vocab, cfg)] if cfg != 1 else []
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
         found = model.generate(
-            input_ids,
-            attention_mask=(input_ids != vocab.pad_id).long(),
-            max_new_tokens=num_tokens,
-            use_cache=True,
-            eos_token_id=vocab.end_of_turn_id,
-            pad_token_id=vocab.pad_id,
-            logits_processor=LogitsProcessorList([*guidance, grammar]),
-            **sampling,
-        )
+            input_ids, attention_mask=(input_ids != vocab.pad_id).long(), max_new_tokens=num_tokens, use_cache=True,
+            eos_token_id=vocab.end_of_turn_id, pad_token_id=vocab.pad_id,
+            logits_processor=transformers.LogitsProcessorList([*guidance, grammar]), **sampling,
+        )  # fmt: skip
         return found[:, width:].tolist()
 
     def draw(temperature: float) -> list[list[int]]:
         torch.manual_seed(0)
-        contexts = [prompt + start for prompt in prompts]
+        contexts = [prompt + begin for prompt in prompts]
         batches = [contexts[first : first + batch_size] for first in range(0, len(contexts), batch_size)]
         return [tokens for batch in batches for tokens in draw_batch(batch, temperature)]
 
     return draw
 
 
-class PythonGrammar(LogitsProcessor):
+class PythonGrammar(transformers.LogitsProcessor):
     """What may come next and its top-k, found in Python from the tokens of each row; the rest is minus infinity."""
 
     def __init__(self, vocab: ChameleonVocab, model: torch.nn.Module):
@@ -328,7 +255,7 @@ class PythonGrammar(LogitsProcessor):
         return Kind.NEW_LINE if place % (width + 1) == width else Kind.CODE
 
 
-class UnconditionalBranch(LogitsProcessor):
+class UnconditionalBranch(transformers.LogitsProcessor):
     """Guidance by a second forward per token, whose cache holds what came since the image began."""
 
     def __init__(self, model: torch.nn.Module, vocab: ChameleonVocab, cfg: float):
@@ -336,7 +263,7 @@ class UnconditionalBranch(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if self.cache is None:
-            self.cache = DynamicCache(config=self.model.config)
+            self.cache = transformers.DynamicCache(config=self.model.config)
             input_ids = input_ids[:, last_begin(input_ids[0].tolist(), self.vocab) :]
         else:
             input_ids = input_ids[:, -1:]
@@ -350,85 +277,14 @@ def last_begin(tokens: list[int], vocab: ChameleonVocab) -> int:
     return len(tokens) - 1 - tokens[::-1].index(vocab.begin_image_id) if vocab.begin_image_id in tokens else -1
 
 
-def timed(
-    draw: Callable[[float], list[list[int]]], temperature: float, device: str
-) -> tuple[list[list[int]], float, float]:
-    """The tokens, the seconds that they took, and the seconds that this process was computing."""
-    start, cpu_start = time.perf_counter(), time.process_time()
+def timed(draw: Callable[[float], Answers], temperature: float, device: str) -> tuple[Answers, float]:
+    """The tokens, and the seconds that they took."""
+    began = time.perf_counter()
     tokens = draw(temperature)
     if device == "cuda":
         torch.cuda.synchronize()
-    return tokens, time.perf_counter() - start, time.process_time() - cpu_start
-
-
-def compare(index: int, results: dict[str, dict], args: argparse.Namespace) -> dict:
-    """All ways in one case: tokens per second, ratios, and the share of greedy tokens that are the same."""
-    batch_size, cfg = args.batch_sizes[index // len(args.cfg)], args.cfg[index % len(args.cfg)]
-    cases = {way: result["cases"][index] for way, result in results.items()}
-    if ONE_BY_ONE in cases and cases[ONE_BY_ONE] is None:
-        cases[ONE_BY_ONE] = cases.get(BATCHED)
-    num_tokens = batch_size * args.num_tokens
-    figures = {}
-    for way, case in cases.items():
-        if case is None:
-            continue
-        needed = results[way]["needed"]
-        step = needed["weights"] + batch_size * (needed["conditional"] + (cfg != 1) * needed["unconditional"])
-        steps = num_tokens if way == ONE_BY_ONE and batch_size > 1 else args.num_tokens
-        figures[way] = {
-            "tokens_per_s": num_tokens / case["seconds"],
-            "seconds": case["all_seconds"],
-            "cpu_seconds": case["cpu_seconds"],
-            "bandwidth_share": step * args.num_tokens / case["seconds"] / (args.bandwidth_tb_s * 1e12),
-            "ms_per_step": 1e3 * case["seconds"] / steps,
-            "peak_gib": results[way]["peak_gib"],
-        }
-    speed = {way: figure["tokens_per_s"] for way, figure in figures.items()}
-    others = [way for way in (BATCHED, ONE_BY_ONE) if way in speed and OURS in speed]
-    equal = [
-        len(new) == args.num_tokens == len(old) and sum(map(int.__eq__, new, old)) / len(new)
-        for way in others
-        for new, old in zip(cases[OURS]["tokens"], cases[way]["tokens"], strict=True)
-    ]
-    return {
-        "batch_size": batch_size,
-        "cfg": cfg,
-        "ours": figures.get(OURS),
-        "baseline": {way: figures[way] for way in (BATCHED, ONE_BY_ONE) if way in figures},
-        "ratio": {way: speed[OURS] / speed[way] for way in others},
-        "cpu_time_ratio": {way: figures[way]["cpu_seconds"] / figures[OURS]["cpu_seconds"] for way in others},
-        "equal_tokens": statistics.mean(equal) if equal else None,
-    }
-
-
-def format_table(rows: list[dict], device: str, args: argparse.Namespace) -> str:
-    is_cuda = device == "cuda"
-    lines = [
-        f"{args.model_size}, {args.precision}, {args.num_tokens} new tokens per prompt, prompts of up to "
-        f"{args.prompt_len}, {torch.get_num_threads()} threads, on {device_name(device)}",
-        "",
-        "| batch | cfg | ours, tokens/s | generate, batched | ratio | generate, one by one | ratio | equal greedily |"
-        + " share of the bandwidth limit, ours |" * is_cuda,
-        "|---|---|---|---|---|---|---|---|" + "---|" * is_cuda,
-    ]
-    for row in rows:
-        cells = [
-            str(row["batch_size"]),
-            f"{row['cfg']:g}",
-            f"{row['ours']['tokens_per_s']:,.0f}" if row["ours"] else "-",
-        ]
-        for way in (BATCHED, ONE_BY_ONE):
-            has_way = way in row["baseline"]
-            cells.append(f"{row['baseline'][way]['tokens_per_s']:,.0f}" if has_way else "-")
-            has_ratio = way in row["ratio"]
-            cells.append(f"{row['ratio'][way]:.2f} ({row['cpu_time_ratio'][way]:.2f})" if has_ratio else "-")
-        cells.append("-" if row["equal_tokens"] is None else f"{row['equal_tokens']:.1%}")
-        if is_cuda:
-            cells.append(f"{row['ours']['bandwidth_share']:.0%}" if row["ours"] else "-")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return tokens, time.perf_counter() - began
 
 
 if __name__ == "__main__":
-    exit_on_sigterm()
-    sys.exit(main())
+    common.start(main)

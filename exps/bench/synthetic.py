@@ -1,69 +1,39 @@
-"""A made-up dataset for exps/bench/data.py: any number of items over few real token files, so that it fits a disk.
+"""Made-up vocabularies and weights, and for exps/bench/data.py a dataset of any number of items that fits a disk.
 
 There is one token file for each length, in one folder; `files/0`, `files/1`, ... are links to it. Items have lengths
 drawn evenly from a seed, and each lies under a path of its own, or nearly so, that opens and holds as many tokens.
 """
 
-import json
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
 
-from data.index_file import IndexWriter
 from data.record import RecordEntry, write_merged
-from data.record_index import index_key
-from data.token_file import save_token_file, write_shard
-from data.vocab import IGNORE_INDEX
+from data.token_file import save_token_file
+from data.vocab import BEGIN_IMAGE, BOS, END_IMAGE, END_OF_TURN, EOS, FIRST_GRID_SIZE, IGNORE_INDEX, NEW_LINE, PAD
 
 VOCAB_SIZE = 65536  # Chameleon's
 ITEMS_PER_FOLDER = 1000
-ITEMS_PER_SHARD = 100_000
-SHARD_NAME, PLACES_NAME = "items.pkls", "places.npy"
+WEIGHT_STD = 0.02
 
 
-@dataclass(frozen=True)
-class Pool:
-    """A folder with a token file `{n}.pkl` for each length n from `min_len` to `max_len`, and all of them in a shard.
-
-    `folder` is absolute.
-    """
-
-    folder: str
-    min_len: int
-    max_len: int
-
-    def places(self) -> np.ndarray:
-        """Offset and nbytes in the shard of the item of each length, int64 [2, max_len - min_len + 1]."""
-        return np.load(Path(self.folder) / PLACES_NAME)
-
-
-def write_pool(folder: Path, min_len: int, max_len: int) -> Pool:
-    """Random tokens; the first half of an item has no targets."""
+def write_pool(folder: Path, min_len: int, max_len: int) -> None:
+    """A token file `{n}.pkl` of random tokens for each length n; the first half of an item has no targets."""
     folder.mkdir()
     rng = np.random.default_rng(0)
-    lens = range(min_len, max_len + 1)
-    for length in lens:
+    for length in range(min_len, max_len + 1):
         token = rng.integers(0, VOCAB_SIZE, length).tolist()
         save_token_file(folder / f"{length}.pkl", token, [IGNORE_INDEX] * (length // 2) + token[length // 2 :], length)
-    places = write_shard(folder / SHARD_NAME, ((folder / f"{length}.pkl").read_bytes() for length in lens))
-    np.save(folder / PLACES_NAME, np.array(places).T)
-    return Pool(os.fspath(folder.absolute()), min_len, max_len)
 
 
-def draw_lengths(pool: Pool, num_items: int) -> Iterator[np.ndarray]:
-    """Lengths in tokens int64 of all items, `ITEMS_PER_SHARD` at a time."""
-    rng = np.random.default_rng(1)
-    for start in range(0, num_items, ITEMS_PER_SHARD):
-        yield rng.integers(pool.min_len, pool.max_len + 1, min(ITEMS_PER_SHARD, num_items - start))
-
-
-def write_record(folder: Path, pool: Pool, num_items: int) -> Path:
-    """`record.json` of `num_items` items with a file each, as pre-tokenizing leaves it; returns its path."""
-    _link_folders(folder, pool, -(-num_items // ITEMS_PER_FOLDER))
-    lens = (length for part in draw_lengths(pool, num_items) for length in part.tolist())
+def write_record(folder: Path, pool: Path, min_len: int, max_len: int, num_items: int) -> Path:
+    """`record.json` of items with a file of `pool` each, as pre-tokenizing leaves it; returns its path."""
+    (folder / "files").mkdir()
+    for number in range(-(-num_items // ITEMS_PER_FOLDER)):
+        (folder / "files" / str(number)).symlink_to(pool.absolute(), target_is_directory=True)
+    lens = np.random.default_rng(1).integers(min_len, max_len + 1, num_items).tolist()
     entries = (
         RecordEntry(f"files/{number // ITEMS_PER_FOLDER}/{length}.pkl", length, number)
         for number, length in enumerate(lens)
@@ -73,28 +43,25 @@ def write_record(folder: Path, pool: Pool, num_items: int) -> Path:
     return path
 
 
-def write_placeholder(folder: Path, pool: Pool, num_items: int) -> Path:
-    """A record without items, for `write_index` to write the index of as if it had them; returns its path."""
-    _link_folders(folder, pool, -(-num_items // ITEMS_PER_SHARD))
-    path = folder / "record.json"
-    path.write_text(json.dumps([]))
-    return path
+def special_names(num_codes: int, max_grids: int) -> list[str]:
+    """The first token names of Chameleon's layout: all that are no text."""
+    letters = str.maketrans("0123456789", "ABCDEFGHIJ")
+    names = [BOS, PAD, EOS, "<unk>", *(f"IMGIMG{str(code).translate(letters)}Z" for code in range(num_codes))]
+    names += [END_IMAGE, BEGIN_IMAGE, END_OF_TURN, NEW_LINE]
+    return names + [f"<reserved{FIRST_GRID_SIZE + grids:05d}>" for grids in range(1, max_grids + 1)]
 
 
-def write_index(record: Path, cache_dir: Path, pool: Pool, num_items: int) -> None:
-    """The index of `num_items` items in shards that no record lists; `open_index(record, cache_dir)` then gives it."""
-    cache_dir.mkdir()
-    places = pool.places()
-    key = index_key(record)
-    with IndexWriter(cache_dir / key.folder_name) as writer:
-        for number, lens in enumerate(draw_lengths(pool, num_items)):
-            ids = number * ITEMS_PER_SHARD + np.arange(len(lens))
-            shard = os.fspath(record.parent.absolute() / "files" / str(number) / SHARD_NAME)
-            writer.append(lens, np.zeros(len(lens)), ids, shard, *places[:, lens - pool.min_len])
-        writer.finish(key)
-
-
-def _link_folders(folder: Path, pool: Pool, num_links: int) -> None:
-    (folder / "files").mkdir()
-    for number in range(num_links):
-        (folder / "files" / str(number)).symlink_to(pool.folder, target_is_directory=True)
+@torch.no_grad()
+def fill_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """Those of the norms 1 and 0, all else normal, drawn on the device in the order of the parameters: ours and stock
+    `transformers` get the same. 7B drawn on the host would take a minute."""
+    generator = None
+    for name, parameter in model.named_parameters():
+        module, _, kind = name.rpartition(".")
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if "norm" in module.rpartition(".")[2]:
+            local.fill_(float(kind == "weight"))
+            continue
+        generator = generator or torch.Generator(local.device).manual_seed(0)
+        local.normal_(0.0, WEIGHT_STD, generator=generator)
+    return model

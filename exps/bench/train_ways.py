@@ -23,19 +23,12 @@ from transformers import ChameleonForConditionalGeneration
 from data.rows import collate_row
 from data.token_file import TokenItem
 from data.vocab import IGNORE_INDEX
-from model import loss as loss_module
-from model.decoder.chameleon import ChameleonXLLMXConfig, build_config, init_weights
+from exps.bench.synthetic import fill_weights
+from model.decoder.chameleon import ChameleonXLLMXConfig, build_config
 from model.metrics import MetricSums
 from model.optim import BETAS, build_optimizer, set_lr, split_by_decay
 from model.options import Options
-from model.parallelize import (
-    ParallelOptions,
-    allocate,
-    begin_micro_step,
-    build_mesh,
-    clip_grad_norm,
-    parallelize,
-)
+from model.parallelize import ParallelOptions, allocate, begin_micro_step, build_mesh, clip_grad_norm, parallelize
 from model.plan import IMAGE_TOKENS, VOCAB_SIZE
 from model.step_guard import StepGuard
 from model.trainable import init_adapters
@@ -64,10 +57,6 @@ class Work:
     def mean_context(self) -> float:
         """Length of the item in which a token stands, on average over tokens: what attention costs depends on it."""
         return sum(length**2 for length in self.item_lens) / sum(self.item_lens)
-
-    def first_items(self, num_items: int) -> "Work":
-        """The same with fewer items."""
-        return dataclasses.replace(self, item_lens=self.item_lens[:num_items])
 
 
 def fill_rows(num_tokens: int, shortest: int, longest: int) -> tuple[int, ...]:
@@ -106,21 +95,13 @@ def bench_config(options: Options) -> ChameleonXLLMXConfig:
     return build_config(options.model.model_size, dict(image_tokens), **changes)
 
 
-def ignore(_phase: str) -> None:
-    """The mark of a step that nobody measures."""
-
-
 class Ours:
     """The step of finetune_solver.py in a group of one, on packed rows."""
 
     def __init__(
-        self,
-        work: Work,
-        options: Options,
-        config: ChameleonXLLMXConfig,
-        device: torch.device,
+        self, work: Work, options: Options, config: ChameleonXLLMXConfig, device: torch.device,
         compile_backend: str | Callable = "inductor",
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Builds and fills model and optimizer, in the order of `Solver.build`."""
         self.work, self.options, self.device = work, options, device
         self.mesh = build_mesh(options.parallel, device.type, 1)
@@ -134,9 +115,12 @@ class Ours:
         batches = (make_items(work.item_lens, config.vocab_size, seed) for seed in range(work.micro_steps))
         self.rows = [collate_row(items, work.row_len, PAD_ID, options.data.max_seq_len) for items in batches]
         if device.type == "cuda" and options.data.pin_mem:
-            self.rows = [{name: _pinned(value) for name, value in row.items()} for row in self.rows]
+            self.rows = [
+                {name: value.pin_memory() if isinstance(value, torch.Tensor) else value for name, value in row.items()}
+                for row in self.rows
+            ]
 
-    def step(self, mark: Callable[[str], None] = ignore) -> torch.Tensor:
+    def step(self, mark: Callable[[str], None] = lambda phase: None) -> torch.Tensor:
         """One optimizer step, as `Solver.train_step`; returns its loss on the device. `mark(phase)` ends a phase."""
         num_valid, losses = sum(row["num_valid_tokens"] for row in self.rows), []
         for number, row in enumerate(self.rows):
@@ -179,7 +163,7 @@ class Recipe:
             pad_items(make_items(work.item_lens, config.vocab_size, seed)) for seed in range(work.micro_steps)
         ]
 
-    def step(self, mark: Callable[[str], None] = ignore) -> torch.Tensor:
+    def step(self, mark: Callable[[str], None] = lambda phase: None) -> torch.Tensor:
         """As `Ours.step`; every micro-step counts alike."""
         losses = []
         for number, (input_ids, labels) in enumerate(self.batches):
@@ -217,11 +201,6 @@ class RecipeDecoder(ChameleonForConditionalGeneration):
 WAYS: dict[str, Callable[..., Any]] = {"ours": Ours, "baseline": Recipe}
 
 
-def set_loss_chunk(num_logits: int) -> None:
-    """Lets the loss take so many logits at once in this process (its own default: model/loss.py)."""
-    loss_module._CHUNK_LOGITS = num_logits
-
-
 def pad_items(items: Sequence[TokenItem]) -> tuple[torch.Tensor, torch.Tensor]:
     """Input ids and labels int64 [B, longest]; padding is on the right, so that a causal mask is enough."""
     shape = len(items), max(len(item.token) for item in items)
@@ -233,21 +212,9 @@ def pad_items(items: Sequence[TokenItem]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def fill(model: nn.Module, device: torch.device, options: Options) -> None:
-    """Allocates a sharded model and gives it weights.
-
-    On a GPU they are drawn there: 7B on the host takes a minute, and their values do not matter to speed.
-    """
+    """Allocates a sharded model and gives it weights."""
     allocate(model, device, options.parallel)
-    if device.type == "cpu" or options.parallel.cpu_offload:
-        init_weights(model, options.run.seed)
-    else:
-        generator = torch.Generator(device).manual_seed(options.run.seed)
-        for name, parameter in model.named_parameters():
-            local = parameter.detach().to_local()
-            if "norm" in name:
-                local.fill_(float(name.endswith("weight")))
-            else:
-                local.normal_(0.0, model.config.initializer_range, generator=generator)
+    fill_weights(model)
     init_adapters(model, options.run.seed)
     model.train()
 
@@ -264,7 +231,3 @@ def marked_head(model: nn.Module, mark: Callable[[str], None]) -> Iterator[None]
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _pinned(value: Any) -> Any:
-    return value.pin_memory() if isinstance(value, torch.Tensor) else value
