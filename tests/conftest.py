@@ -6,7 +6,7 @@ import tempfile
 import pytest
 import torch
 
-from tests.small_run import split_by_type, write_small_task
+from tests.small_run import call_main, solver_args, split_by_type, write_small_task
 
 
 def pytest_runtest_setup(item):
@@ -31,6 +31,14 @@ def small_task(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small_task")
     write_small_task(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained(small_task, tmp_path_factory):
+    """The output folder of a training of the small task, 24 steps of 2 epochs, which no test may change."""
+    output_dir = tmp_path_factory.mktemp("trained") / "runs" / "first"
+    assert call_main(solver_args(small_task, output_dir)) == (0, "")
+    return output_dir
 
 
 @pytest.fixture(scope="session")

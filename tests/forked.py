@@ -18,9 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from unittest import mock
+
+import torch.multiprocessing
 
 ROOT = Path(__file__).parents[1]
 PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "transformers", "tests.preloaded"]
@@ -69,6 +71,15 @@ class Popen:
             raise subprocess.TimeoutExpired(self.args, timeout)
         return self._process.exitcode
 
+    def wait_for_output(self, text: str, path: Path | None = None, timeout: float = 60) -> str:
+        """What is in `stdout`, or `path`, once `text` is in it."""
+        path, deadline = path or self.stdout, time.monotonic() + timeout
+        while text not in (said := path.read_text() if path.exists() else ""):
+            assert self.poll() is None, f"it ended before it said {text!r}:\n{self.stderr.read_text()}"
+            assert time.monotonic() < deadline, f"it never said {text!r}"
+            time.sleep(0.005)
+        return said
+
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
             os.kill(self.pid, number)
@@ -97,6 +108,12 @@ def run(
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def spawn(function: Callable[..., None], args: tuple[object, ...], num_processes: int) -> None:
+    """As `torch.multiprocessing.spawn`: each process calls `function` with its number and `args`."""
+    _context()
+    torch.multiprocessing.start_processes(function, args, num_processes, start_method="forkserver")
 
 
 def _without_main(preparation: dict[str, object]) -> dict[str, object]:

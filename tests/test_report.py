@@ -8,7 +8,6 @@ import math
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,7 +21,8 @@ from model.options import build_parser
 from model.report import command_to_go_on, holds_lock, main, report_at_end, write_report
 from model.report_page import build_charts
 from model.samples_format import read_samples, write_samples
-from tests.small_run import ROOT, environment, solver_args, train
+from tests import forked
+from tests.small_run import environment
 from tests.test_inspect_record import CHROMIUM, browse
 
 NASTY = "a cat <script>document.title='taken'</script> \"'><img src=x onerror=\"document.title='taken'\"> &\x00"
@@ -60,19 +60,11 @@ addEventListener("load", () => {
 """
 
 
-@pytest.fixture(scope="module")
-def real_run(small_task, tmp_path_factory) -> Path:
-    """The output folder of a short training, 24 steps of 2 epochs."""
-    output_dir = tmp_path_factory.mktemp("report") / "runs" / "first"
-    train(0, solver_args(small_task, output_dir))
-    return output_dir
-
-
 @pytest.fixture
-def full_run(real_run, tmp_path) -> Path:
+def full_run(trained, tmp_path) -> Path:
     """A copy of it with what a longer run of all options has: validation, types, memory, waiting, samples, bad data."""
     folder = tmp_path / "full"
-    shutil.copytree(real_run, folder)
+    shutil.copytree(trained, folder)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     with (folder / "metrics.jsonl").open("w") as file:
         for line in lines:
@@ -123,7 +115,7 @@ def look_at(report: Path, width: int = 1400) -> dict:
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium in the PATH; `apt-get install chromium` as root brings it")
 @pytest.mark.parametrize("width", [1400, 500])
-def test_a_browser_draws_the_page_of_a_real_run(full_run, width):
+def test_a_browser_draws_the_page_of_a_trained(full_run, width):
     seen = look_at(write_report(full_run), width)
     assert seen["wrong"] == [] and seen["other"] == [] and seen["overflow"] <= 0
     assert seen["title"] == "/".join(full_run.parts[-2:])
@@ -156,12 +148,11 @@ def test_curves_are_seen_in_light_and_dark(full_run, is_dark):
         assert drawn > 300, f"{name} {color} is not on the page"
 
 
-@pytest.mark.slow
-def test_what_a_finished_run_says(real_run, tmp_path):
-    written = (real_run / "report.html").stat().st_mtime_ns
-    assert main([str(real_run), "--out", str(tmp_path / "page.html")]) == 0
+def test_what_a_finished_run_says(trained, tmp_path):
+    written = (trained / "report.html").stat().st_mtime_ns
+    assert main([str(trained), "--out", str(tmp_path / "page.html")]) == 0
     text = (tmp_path / "page.html").read_text()
-    state = read_state(find_newest(real_run)[0])
+    state = read_state(find_newest(trained)[0])
     assert '<span class="status finished">finished</span>' in text
     last = state.position.global_step
     assert f"step <b>{last}</b> of {last} · epoch <b>2.00</b> of 2" in text
@@ -170,13 +161,12 @@ def test_what_a_finished_run_says(real_run, tmp_path):
     assert '<div class="changed" title="default: 2e-05"><dt>lr</dt><dd>0.01</dd></div>' in text
     assert "<div><dt>packing</dt><dd>no</dd></div>" in text
     assert "No step was skipped" in text and "The command of this run" in text
-    assert (real_run / "report.html").stat().st_mtime_ns == written, "--out is where it goes"
+    assert (trained / "report.html").stat().st_mtime_ns == written, "--out is where it goes"
 
 
-@pytest.mark.slow
-def test_the_command_shown_is_the_run(real_run):
+def test_the_command_shown_is_the_run(trained):
     """Parsing what the page shows gives the options of the run."""
-    state = read_state(find_newest(real_run)[0])
+    state = read_state(find_newest(trained)[0])
     words = shlex.split(command_to_go_on(state).replace("\\\n", " "))
     assert words[:3] == ["python", "-u", "finetune_solver.py"]
     again = vars(build_parser().parse_args(words[3:]))
@@ -357,14 +347,13 @@ def test_a_folder_that_is_no_run_is_one_clear_error(tmp_path, capsys, has_folder
     assert "give the --output_dir" in error and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 def test_a_run_that_is_still_going_is_known_by_its_lock(tmp_path):
     folder = write_lines(tmp_path / "run", [line_at(1), line_at(2)])
     script = "from pathlib import Path; import sys; from model.report import main; sys.exit(main(sys.argv[1:]))"
     with lock_output_dir(folder):
         write_report(folder)  # as the run's own process does: it keeps its lock
-        done = subprocess.run([sys.executable, "-c", script, str(folder)], env=environment(), cwd=ROOT, check=False)
-        assert done.returncode == 0 and '<span class="status running">' in (folder / "report.html").read_text()
+        forked.run([sys.executable, "-c", script, folder], environment(), check=True)
+        assert '<span class="status running">' in (folder / "report.html").read_text()
     assert not holds_lock(folder)
     assert main([str(folder)]) == 0
     assert '<span class="status stopped">' in (folder / "report.html").read_text()

@@ -2,7 +2,6 @@
 
 import codecs
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from model.sample_prompts import SamplePrompt, load_prompts
 from model.samples import SampleOptions, Sampler
 from model.samples_format import drop_samples_after, read_samples, write_samples
 from model.vqgan import VQGAN, save_vqgan
+from tests import forked
 from tests.decoder_helpers import small_config, write_small_tokenizer
 from tests.test_generation import GREEDY, IMAGE_START, VOCAB, make_model, make_prompts
 
@@ -157,10 +157,7 @@ def test_ranks_that_would_draw_differently_go_on_with_the_same_tokens(tmp_path):
     write_small_tokenizer(tmp_path)
     (tmp_path / "asked.txt").write_text("a cat\nred\nthe car on\n")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launcher, __file__, str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    forked.run([*launcher, __file__, str(tmp_path)], environment(), check=True)
     of_main, of_other = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert of_main == of_other and len(of_main) == 3
     codec = RequestCodec(load_text_tokenizer(tmp_path), None, torch.device("cpu"))

@@ -6,20 +6,13 @@ import shutil
 import pytest
 
 from data.item_processor import hash_tokenizer, load_text_tokenizer
-from tests.small_run import call_main, losses, read_lines, run_solver, solver_args, train, write_small_task
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("task")
-    write_small_task(folder)
-    return folder
+from tests.small_run import call_main, losses, read_lines, run_solver, solver_args, train
 
 
 @pytest.fixture
-def task(whole, tmp_path):
+def task(small_task, tmp_path):
     """A copy that a test may damage."""
-    return shutil.copytree(whole, tmp_path / "task")
+    return shutil.copytree(small_task, tmp_path / "task")
 
 
 def damage(task, *items: int) -> None:
