@@ -3,9 +3,7 @@
 import dataclasses
 import gc
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -34,7 +32,9 @@ from model.step_guard import StepGuard
 from model.storage_tracker import ACTIVATIONS, GRADIENTS, LOSS, OPTIMIZER, PARAMETERS, StorageTracker
 from model.trainable import init_adapters
 from model.training import build_sharded, micro_step, optimizer_step
+from tests import forked
 from tests.small_run import ROOT, call_main, environment, solver_args
+from tests.test_exps import record_call
 
 ROW_LEN = 128
 
@@ -51,13 +51,13 @@ def plan(folder: Path, world_size: int = 1, row_len: int = ROW_LEN, document_len
     return plan_memory(config, options, world_size, row_len, document_len)
 
 
-def run_plan(*command: str, **env: str) -> tuple[dict, str]:
-    """A plan by a process of its own: the figures of its last line, and all that it printed."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    variables = environment() | {"PATH": path, "HF_HUB_OFFLINE": "1"} | env
-    done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), done.stdout
+def run_plan(tmp_path: Path, capsys, script: str, *flags: str, **env: str) -> tuple[dict, str]:
+    """The plan of what a script starts: the figures of its last line, and all that it printed."""
+    call = record_call(tmp_path, script, "--plan", *flags, OUTPUT_DIR=str(tmp_path / "out"), **env)
+    assert call[:3] == ["python", "-u", "finetune_solver.py"]
+    assert call_main(call[3:])[0] == 0
+    out = capsys.readouterr().out
+    return json.loads(out.splitlines()[-1]), out
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -343,10 +343,9 @@ def test_disk_of_the_start_and_of_what_it_carries(small_task, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "world_size", "most_gib"), [("7B", 1, 125), ("7B", 8, 30), ("34B", 32, 65)])
-def test_shipped_scripts_fit(tmp_path, size, world_size, most_gib):
-    command = ("bash", str(ROOT / f"exps/{size}.sh"), "--plan", "--plan_world_size", str(world_size))
-    figures, out = run_plan(*command, OUTPUT_DIR=str(tmp_path / "out"))
+@pytest.mark.parametrize(("size", "world_size", "most_gib"), [("7B", 1, 125), ("34B", 32, 65)])
+def test_shipped_scripts_fit(tmp_path, capsys, size, world_size, most_gib):
+    figures, out = run_plan(tmp_path, capsys, f"exps/{size}.sh", "--plan_world_size", str(world_size))
     assert figures["model_size"] == size and figures["row_tokens"] == 8 * 4096
     assert 0.5 * most_gib < figures["peak_gib"] < most_gib
     assert sum(figures["at_peak_gib"].values()) == pytest.approx(figures["peak_gib"], abs=0.05)
@@ -356,9 +355,8 @@ def test_shipped_scripts_fit(tmp_path, size, world_size, most_gib):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("card_gib", [24, 48])
-def test_the_lora_script_fits_its_card(tmp_path, card_gib):
-    command = ("bash", str(ROOT / "exps/7B_lora.sh"), "--plan")
-    figures, _ = run_plan(*command, OUTPUT_DIR=str(tmp_path / "out"), CARD_GIB=str(card_gib))
+def test_the_lora_script_fits_its_card(tmp_path, capsys, card_gib):
+    figures, _ = run_plan(tmp_path, capsys, "exps/7B_lora.sh", CARD_GIB=str(card_gib))
     assert figures["world_size"] == 1 and figures["num_trained_parameters"] < 0.02 * figures["num_parameters"]
     fitting = CARDS_GIB[card_gib]
     assert figures["needed_gib"] < fitting and figures["peak_gib"] > 0.5 * fitting
@@ -367,8 +365,7 @@ def test_the_lora_script_fits_its_card(tmp_path, card_gib):
 @pytest.mark.slow
 def test_table_holds_the_plans():
     args = ["--model_sizes", "tiny", "--world_sizes", "1", "4", "--batch_size", "1", "--max_seq_len", "256"]
-    command = [sys.executable, str(ROOT / "exps/plan_table.py"), *args]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+    done = forked.run([sys.executable, ROOT / "exps/plan_table.py", *args], environment())
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
     assert lines[0] == "| trained | 1 rank | 4 ranks |" and len(lines) == 2 + len(plan_table.METHODS)

@@ -63,7 +63,7 @@ def kill_some_lives(task, out: Path, rank: int, num_kills: int) -> int:  # noqa:
         worker = start(*arguments(task, out, *flags, splits=3, rank=rank, batch_size=1))
         wanted = num_token_files(out, ids) + rng.randint(0, 12)
         if wanted > len(ids) or rng.random() < 0.2:
-            time.sleep(rng.uniform(0, 8))  # while it starts, tries items again, or has nothing to do
+            time.sleep(rng.uniform(0, 2))  # while it starts, tries items again, or has nothing to do
         else:
             wait_until(lambda wanted=wanted: num_token_files(out, ids) >= wanted, worker)
             time.sleep(rng.uniform(0, 0.02))
