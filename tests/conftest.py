@@ -6,6 +6,7 @@ import tempfile
 import pytest
 import torch
 
+from tests.browser_helpers import start_browser
 from tests.small_run import call_main, solver_args, split_by_type, write_small_task
 
 
@@ -39,6 +40,13 @@ def trained(small_task, tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("trained") / "runs" / "first"
     assert call_main(solver_args(small_task, output_dir)) == (0, "")
     return output_dir
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    driver = start_browser(tmp_path_factory.mktemp("profile"))
+    yield driver
+    driver.quit()
 
 
 @pytest.fixture(scope="session")
