@@ -44,6 +44,4 @@ def seen_by_probe(browser) -> str:
     """What the probe of a page has left in its body."""
     from selenium.webdriver.support.ui import WebDriverWait
 
-    return WebDriverWait(browser, 60).until(
-        lambda driver: driver.execute_script("return document.body.dataset.seen")
-    )
+    return WebDriverWait(browser, 60).until(lambda driver: driver.execute_script("return document.body.dataset.seen"))

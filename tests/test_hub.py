@@ -45,16 +45,7 @@ def offline(world, monkeypatch):
 
 def test_without_the_default_folder_every_script_takes_the_hub_s_vqgan(world, small_task, offline, tmp_path, capsys):
     folder, _ = world
-    command = [
-        "--in_filename",
-        "in.json",
-        "--out_dir",
-        str(tmp_path),
-        "--target_size",
-        "64",
-        "--tokenizer",
-        "some/text",
-    ]
+    command = f"--in_filename in.json --out_dir {tmp_path} --target_size 64 --tokenizer some/text".split()
     assert pre_tokenize([*command, "--device", "cpu", "--num_workers", "0"]) == 0, capsys.readouterr().err
     codebook = load_vqgan(folder / "meta").codebook_sha256
     assert json.loads((tmp_path / "manifest.json").read_text())["codebook_sha256"] == codebook

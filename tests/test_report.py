@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import html
 import json
 import math
 import re
@@ -22,8 +21,8 @@ from model.report import command_to_go_on, holds_lock, main, report_at_end, writ
 from model.report_page import build_charts
 from model.samples_format import read_samples, write_samples
 from tests import forked
+from tests.browser_helpers import needs_browser, seen_by_probe, show
 from tests.small_run import environment
-from tests.test_inspect_record import CHROMIUM, browse
 
 NASTY = "a cat <script>document.title='taken'</script> \"'><img src=x onerror=\"document.title='taken'\"> &\x00"
 # Takes every chart through hovering, both scales and raw curves, and notes what goes wrong and what was fetched.
@@ -101,22 +100,21 @@ def line_at(step: int, **changes) -> dict:
     return line | {"tokens_per_s": 1000.0, "skipped_steps": 0, "bad_items": 0, "fill": 0.99} | changes
 
 
-def look_at(report: Path, width: int = 1400) -> dict:
+def look_at(browser, report: Path, width: int = 1400) -> dict:
     """What the probe sees of a report in a real browser; writes `probed.html` beside it."""
     probe_hash = base64.b64encode(hashlib.sha256(PROBE.encode()).digest()).decode()
     probed = report.read_text().replace("script-src ", f"script-src 'sha256-{probe_hash}' ", 1)
     probed = probed.replace("<style>", f"<script>{PROBE}</script><style>", 1)
     (report.parent / "probed.html").write_text(probed)
-    flags = ("--dump-dom", f"--window-size={width},900", "--virtual-time-budget=3000")
-    dom = browse(report.parent, "probed.html", *flags)
-    return json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', dom)[1]))
+    show(browser, report.parent / "probed.html", width)
+    return json.loads(seen_by_probe(browser))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium in the PATH; `apt-get install chromium` as root brings it")
+@needs_browser
 @pytest.mark.parametrize("width", [1400, 500])
-def test_a_browser_draws_the_page_of_a_trained(full_run, width):
-    seen = look_at(write_report(full_run), width)
+def test_a_browser_draws_the_page_of_a_real_run(browser, full_run, width):
+    seen = look_at(browser, write_report(full_run), width)
     assert seen["wrong"] == [] and seen["other"] == [] and seen["overflow"] <= 0
     assert seen["title"] == "/".join(full_run.parts[-2:])
     assert seen["smoothed"] == [1, 0] and seen["tip"] == "none"
@@ -135,12 +133,11 @@ def test_a_browser_draws_the_page_of_a_trained(full_run, width):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium in the PATH; `apt-get install chromium` as root brings it")
+@needs_browser
 @pytest.mark.parametrize("is_dark", [False, True])
-def test_curves_are_seen_in_light_and_dark(full_run, is_dark):
-    write_report(full_run)
-    dark = ["--blink-settings=preferredColorScheme=0"] if is_dark else []
-    browse(full_run, "report.html", "--screenshot=shot.png", "--window-size=1400,2400", *dark)
+def test_curves_are_seen_in_light_and_dark(browser, full_run, is_dark):
+    show(browser, write_report(full_run), 1400, 2400, is_dark)
+    browser.save_screenshot(full_run / "shot.png")
     shot = np.asarray(Image.open(full_run / "shot.png").convert("RGB"))
     colors = ("#12181c", "#f5a04c", "#6ea3ff") if is_dark else ("#f5f7f9", "#d06a00", "#2f6fde")
     for name, color in zip(("page", "text", "image"), colors, strict=True):
