@@ -119,6 +119,7 @@ def test_a_disk_that_fails_on_one_rank_is_told_by_all_and_damages_nothing(tmp_pa
     assert read_state(tmp_path / "epoch0").position.global_step == 1
 
 
+@pytest.mark.slow
 def test_a_run_on_a_full_disk_ends_with_one_message_and_goes_on_later(task, tmp_path):
     args = solver_args(task, tmp_path / "out", max_steps=5, save_iteration_interval=3)
     assert call_main(solver_args(task, tmp_path / "out", max_steps=2)) == (0, "")

@@ -155,6 +155,7 @@ def test_stock_transformers_and_peft_compute_what_was_trained(finished, task, tm
             torch.testing.assert_close(by_peft(input_ids=input_ids).logits, logits[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_from_a_starting_point_goes_on_where_it_was_moved(task, tmp_path):
     """With zeroed image rows, kept in the run's own folder; on one rank, in this process."""
     out, moved = tmp_path / "out", tmp_path / "moved"
@@ -178,6 +179,7 @@ def test_a_run_from_a_starting_point_goes_on_where_it_was_moved(task, tmp_path):
     assert code == 2 and "the rest comes from" in message and "which is gone" in message
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_once_its_note_says_where_its_base_was_moved(task, tmp_path):
     """As the message tells; the same command, whose --init_from names the old place."""
     out, base, elsewhere = tmp_path / "out", tmp_path / "base", tmp_path / "elsewhere"
@@ -204,6 +206,7 @@ def eight_bits(task, tmp_path_factory):
     return out, changes
 
 
+@pytest.mark.slow
 def test_moments_in_8_bits_stay_with_their_optimizer(eight_bits, task):
     out, changes = eight_bits
     code, message = call_main(run_args(task, out, **changes | {"optim": "adamw"}, max_steps=2, resume_anyway=True))

@@ -88,6 +88,7 @@ def count_real_step(options: Options, config, device: torch.device) -> StorageTr
     return tracker
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"checkpointing": True, "accum_iter": 2}], ids=["plain", "checkpointing"])
 def test_a_run_with_values_has_the_same_peak(small_task, changes):
     """In fp32 a CPU attends as the plan does: by one call per document."""
@@ -165,9 +166,11 @@ def measure_step(options: Options, config, device: torch.device) -> dict[str, in
     "changes",
     [
         {},
-        {"checkpointing": True},
-        {"accum_iter": 3},
-        {"lora_rank": 4, "train_only": "image_head", "optim": "adamw_bf16_states"},
+        pytest.param({"checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param({"accum_iter": 3}, marks=pytest.mark.slow),
+        pytest.param(
+            {"lora_rank": 4, "train_only": "image_head", "optim": "adamw_bf16_states"}, marks=pytest.mark.slow
+        ),
     ],
     ids=["all_weights", "checkpointing", "accumulated", "lora_bf16_states"],
 )
@@ -186,6 +189,7 @@ def test_a_run_takes_what_its_plan_says(small_task, changes):
     assert planned.peak == pytest.approx(taken["peak"], rel=0.01)
 
 
+@pytest.mark.slow
 def test_attention_keeps_nothing_of_rows_by_rows(small_task):
     """With the kernel of CUDA the activations of a row grow as the row, also if it is one document."""
     short, long = (plan(small_task, row_len=n, document_len=n, precision="bf16") for n in (1024, 2048))
@@ -209,6 +213,7 @@ def test_packed_rows_in_bf16_take_the_kernel_of_cuda_and_its_workspace(small_tas
     assert workspaces["torch_attn::_varlen_attn_backward"] == padded * heads * (head_dim * 4 + 4)
 
 
+@pytest.mark.slow
 def test_dropout_keeps_a_byte_per_element(small_task):
     without, with_dropout = (plan(small_task, precision="bf16", dropout=p) for p in (0.0, 0.1))
     hidden, branches = 32, 2 * 2  # two layers
@@ -216,6 +221,7 @@ def test_dropout_keeps_a_byte_per_element(small_task):
     assert branches * ROW_LEN * hidden <= kept < 2 * branches * ROW_LEN * hidden
 
 
+@pytest.mark.slow
 def test_memory_falls_as_the_options_promise(small_task):
     full = plan(small_task, precision="bf16", row_len=1024)
     recomputed = plan(small_task, precision="bf16", row_len=1024, checkpointing=True)
@@ -236,6 +242,7 @@ def test_memory_falls_as_the_options_promise(small_task):
     assert offloaded.peak <= full.peak - full.at_peak[PARAMETERS] - full.at_peak[OPTIMIZER]
 
 
+@pytest.mark.slow
 def test_states_in_8_bits(small_task):
     pytest.importorskip("torchao")
     config = build_config("tiny", vocab_size=1024, num_hidden_layers=2)
@@ -373,6 +380,7 @@ def test_table_holds_the_plans():
     assert lines[-1].startswith("| tiny, image head |") and lines[-1].endswith(f" {plan_table.format_cell(planned)} |")
 
 
+@pytest.mark.slow
 def test_a_plan_of_adapters_needs_no_peft(small_task, monkeypatch):
     """What peft makes of the layers, it counts by itself; a training is told what to install."""
     pytest.importorskip("peft")

@@ -113,7 +113,13 @@ def test_a_killed_worker_goes_on_where_it_was(task, tmp_path, undisturbed):
 
 @pytest.mark.parametrize(
     "damage",
-    ["torn_record", "torn_failed", "lost_failed_line", "lost_token_file", "half_token_file_beside", "lost_logs"],
+    [
+        *("torn_record", "lost_failed_line", "lost_token_file"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("torn_failed", "half_token_file_beside", "lost_logs")
+        ),
+    ],
 )
 def test_whatever_was_interrupted_is_repaired(task, tmp_path, undisturbed, damage):
     for name, content in undisturbed.items():
@@ -287,6 +293,7 @@ def test_without_a_gpu_images_are_encoded_on_the_cpu_and_a_line_says_so(task, ca
     assert capsys.readouterr().out == "torch sees no CUDA GPU: images are encoded on the CPU\n"
 
 
+@pytest.mark.slow
 def test_merging_refuses_what_is_not_whole(task, tmp_path, capsys):
     out = tmp_path / "out"
 

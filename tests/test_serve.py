@@ -176,6 +176,7 @@ def test_sizes_are_those_of_training(solver):
     assert sorted(valid_sizes(vocab, 64)) == [(32, 64), (64, 32), (64, 64)]
 
 
+@pytest.mark.slow
 def test_a_taken_port_and_a_foreign_address_are_refused_before_the_model_is_loaded(capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -34,6 +34,7 @@ def test_tensorboard_has_every_figure_of_metrics_jsonl(two_types, tmp_path):
     assert "step" not in found and "mfu" not in found
 
 
+@pytest.mark.slow
 def test_a_run_cut_off_resumes_in_the_same_curve(small_task, tmp_path):
     """Step 5 is logged, the last checkpoint is of step 3: no step is missing, none is there twice."""
     out = tmp_path / "out"

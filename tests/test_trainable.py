@@ -194,7 +194,9 @@ def assert_only_trained_moved(found: dict, base: Path) -> None:
     assert found["losses"][-1] < found["losses"][0]
 
 
-@pytest.mark.parametrize(("way", "compiled"), [("image_head", False), ("named", False), ("both", True)])
+@pytest.mark.parametrize(
+    ("way", "compiled"), [("image_head", False), ("named", False), pytest.param("both", True, marks=pytest.mark.slow)]
+)
 def test_steps_under_weight_decay_move_what_is_trained_alone(base, way, compiled):
     if compiled:
         torch._dynamo.reset()

@@ -99,6 +99,7 @@ def validations(out):
     return {line["step"]: line for line in read_lines(out) if "val_loss" in line}
 
 
+@pytest.mark.slow
 def test_the_training_does_not_notice(small_task, tmp_path, capsys):
     """Losses and weights bit for bit; the last line is that of the checkpoint, and a resumed run has the same lines."""
     assert call_main(solver_args(small_task, tmp_path / "plain", **CHANGES)) == (0, "")
@@ -164,6 +165,7 @@ def with_bad_item(small_task, tmp_path):
     return tmp_path / "val.yaml"
 
 
+@pytest.mark.slow
 def test_an_item_that_cannot_be_read_is_counted(small_task, tmp_path, with_bad_item, capsys):
     changes = {"eval_only": True, "val_data_config": with_bad_item}
     assert call_main(solver_args(small_task, tmp_path / "out", **changes))[0] == 3

@@ -24,23 +24,23 @@ def steps_in(trace: Path) -> int:
     return len({event["ts"] for event in events if event.get("name", "").startswith("Optimizer.step#AdamW.step")})
 
 
-def test_profile_writes_a_trace_of_these_steps(small_task, tmp_path, capsys):
+def test_profile_writes_a_trace_of_these_steps(small_task, trained, tmp_path, capsys):
     out = tmp_path / "out"
     assert call_main(solver_args(small_task, out, max_steps=6, profile="3:5")) == (0, "")
     (trace,) = (out / "profile").iterdir()
     assert f"{trace} is the profile of rank 0" in capsys.readouterr().out
     assert trace.name == "rank0-steps3-5.json.gz" and steps_in(trace) == 3
-    assert call_main(solver_args(small_task, tmp_path / "plain", max_steps=6)) == (0, "")
-    assert losses(out) == losses(tmp_path / "plain") and not (tmp_path / "plain" / "profile").exists()
+    assert losses(out).items() <= losses(trained).items() and not (trained / "profile").exists()
 
 
+@pytest.mark.slow
 def test_profile_from_the_first_step_on_and_of_a_run_that_ends_before(small_task, tmp_path):
     assert call_main(solver_args(small_task, tmp_path / "out", max_steps=2, profile="1:9")) == (0, "")
     (trace,) = (tmp_path / "out" / "profile").iterdir()
     assert trace.name == "rank0-steps1-2.json.gz" and steps_in(trace) == 2
 
 
-@pytest.mark.parametrize("steps", ["4:9", "3:3", "5:5"])
+@pytest.mark.parametrize("steps", ["4:9", "3:3"])
 def test_a_profile_of_steps_that_never_come_is_told(small_task, tmp_path, capsys, steps):
     """The run ends two steps before the first, or with the one before it, which is recorded and thrown away."""
     assert call_main(solver_args(small_task, tmp_path / "out", max_steps=2, profile=steps)) == (0, "")
@@ -96,6 +96,7 @@ def test_a_step_in_time_leaves_nothing_and_a_late_one_is_told_once(tmp_path, cap
     assert "hang watch" not in {thread.name for thread in threading.enumerate()}
 
 
+@pytest.mark.slow
 def test_a_start_that_does_not_end_is_told(small_task, tmp_path, monkeypatch):
     load = finetune_solver.load_checkpoint_weights
 
@@ -112,6 +113,7 @@ def test_a_start_that_does_not_end_is_told(small_task, tmp_path, monkeypatch):
     assert "load_slowly" in told and "hang watch" not in {thread.name for thread in threading.enumerate()}
 
 
+@pytest.mark.slow
 def test_python_that_stands_still_is_told_too(tmp_path):
     """The whole process is kept from running Python by a call that does not let go of the interpreter."""
     code = f"""
@@ -194,6 +196,7 @@ def test_all_ranks_tell_where_they_are_when_one_is_stuck(small_task, tmp_path):
     assert process.stderr.read_text().count("has not ended within 3 s") == 2
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_end_is_told_too(small_task, tmp_path, monkeypatch):
     plain_wait = CheckpointSaver.wait
 
