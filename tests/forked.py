@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -52,9 +52,7 @@ class Popen:
             target=_launch,
             args=(self.args, dict(env), str(cwd), (str(self.stdout), str(self.stderr)), start_new_session),
         )
-        # A script brings its own main module: pytest's is not imported.
-        prepare = multiprocessing.spawn.get_preparation_data
-        with mock.patch("multiprocessing.spawn.get_preparation_data", lambda name: _without_main(prepare(name))):
+        with _without_main():
             self._process.start()
         self.pid = self._process.pid
 
@@ -113,11 +111,20 @@ def run(
 def spawn(function: Callable[..., None], args: tuple[object, ...], num_processes: int) -> None:
     """As `torch.multiprocessing.spawn`: each process calls `function` with its number and `args`."""
     _context()
-    torch.multiprocessing.start_processes(function, args, num_processes, start_method="forkserver")
+    with _without_main():
+        torch.multiprocessing.start_processes(function, args, num_processes, start_method="forkserver")
 
 
-def _without_main(preparation: dict[str, object]) -> dict[str, object]:
-    return {name: value for name, value in preparation.items() if not name.startswith("init_main")}
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """A script brings its own main module: pytest's is not imported."""
+    prepare = multiprocessing.spawn.get_preparation_data
+
+    def prepare_without_main(name: str) -> dict[str, object]:
+        return {key: value for key, value in prepare(name).items() if not key.startswith("init_main")}
+
+    with mock.patch("multiprocessing.spawn.get_preparation_data", prepare_without_main):
+        yield
 
 
 # In the forked process
