@@ -145,13 +145,6 @@ def test_killed_and_resumed_equals_undisturbed_and_draws_a_picture(road, tmp_pat
         assert image.size == (64, 64) and image.mode == "RGB"
 
 
-def test_a_plain_process_trains_too(road, tmp_path):
-    command = [sys.executable, *training_command(road, tmp_path / "plain")[5:]]
-    command += ["--max_steps", "2", "--checkpointing", "--accum_iter", "2"]
-    forked.run(command, ENVIRONMENT, check=True)
-    assert [line["step"] for line in read_metrics(tmp_path / "plain")] == [1, 2]
-
-
 def test_the_laptop_default_in_small_and_again(request, tmp_path):
     """`exps/tiny.sh` from end to end with small counts; the second run picks up what is there."""
     counts = {"OUT": str(tmp_path / "tiny"), "ITEMS": "120", "STEPS": "3", "PROMPTS": "4", "PYTHON": sys.executable}

@@ -68,13 +68,9 @@ def undisturbed(task):
     return snapshot(task / "undisturbed")
 
 
-@pytest.mark.slow
-def test_two_workers_at_once_give_one_record_in_input_order(task, tmp_path, undisturbed):
+def test_two_workers_give_one_record_in_input_order(task, tmp_path):
     out = tmp_path / "out"
-    workers = [
-        forked.Popen(command(SCRIPT, *arguments(task, out, splits=2, rank=rank)), environment()) for rank in (0, 1)
-    ]
-    assert [worker.wait(timeout=120) for worker in workers] == [3, 3]
+    assert [pre_tokenize(arguments(task, out, splits=2, rank=rank)) for rank in (1, 0)] == [3, 3]
     assert concat([f"--sub_record_dir={out}", f"--save_path={out}/record.json"]) == 0
     entries = list(read_record(out / "record.json"))
     assert [entry.id for entry in entries] == [i for i in range(NUM_ITEMS) if i not in BAD]
