@@ -78,9 +78,9 @@ def test_only_what_is_needed_is_downloaded(world, offline, tmp_path, monkeypatch
     put_into_cache(offline, "some/model", model)
     asked, is_here = [], huggingface_hub.snapshot_download
 
-    def download(repo, allow_patterns):
+    def download(repo, revision, allow_patterns):
         asked.extend(allow_patterns)
-        return is_here(repo, allow_patterns=allow_patterns)
+        return is_here(repo, revision=revision, allow_patterns=allow_patterns)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     find_vqgan(HUB_VQGAN)

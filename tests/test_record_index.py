@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -342,7 +343,7 @@ print(index.num_items, index.max_len, *index.place(len(index) - 1))
 def measured(call: str, *args: object) -> tuple[list[float], str]:
     """MiB that `call` added to a process of its own, and MiB in all; and what the index says."""
     command = [sys.executable, "-c", MEASURED.format(call=call), *args]
-    figures, said = forked.run(command, os.environ, check=True).stdout.splitlines()
+    figures, said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.splitlines()
     return [float(figure) for figure in figures.split()], said
 
 
