@@ -6,7 +6,8 @@ import tempfile
 import pytest
 import torch
 
-from tests.small_run import split_by_type, write_small_task
+from tests.browser_helpers import start_browser
+from tests.small_run import call_main, solver_args, split_by_type, write_small_task
 
 
 def pytest_runtest_setup(item):
@@ -31,6 +32,21 @@ def small_task(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small_task")
     write_small_task(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained(small_task, tmp_path_factory):
+    """The output folder of a training of the small task, 24 steps of 2 epochs, which no test may change."""
+    output_dir = tmp_path_factory.mktemp("trained") / "runs" / "first"
+    assert call_main(solver_args(small_task, output_dir)) == (0, "")
+    return output_dir
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    driver = start_browser(tmp_path_factory.mktemp("profile"))
+    yield driver
+    driver.quit()
 
 
 @pytest.fixture(scope="session")

@@ -18,9 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from unittest import mock
+
+import torch.multiprocessing
 
 ROOT = Path(__file__).parents[1]
 PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "transformers", "tests.preloaded"]
@@ -50,9 +52,7 @@ class Popen:
             target=_launch,
             args=(self.args, dict(env), str(cwd), (str(self.stdout), str(self.stderr)), start_new_session),
         )
-        # A script brings its own main module: pytest's is not imported.
-        prepare = multiprocessing.spawn.get_preparation_data
-        with mock.patch("multiprocessing.spawn.get_preparation_data", lambda name: _without_main(prepare(name))):
+        with _without_main():
             self._process.start()
         self.pid = self._process.pid
 
@@ -68,6 +68,15 @@ class Popen:
         if self._process.exitcode is None:
             raise subprocess.TimeoutExpired(self.args, timeout)
         return self._process.exitcode
+
+    def wait_for_output(self, text: str, path: Path | None = None, timeout: float = 60) -> str:
+        """What is in `stdout`, or `path`, once `text` is in it."""
+        path, deadline = path or self.stdout, time.monotonic() + timeout
+        while text not in (said := path.read_text() if path.exists() else ""):
+            assert self.poll() is None, f"it ended before it said {text!r}:\n{self.stderr.read_text()}"
+            assert time.monotonic() < deadline, f"it never said {text!r}"
+            time.sleep(0.005)
+        return said
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
@@ -99,8 +108,23 @@ def run(
     return done
 
 
-def _without_main(preparation: dict[str, object]) -> dict[str, object]:
-    return {name: value for name, value in preparation.items() if not name.startswith("init_main")}
+def spawn(function: Callable[..., None], args: tuple[object, ...], num_processes: int) -> None:
+    """As `torch.multiprocessing.spawn`: each process calls `function` with its number and `args`."""
+    _context()
+    with _without_main():
+        torch.multiprocessing.start_processes(function, args, num_processes, start_method="forkserver")
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """A script brings its own main module: pytest's is not imported."""
+    prepare = multiprocessing.spawn.get_preparation_data
+
+    def prepare_without_main(name: str) -> dict[str, object]:
+        return {key: value for key, value in prepare(name).items() if not key.startswith("init_main")}
+
+    with mock.patch("multiprocessing.spawn.get_preparation_data", prepare_without_main):
+        yield
 
 
 # In the forked process

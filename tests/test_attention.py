@@ -131,6 +131,7 @@ def attend(query, key, value, row, dropout=0.0):
     return packed_attention(None, query, key, value, None, SCALING, dropout, packed_row=row)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_one_graph_for_all_layouts(kv_heads):
     counter = count_graphs()
@@ -147,6 +148,7 @@ def test_one_graph_for_all_layouts(kv_heads):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_one_graph_for_all_layouts_of_the_kernel(monkeypatch):
     """What surrounds the kernel reads no length on the host; the kernel is stood in for by a sum of its arguments."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, k, v, cu_q, *_, **__: q + k + v + cu_q.sum())
@@ -175,6 +177,7 @@ def test_one_graph_for_all_layouts_on_cuda(dtype):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_attention_dropout_is_not_lost_in_compiled_layers():
     """The operator has none, so a graph ends there and the eager way is taken."""
     row = build_packed_row(bounds_of(DOC_LENS), sum(DOC_LENS), CPU)

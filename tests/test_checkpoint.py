@@ -1,7 +1,6 @@
 """When to save, what is whole, which checkpoint a run goes on from, and the lock."""
 
 import os
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -21,8 +20,7 @@ from model.checkpoint import (
     remove_old,
 )
 from model.trainable import LORA_TARGETS
-
-ROOT = Path(__file__).parents[1]
+from tests import forked
 
 
 def make_checkpoint(folder: Path, global_step: int, **options: object) -> Path:
@@ -206,12 +204,10 @@ from pathlib import Path
 from model.checkpoint import lock_output_dir
 file = lock_output_dir(Path({str(tmp_path)!r}))
 print("held", flush=True)
-sys.stdin.read()
+time.sleep(600)
 """
-    holder = subprocess.Popen(
-        [sys.executable, "-c", hold], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout.readline() == "held\n"
+    holder = forked.Popen([sys.executable, "-c", hold], os.environ)
+    holder.wait_for_output("held")
     monkeypatch.setattr(checkpoint, "LOCK_PATIENCE_S", 0.5)
     with pytest.raises(ValueError, match="another run writes to"):
         lock_output_dir(tmp_path)

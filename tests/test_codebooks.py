@@ -84,6 +84,7 @@ def test_records_to_validate_on_are_compared_with_those_to_train_on(small_task, 
     assert code == 2 and "different VQGANs" in said
 
 
+@pytest.mark.slow
 def test_a_checkpoint_names_the_vqgan_of_its_records_and_keeps_out_others(small_task, vqgans, tmp_path, capsys):
     folder, hashes = vqgans
     write_records(small_task, tmp_path, one={"codebook_sha256": hashes["one"]}, old=None)

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, ChameleonConfig, ChameleonForConditionalGeneration
 
@@ -34,6 +33,7 @@ from model.decoder.chameleon import (
 )
 from model.vqgan import VQGAN, load_vqgan, save_vqgan
 from model.weight_files import INDEX_FILE, WeightReader, write_weights
+from tests import forked
 from tests.decoder_helpers import random_tokens, small_config, small_model
 
 
@@ -331,7 +331,7 @@ def measure_memory(_: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_memory_of_export_load_and_convert(tmp_path):
-    mp.spawn(measure_memory, (str(tmp_path),), nprocs=1)
+    forked.spawn(measure_memory, (str(tmp_path),), 1)
     figures = json.loads((tmp_path / "memory.json").read_text())
     print(figures)
     assert figures["model"] > 100
@@ -416,7 +416,7 @@ def sharded_run(request, tmp_path_factory, vqgan_dir):
     """(folder, number of ranks) after `sharded_round_trip`."""
     folder = tmp_path_factory.mktemp("sharded")
     (folder / "vqgan").symlink_to(vqgan_dir)
-    mp.spawn(sharded_round_trip, (request.param, str(folder)), nprocs=request.param)
+    forked.spawn(sharded_round_trip, (request.param, str(folder)), request.param)
     return folder, request.param
 
 

@@ -1,11 +1,11 @@
 """Memory that a process keeps is not zeroed by the kernel again."""
 
-import subprocess
+import os
 import sys
 
 import pytest
 
-from tests.tokenize_helpers import ROOT
+from tests import forked
 
 SCRIPT = """
 import resource, sys, torch
@@ -25,6 +25,6 @@ print(faults(5))
 @pytest.mark.skipif(sys.platform != "linux", reason="other C libraries have no mallopt")
 def test_freed_memory_is_used_again_without_page_faults():
     def num_faults(way: str) -> int:
-        return int(subprocess.check_output([sys.executable, "-c", SCRIPT, way], text=True, cwd=ROOT))
+        return int(forked.run([sys.executable, "-c", SCRIPT, way], os.environ, check=True).stdout)
 
     assert num_faults("keep") * 20 < num_faults("return")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from exps.tiny.make_data import build_items
 from exps.tiny.scenes import all_scenes, draw
 from tests import forked
-from tests.test_inspect_record import CHROMIUM
+from tests.browser_helpers import MISSING
 from tests.test_report import look_at
 
 ROOT = Path(__file__).parents[1]
@@ -61,18 +61,8 @@ def training_command(road: Path, output_dir: Path) -> list[str]:
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "finetune_solver.py"),
         *("--model_size", "tiny", "--tokenizer", str(road / "tokenizer"), "--data_config", str(road / "data.yaml")),
-        *(
-            "--output_dir",
-            str(output_dir),
-            "--batch_size",
-            "2",
-            "--accum_iter",
-            "1",
-            "--epochs",
-            "4",
-            "--warmup_epochs",
-            "0.1",
-        ),
+        *("--output_dir", str(output_dir), "--batch_size", "2", "--accum_iter", "1", "--epochs", "4"),
+        *("--warmup_epochs", "0.1"),
         *("--lr", "1e-3", "--min_lr", "1e-4", "--dropout", "0.05", "--z_loss_weight", "1e-5", "--precision", "fp32"),
         *("--max_seq_len", "256", "--max_steps", str(STEPS), "--log_interval", "1", "--num_workers", "1"),
         *("--save_iteration_interval", str(SAVE_EVERY), "--auto_resume", "--unmask_image_logits"),
@@ -155,14 +145,7 @@ def test_killed_and_resumed_equals_undisturbed_and_draws_a_picture(road, tmp_pat
         assert image.size == (64, 64) and image.mode == "RGB"
 
 
-def test_a_plain_process_trains_too(road, tmp_path):
-    command = [sys.executable, *training_command(road, tmp_path / "plain")[5:]]
-    command += ["--max_steps", "2", "--checkpointing", "--accum_iter", "2"]
-    forked.run(command, ENVIRONMENT, check=True)
-    assert [line["step"] for line in read_metrics(tmp_path / "plain")] == [1, 2]
-
-
-def test_the_laptop_default_in_small_and_again(tmp_path):
+def test_the_laptop_default_in_small_and_again(request, tmp_path):
     """`exps/tiny.sh` from end to end with small counts; the second run picks up what is there."""
     counts = {"OUT": str(tmp_path / "tiny"), "ITEMS": "120", "STEPS": "3", "PROMPTS": "4", "PYTHON": sys.executable}
     command = ["bash", "exps/tiny.sh"]
@@ -174,8 +157,8 @@ def test_the_laptop_default_in_small_and_again(tmp_path):
         assert sheet.width > 800
     page = (tmp_path / "tiny" / "checkpoints" / "report.html").read_text()
     assert "Describe the image." in page and "validation loss, last" in page and page.count("data:image/png") >= 5
-    if CHROMIUM is not None:
-        seen = look_at(tmp_path / "tiny" / "checkpoints" / "report.html")
+    if not MISSING:
+        seen = look_at(request.getfixturevalue("browser"), tmp_path / "tiny" / "checkpoints" / "report.html")
         assert seen["wrong"] == [] and seen["other"] == [] and seen["images"].count("64x64") >= 5
         lengths = {chart["title"]: max(chart["paths"]) for chart in seen["charts"]}
         drawn = {title for title, length in lengths.items() if length > 0}

@@ -123,6 +123,7 @@ def test_greedy_with_guidance_equals_two_plain_forwards(cfg):
             assert generation.tokens == plain_generate(model, prompt, start, cfg, 40)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_draws_the_same_tokens(monkeypatch):
     plain_compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: plain_compile(function, backend="aot_eager"))  # no C++ here
@@ -139,6 +140,7 @@ def test_guidance_changes_images():
     assert [g.tokens for g in results[0]] != [g.tokens for g in results[1]]
 
 
+@pytest.mark.slow
 def test_same_seed_same_tokens_on_any_batch_size():
     options = SamplingOptions(temperature=1.0, image_top_k=20, text_top_k=15, cfg=2.0, seed=5)
     prompts, forced = make_prompts() * 2, [IMAGE_START, []] * 5
@@ -177,9 +179,9 @@ def test_images_are_always_valid_or_reported_as_cut_off():
     assert {generation.finished for generation in generations} == {True, False}
 
 
-@pytest.mark.parametrize("is_sharded", [False, True])
-@pytest.mark.parametrize("cfg", [1.0, 3.0])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("temperature", "cfg", "is_sharded"), [(0.0, 1.0, False), (1.0, 3.0, False), (1.0, 1.0, True), (0.0, 3.0, True)]
+)
 def test_logits_that_are_no_numbers_end_their_answer_alone(temperature, cfg, is_sharded):
     """An embedding that is NaN: of a word of two prompts, and of a code that comes within a picture."""
     options = SamplingOptions(temperature, cfg=cfg, text_top_k=3)

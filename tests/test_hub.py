@@ -2,8 +2,6 @@
 
 import json
 import pickle
-import subprocess
-import sys
 
 import huggingface_hub
 import pytest
@@ -16,8 +14,9 @@ from model.convert import convert_checkpoint
 from model.vqgan import HF_PREFIX, load_vqgan
 from pre_tokenize import inspect_record
 from pre_tokenize.concat_record import main as concat
+from pre_tokenize.pre_tokenize import main as pre_tokenize
 from tests.hub_helpers import put_into_cache, write_meta_vqgan
-from tests.tokenize_helpers import ROOT, environment, write_items, write_tiny_tokenizer, write_tiny_vqgan
+from tests.tokenize_helpers import write_items, write_tiny_tokenizer, write_tiny_vqgan
 
 HUB_REPO, _, SUBFOLDER = HUB_VQGAN.rpartition("/")
 
@@ -46,13 +45,8 @@ def offline(world, monkeypatch):
 
 def test_without_the_default_folder_every_script_takes_the_hub_s_vqgan(world, small_task, offline, tmp_path, capsys):
     folder, _ = world
-    command = ["--in_filename", "in.json", "--out_dir", tmp_path, "--target_size", "64", "--tokenizer", "some/text"]
-    # A process, as HF_HOME is read when it starts.
-    done = subprocess.run(
-        [sys.executable, ROOT / "pre_tokenize" / "pre_tokenize.py", *command, "--device", "cpu", "--num_workers", "0"],
-        cwd=folder, env={**environment(), "HF_HOME": str(folder)}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    command = f"--in_filename in.json --out_dir {tmp_path} --target_size 64 --tokenizer some/text".split()
+    assert pre_tokenize([*command, "--device", "cpu", "--num_workers", "0"]) == 0, capsys.readouterr().err
     codebook = load_vqgan(folder / "meta").codebook_sha256
     assert json.loads((tmp_path / "manifest.json").read_text())["codebook_sha256"] == codebook
 

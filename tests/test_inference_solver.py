@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from model.generation import CUT_BY_LENGTH, CUT_BY_POSITIONS, SamplingOptions, g
 from model.kv_cache import KVCache
 from model.requests import Answer, describe_cuts
 from model.vqgan import VQGAN, image_to_pixels, pixels_to_image, save_vqgan
+from tests import forked
 from tests.decoder_helpers import small_config, small_model, write_small_tokenizer
 
 
@@ -272,12 +272,9 @@ def test_ctrl_c_ends_a_generation_with_one_line(folders, tmp_path):
     write_long_checkpoint(folders, tmp_path / "long")
     extra = ["--model_path", str(tmp_path / "long"), "--max_gen_len", "65000", "--out", str(tmp_path / "out.png")]
     arguments = [sys.executable, "inference_solver.py", *command(folders, *extra)]
-    process = subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    process = forked.Popen(arguments, os.environ | {"OMP_NUM_THREADS": "1"})
     try:
-        lines = iter(process.stderr.readline, "")
-        assert any("generating: " in line and "tokens/s" in line for line in lines)  # it is under way
+        process.wait_for_output("tokens/s", process.stderr)  # it is under way
         process.send_signal(signal.SIGINT)
         out, error = process.communicate(timeout=60)
     finally:
@@ -303,7 +300,7 @@ def test_too_little_memory_is_one_message(folders, tmp_path):
         "sys.exit(command.main(sys.argv[1:]))"
     )
     extra = ["--max_gen_len", "65536", "--model_path", str(tmp_path / "long")]
-    done = subprocess.run([sys.executable, "-c", script, *command(folders, *extra)], capture_output=True, text=True)
+    done = forked.run([sys.executable, "-c", script, *command(folders, *extra)], os.environ)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "too little memory" in done.stderr and "make --max_gen_len (65536), --size or" in done.stderr
 

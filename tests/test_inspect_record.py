@@ -6,7 +6,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,15 +22,9 @@ from model.vqgan import VQGAN, load_vqgan, pixels_to_image
 from pre_tokenize import page as page_module
 from pre_tokenize.inspect_record import count_items, main, split_parts, survey_record
 from pre_tokenize.page import length_bins, perplexity, usage_bins
-from tests.tokenize_helpers import NUM_CODES, run_script, write_tiny_tokenizer, write_tiny_vqgan
+from tests.browser_helpers import needs_browser, seen_by_probe, show
+from tests.tokenize_helpers import NUM_CODES, write_tiny_tokenizer, write_tiny_vqgan
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-CHROMIUM_FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
-)  # fmt: skip
 SCRIPT = "<script>document.title='taken'</script>"
 NASTY = f"a cat {SCRIPT} \"'><img src=x onerror=\"document.title='taken'\"> & </span><reserved08706>\x00\u202e"
 CAPTIONS = (NASTY, "ein Kätzchen 🐈\n  on a mat", "plain")
@@ -313,21 +306,23 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium in the PATH; `apt-get install chromium` as root brings it")
+@pytest.mark.slow
+@needs_browser
 @pytest.mark.parametrize("width", [1200, 480])
-def test_a_browser_shows_the_page(page, tmp_path, width):
+def test_a_browser_shows_the_page(browser, page, tmp_path, width):
     """The copy has a probe in place of the page's policy, so that escaping alone must keep the caption's script out."""
     policy = re.search(r'<meta http-equiv="Content-Security-Policy"[^>]*>', page)[0]
     (tmp_path / "probed.html").write_text(page.replace(policy, PROBE))
-    dom = browse(tmp_path, "probed.html", "--dump-dom", f"--window-size={width},900", "--virtual-time-budget=2000")
-    seen = json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', dom)[1]))
+    show(browser, tmp_path / "probed.html", width)
+    seen = json.loads(seen_by_probe(browser))
     assert seen["title"].endswith("record.json")
     assert seen["images"] == ["64x64", "128x32", "32x64"]
     assert seen["other"] == [] and seen["overflow"] <= 0
     assert seen["predicted"] == list(CAPTIONS[1:]) and SCRIPT in seen["texts"][0]
 
     (tmp_path / "page.html").write_text(page)
-    browse(tmp_path, "page.html", "--screenshot=shot.png", f"--window-size={width},2400")
+    show(browser, tmp_path / "page.html", width, 2400)
+    browser.save_screenshot(tmp_path / "shot.png")
     shot = np.asarray(Image.open(tmp_path / "shot.png").convert("RGB"))
     assert shot.shape == (2400, width, 3)
     for color in ("#2e9e6b", "#5b8def", "#7c8ff0", "#e58fb1"):  # targets, images, lengths, codes
@@ -335,16 +330,7 @@ def test_a_browser_shows_the_page(page, tmp_path, width):
         assert drawn > 100, f"{color} is not on the page"
 
 
-def browse(folder: Path, name: str, *flags: str) -> str:
-    """Open a page in Chromium with an empty profile; returns what it prints."""
-    command = [CHROMIUM, *CHROMIUM_FLAGS, f"--user-data-dir={folder / 'profile'}", *flags, (folder / name).as_uri()]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
-def test_the_command_of_the_manual(record, tmp_path):
-    result = run_script("pre_tokenize/inspect_record.py", *arguments(record, tmp_path / "page.html", "--num", "2"))
-    assert result.returncode == 0, result.stderr
-    assert "2 of 3 items" in result.stdout
+def test_the_command_of_the_manual(record, tmp_path, capsys):
+    assert main(arguments(record, tmp_path / "page.html", "--num", "2")) == 0
+    assert "2 of 3 items" in capsys.readouterr().out
     assert (tmp_path / "page.html").read_text().count("<article>") == 2

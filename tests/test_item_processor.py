@@ -60,6 +60,7 @@ def assert_meets_reference(done: dict, result: dict) -> None:
     assert [label == IGNORE_INDEX for label in done["label"]] == [label == -100 for label in result["labels"]]
 
 
+@pytest.mark.slow
 def test_every_reference_item_gives_its_tokens_and_labels(reference_processor):
     num_good = 0
     for item_id, item in enumerate(reference_items()):

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from data.item_processor import PreparedItem
 from pre_tokenize.loading import Refused, check_can_be_sent, prepare_windows
 from pre_tokenize.pre_tokenize import encode_windows
 from pre_tokenize.pre_tokenize import main as pre_tokenize
+from tests import forked
 from tests.test_item_processor import tiny_processor  # noqa: F401  (a fixture)
 from tests.test_pre_tokenize import SCRIPT, arguments, task  # noqa: F401  (fixtures)
 from tests.tokenize_helpers import command, environment, snapshot, write_items
@@ -83,17 +83,8 @@ def start():
     """A function that starts a worker in a process group of its own; none outlives its test."""
     workers = []
 
-    def start_worker(*args: str) -> subprocess.Popen:
-        workers.append(
-            subprocess.Popen(
-                command(SCRIPT, *args),
-                env=environment(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-            )  # fmt: skip
-        )
+    def start_worker(*args: str) -> forked.Popen:
+        workers.append(forked.Popen(command(SCRIPT, *args), environment(), start_new_session=True))
         return workers[-1]
 
     yield start_worker
@@ -102,13 +93,13 @@ def start():
         worker.wait()
 
 
-def loaders_of(worker: subprocess.Popen) -> list[int]:
+def loaders_of(worker: forked.Popen) -> list[int]:
     """Pids of the loader processes of a worker that is writing items."""
     children = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
     return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
-def wait_for_items(worker: subprocess.Popen, out: Path, count: int = 1) -> None:
+def wait_for_items(worker: forked.Popen, out: Path, count: int = 1) -> None:
     while worker.poll() is None and len(list(out.glob("files/*.pkl"))) < count:
         time.sleep(0.002)
     assert worker.poll() is None, worker.communicate()[1]

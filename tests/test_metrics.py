@@ -6,7 +6,6 @@ import os
 import pty
 import re
 import struct
-import subprocess
 import sys
 import termios
 import time
@@ -16,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from small_run import ROOT, call_main, environment, read_lines, solver_args, train
+from small_run import call_main, environment, read_lines, solver_args, train
 
 from model.distributed import detect_launch, process_group
 from model.gpu_peaks import mean_document_len, peak_flops
@@ -32,6 +31,7 @@ from model.metrics import (
 )
 from model.options import Options, build_parser
 from model.run_log import RunLog, memory_bytes
+from tests import forked
 
 CPU = torch.device("cpu")
 # In the order of SUMMED_FIELDS: ce, z, targets, text ce, text targets, image ce, image targets.
@@ -132,17 +132,21 @@ def test_progress_tells_the_time_that_is_left(capsys):
     assert 200 <= 60 * int(minutes) + int(seconds) < 400, "1,000 steps at 0.2 s or a little more"
 
 
-def test_progress_is_a_bar_on_a_terminal():
+def test_progress_is_a_bar_on_a_terminal(monkeypatch):
     """On a real pseudo-terminal: loss, tokens/s and time left beside the bar, and lines that leave it whole."""
-    code = (
-        "from model.metrics import Progress; p = Progress(True); p.expect(4, 0); p.advance();"
-        "p.show({'step': 1, 'epoch': 0.25, 'loss': 2.5, 'lr': 1e-3, 'tokens_per_s': 1234.0}); p.say('saved'); p.close()"
-    )
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
-    subprocess.run([sys.executable, "-c", code], stdout=slave, stderr=slave, cwd=ROOT, timeout=60, check=True)
-    said = os.read(master, 1 << 16).decode()
-    os.close(slave)
+    with os.fdopen(slave, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        patch.setattr(sys, "stderr", terminal)
+        progress = Progress(True)
+        progress.expect(4, 0)
+        progress.advance()
+        progress.show({"step": 1, "epoch": 0.25, "loss": 2.5, "lr": 1e-3, "tokens_per_s": 1234.0})
+        progress.say("saved")
+        progress.close()
+        terminal.flush()
+        said = os.read(master, 1 << 16).decode()
     os.close(master)
     assert "train:  25%" in said and "loss 2.5000 lr 1.00e-03 1,234 tokens/s" in said
     assert re.search(r"1/4 \[\d\d:\d\d<\d\d:\d\d", said) and "saved" in said
@@ -206,10 +210,7 @@ def log_of_a_rank_that_waits(folder: Path) -> None:
 @pytest.mark.slow
 def test_waiting_and_memory_are_those_of_the_rank_with_the_most(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launcher, __file__, str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = forked.run([*launcher, __file__, str(tmp_path)], environment(), check=True)
     line = json.loads(done.stdout.splitlines()[-1])
     assert line["held"] == 0 and line["data_wait_ms"] >= 500
     assert line["memory_gib"] > line["own_gib"] + 0.2

@@ -336,6 +336,7 @@ def count_graphs(backend: str):
     return CompileCounterWithBackend(backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_layers_give_the_same_gradients(checkpointing):
     """One graph for all layers and for rows of one length, whatever their documents."""

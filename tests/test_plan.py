@@ -3,9 +3,7 @@
 import dataclasses
 import gc
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -34,7 +32,9 @@ from model.step_guard import StepGuard
 from model.storage_tracker import ACTIVATIONS, GRADIENTS, LOSS, OPTIMIZER, PARAMETERS, StorageTracker
 from model.trainable import init_adapters
 from model.training import build_sharded, micro_step, optimizer_step
+from tests import forked
 from tests.small_run import ROOT, call_main, environment, solver_args
+from tests.test_exps import record_call
 
 ROW_LEN = 128
 
@@ -51,13 +51,13 @@ def plan(folder: Path, world_size: int = 1, row_len: int = ROW_LEN, document_len
     return plan_memory(config, options, world_size, row_len, document_len)
 
 
-def run_plan(*command: str, **env: str) -> tuple[dict, str]:
-    """A plan by a process of its own: the figures of its last line, and all that it printed."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    variables = environment() | {"PATH": path, "HF_HUB_OFFLINE": "1"} | env
-    done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), done.stdout
+def run_plan(tmp_path: Path, capsys, script: str, *flags: str, **env: str) -> tuple[dict, str]:
+    """The plan of what a script starts: the figures of its last line, and all that it printed."""
+    call = record_call(tmp_path, script, "--plan", *flags, OUTPUT_DIR=str(tmp_path / "out"), **env)
+    assert call[:3] == ["python", "-u", "finetune_solver.py"]
+    assert call_main(call[3:])[0] == 0
+    out = capsys.readouterr().out
+    return json.loads(out.splitlines()[-1]), out
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -88,6 +88,7 @@ def count_real_step(options: Options, config, device: torch.device) -> StorageTr
     return tracker
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"checkpointing": True, "accum_iter": 2}], ids=["plain", "checkpointing"])
 def test_a_run_with_values_has_the_same_peak(small_task, changes):
     """In fp32 a CPU attends as the plan does: by one call per document."""
@@ -165,9 +166,11 @@ def measure_step(options: Options, config, device: torch.device) -> dict[str, in
     "changes",
     [
         {},
-        {"checkpointing": True},
-        {"accum_iter": 3},
-        {"lora_rank": 4, "train_only": "image_head", "optim": "adamw_bf16_states"},
+        pytest.param({"checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param({"accum_iter": 3}, marks=pytest.mark.slow),
+        pytest.param(
+            {"lora_rank": 4, "train_only": "image_head", "optim": "adamw_bf16_states"}, marks=pytest.mark.slow
+        ),
     ],
     ids=["all_weights", "checkpointing", "accumulated", "lora_bf16_states"],
 )
@@ -186,6 +189,7 @@ def test_a_run_takes_what_its_plan_says(small_task, changes):
     assert planned.peak == pytest.approx(taken["peak"], rel=0.01)
 
 
+@pytest.mark.slow
 def test_attention_keeps_nothing_of_rows_by_rows(small_task):
     """With the kernel of CUDA the activations of a row grow as the row, also if it is one document."""
     short, long = (plan(small_task, row_len=n, document_len=n, precision="bf16") for n in (1024, 2048))
@@ -209,6 +213,7 @@ def test_packed_rows_in_bf16_take_the_kernel_of_cuda_and_its_workspace(small_tas
     assert workspaces["torch_attn::_varlen_attn_backward"] == padded * heads * (head_dim * 4 + 4)
 
 
+@pytest.mark.slow
 def test_dropout_keeps_a_byte_per_element(small_task):
     without, with_dropout = (plan(small_task, precision="bf16", dropout=p) for p in (0.0, 0.1))
     hidden, branches = 32, 2 * 2  # two layers
@@ -216,6 +221,7 @@ def test_dropout_keeps_a_byte_per_element(small_task):
     assert branches * ROW_LEN * hidden <= kept < 2 * branches * ROW_LEN * hidden
 
 
+@pytest.mark.slow
 def test_memory_falls_as_the_options_promise(small_task):
     full = plan(small_task, precision="bf16", row_len=1024)
     recomputed = plan(small_task, precision="bf16", row_len=1024, checkpointing=True)
@@ -236,6 +242,7 @@ def test_memory_falls_as_the_options_promise(small_task):
     assert offloaded.peak <= full.peak - full.at_peak[PARAMETERS] - full.at_peak[OPTIMIZER]
 
 
+@pytest.mark.slow
 def test_states_in_8_bits(small_task):
     pytest.importorskip("torchao")
     config = build_config("tiny", vocab_size=1024, num_hidden_layers=2)
@@ -343,10 +350,9 @@ def test_disk_of_the_start_and_of_what_it_carries(small_task, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "world_size", "most_gib"), [("7B", 1, 125), ("7B", 8, 30), ("34B", 32, 65)])
-def test_shipped_scripts_fit(tmp_path, size, world_size, most_gib):
-    command = ("bash", str(ROOT / f"exps/{size}.sh"), "--plan", "--plan_world_size", str(world_size))
-    figures, out = run_plan(*command, OUTPUT_DIR=str(tmp_path / "out"))
+@pytest.mark.parametrize(("size", "world_size", "most_gib"), [("7B", 1, 125), ("34B", 32, 65)])
+def test_shipped_scripts_fit(tmp_path, capsys, size, world_size, most_gib):
+    figures, out = run_plan(tmp_path, capsys, f"exps/{size}.sh", "--plan_world_size", str(world_size))
     assert figures["model_size"] == size and figures["row_tokens"] == 8 * 4096
     assert 0.5 * most_gib < figures["peak_gib"] < most_gib
     assert sum(figures["at_peak_gib"].values()) == pytest.approx(figures["peak_gib"], abs=0.05)
@@ -356,9 +362,8 @@ def test_shipped_scripts_fit(tmp_path, size, world_size, most_gib):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("card_gib", [24, 48])
-def test_the_lora_script_fits_its_card(tmp_path, card_gib):
-    command = ("bash", str(ROOT / "exps/7B_lora.sh"), "--plan")
-    figures, _ = run_plan(*command, OUTPUT_DIR=str(tmp_path / "out"), CARD_GIB=str(card_gib))
+def test_the_lora_script_fits_its_card(tmp_path, capsys, card_gib):
+    figures, _ = run_plan(tmp_path, capsys, "exps/7B_lora.sh", CARD_GIB=str(card_gib))
     assert figures["world_size"] == 1 and figures["num_trained_parameters"] < 0.02 * figures["num_parameters"]
     fitting = CARDS_GIB[card_gib]
     assert figures["needed_gib"] < fitting and figures["peak_gib"] > 0.5 * fitting
@@ -367,8 +372,7 @@ def test_the_lora_script_fits_its_card(tmp_path, card_gib):
 @pytest.mark.slow
 def test_table_holds_the_plans():
     args = ["--model_sizes", "tiny", "--world_sizes", "1", "4", "--batch_size", "1", "--max_seq_len", "256"]
-    command = [sys.executable, str(ROOT / "exps/plan_table.py"), *args]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+    done = forked.run([sys.executable, ROOT / "exps/plan_table.py", *args], environment())
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
     assert lines[0] == "| trained | 1 rank | 4 ranks |" and len(lines) == 2 + len(plan_table.METHODS)
@@ -376,6 +380,7 @@ def test_table_holds_the_plans():
     assert lines[-1].startswith("| tiny, image head |") and lines[-1].endswith(f" {plan_table.format_cell(planned)} |")
 
 
+@pytest.mark.slow
 def test_a_plan_of_adapters_needs_no_peft(small_task, monkeypatch):
     """What peft makes of the layers, it counts by itself; a training is told what to install."""
     pytest.importorskip("peft")

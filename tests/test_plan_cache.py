@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import data.plan_cache
 from data.packing import ItemTable, PlanOptions, plan_epoch
 from data.plan_cache import ARRAYS, PLAN_NAME, PlanCache
+from tests import forked
 
 OPTIONS = PlanOptions(batch_size=2, max_seq_len=400, units_per_step=4, packing=True, seed=2)
 
@@ -116,10 +116,7 @@ print(json.dumps({"made": len(made), "items": plan.items.tolist()}))
 
 @pytest.mark.slow
 def test_ranks_that_come_together_make_one_plan(tmp_path):
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK_SCRIPT, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
+    ranks = [forked.Popen([sys.executable, "-c", RANK_SCRIPT, str(tmp_path)], os.environ) for _ in range(3)]
     results = [json.loads(rank.communicate(timeout=60)[0]) for rank in ranks]
     assert sum(result["made"] for result in results) == 1
     assert all(result["items"] == plan_epoch(make_table(), OPTIONS, 2).items.tolist() for result in results)

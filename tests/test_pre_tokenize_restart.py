@@ -63,7 +63,7 @@ def kill_some_lives(task, out: Path, rank: int, num_kills: int) -> int:  # noqa:
         worker = start(*arguments(task, out, *flags, splits=3, rank=rank, batch_size=1))
         wanted = num_token_files(out, ids) + rng.randint(0, 12)
         if wanted > len(ids) or rng.random() < 0.2:
-            time.sleep(rng.uniform(0, 8))  # while it starts, tries items again, or has nothing to do
+            time.sleep(rng.uniform(0, 2))  # while it starts, tries items again, or has nothing to do
         else:
             wait_until(lambda wanted=wanted: num_token_files(out, ids) >= wanted, worker)
             time.sleep(rng.uniform(0, 0.02))
@@ -113,12 +113,21 @@ def test_sigterm_finishes_the_window_in_hand_and_says_how_to_go_on(long_task, tm
 
 
 @pytest.fixture
-def mended(task, tmp_path):  # noqa: F811
-    """A copy of the task whose missing pictures came after a first run, which is in `out`; `calm` is a run with them.
+def mended(mended_once, tmp_path):
+    """The folder `mended_once` as it was at first, at the same place: reasons name it."""
+    shutil.copytree(mended_once, tmp_path / "first")
+    yield mended_once
+    shutil.rmtree(mended_once)
+    (tmp_path / "first").rename(mended_once)
+
+
+@pytest.fixture(scope="module")
+def mended_once(task, tmp_path_factory):  # noqa: F811
+    """A copy of the task whose missing images came after a first run, which is in `out`; `calm` is a run with them.
 
     One of the items is still bad.
     """
-    folder = tmp_path / "task"
+    folder = tmp_path_factory.mktemp("mended") / "task"
     shutil.copytree(task, folder, ignore=shutil.ignore_patterns("undisturbed"))
     (folder / "img" / "9.png").rename(folder / "img" / "later.png")
     assert pre_tokenize(arguments(folder, folder / "out")) == 3

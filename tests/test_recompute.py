@@ -70,6 +70,7 @@ def test_gradients_are_those_without_it_to_the_bit(way, dtype):
     assert_same_bits(run(way, dtype)[0], run(None, dtype)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["full", "selective"])
 def test_gradients_of_compiled_layers_are_those_without_it_to_the_bit(way):
     torch._dynamo.reset()

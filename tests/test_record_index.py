@@ -18,6 +18,7 @@ from data import record_index
 from data.record import check_entry, read_record
 from data.record_index import IndexWriter, RecordIndex, node_cache_dir, open_index
 from data.token_file import load_token_file
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[1]
 ENTRIES = [
@@ -201,7 +202,7 @@ record_index.open_index(sys.argv[1], sys.argv[2])
 
 @pytest.mark.parametrize("where", ["batch", "rename"])
 def test_a_killed_build_is_not_taken_for_a_whole_one(tmp_path, record, where):
-    done = subprocess.run([sys.executable, "-c", KILLED, record, tmp_path / "cache", where], cwd=ROOT)
+    done = forked.run([sys.executable, "-c", KILLED, record, tmp_path / "cache", where], os.environ)
     assert done.returncode == -9
     debris = [path.name for path in (tmp_path / "cache").iterdir()]
     assert any(".building-" in name for name in debris) and not any(len(name) == 16 for name in debris)
@@ -269,7 +270,7 @@ def test_four_processes_build_it_once(tmp_path, record):
     record.write_text("\n".join(map(json.dumps, entries)))
     os.rename(record, record.with_suffix(".jsonl"))
     command = [sys.executable, "-c", BUILD_OR_OPEN, record.with_suffix(".jsonl"), tmp_path / "cache"]
-    ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(4)]
+    ranks = [forked.Popen(command, os.environ) for _ in range(4)]
     outputs = [rank.communicate(timeout=120)[0].splitlines() for rank in ranks]
     assert sum(line.startswith("building ") for lines in outputs for line in lines) == 1
     assert {lines[-1] for lines in outputs} == {outputs[0][-1]} and outputs[0][-1].startswith("100000 ")

@@ -2,13 +2,11 @@
 
 import base64
 import hashlib
-import html
 import json
 import math
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,8 +20,9 @@ from model.options import build_parser
 from model.report import command_to_go_on, holds_lock, main, report_at_end, write_report
 from model.report_page import build_charts
 from model.samples_format import read_samples, write_samples
-from tests.small_run import ROOT, environment, solver_args, train
-from tests.test_inspect_record import CHROMIUM, browse
+from tests import forked
+from tests.browser_helpers import needs_browser, seen_by_probe, show
+from tests.small_run import environment
 
 NASTY = "a cat <script>document.title='taken'</script> \"'><img src=x onerror=\"document.title='taken'\"> &\x00"
 # Takes every chart through hovering, both scales and raw curves, and notes what goes wrong and what was fetched.
@@ -60,19 +59,11 @@ addEventListener("load", () => {
 """
 
 
-@pytest.fixture(scope="module")
-def real_run(small_task, tmp_path_factory) -> Path:
-    """The output folder of a short training, 24 steps of 2 epochs."""
-    output_dir = tmp_path_factory.mktemp("report") / "runs" / "first"
-    train(0, solver_args(small_task, output_dir))
-    return output_dir
-
-
 @pytest.fixture
-def full_run(real_run, tmp_path) -> Path:
+def full_run(trained, tmp_path) -> Path:
     """A copy of it with what a longer run of all options has: validation, types, memory, waiting, samples, bad data."""
     folder = tmp_path / "full"
-    shutil.copytree(real_run, folder)
+    shutil.copytree(trained, folder)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     with (folder / "metrics.jsonl").open("w") as file:
         for line in lines:
@@ -109,22 +100,21 @@ def line_at(step: int, **changes) -> dict:
     return line | {"tokens_per_s": 1000.0, "skipped_steps": 0, "bad_items": 0, "fill": 0.99} | changes
 
 
-def look_at(report: Path, width: int = 1400) -> dict:
+def look_at(browser, report: Path, width: int = 1400) -> dict:
     """What the probe sees of a report in a real browser; writes `probed.html` beside it."""
     probe_hash = base64.b64encode(hashlib.sha256(PROBE.encode()).digest()).decode()
     probed = report.read_text().replace("script-src ", f"script-src 'sha256-{probe_hash}' ", 1)
     probed = probed.replace("<style>", f"<script>{PROBE}</script><style>", 1)
     (report.parent / "probed.html").write_text(probed)
-    flags = ("--dump-dom", f"--window-size={width},900", "--virtual-time-budget=3000")
-    dom = browse(report.parent, "probed.html", *flags)
-    return json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', dom)[1]))
+    show(browser, report.parent / "probed.html", width)
+    return json.loads(seen_by_probe(browser))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium in the PATH; `apt-get install chromium` as root brings it")
+@needs_browser
 @pytest.mark.parametrize("width", [1400, 500])
-def test_a_browser_draws_the_page_of_a_real_run(full_run, width):
-    seen = look_at(write_report(full_run), width)
+def test_a_browser_draws_the_page_of_a_real_run(browser, full_run, width):
+    seen = look_at(browser, write_report(full_run), width)
     assert seen["wrong"] == [] and seen["other"] == [] and seen["overflow"] <= 0
     assert seen["title"] == "/".join(full_run.parts[-2:])
     assert seen["smoothed"] == [1, 0] and seen["tip"] == "none"
@@ -143,12 +133,11 @@ def test_a_browser_draws_the_page_of_a_real_run(full_run, width):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium in the PATH; `apt-get install chromium` as root brings it")
+@needs_browser
 @pytest.mark.parametrize("is_dark", [False, True])
-def test_curves_are_seen_in_light_and_dark(full_run, is_dark):
-    write_report(full_run)
-    dark = ["--blink-settings=preferredColorScheme=0"] if is_dark else []
-    browse(full_run, "report.html", "--screenshot=shot.png", "--window-size=1400,2400", *dark)
+def test_curves_are_seen_in_light_and_dark(browser, full_run, is_dark):
+    show(browser, write_report(full_run), 1400, 2400, is_dark)
+    browser.save_screenshot(full_run / "shot.png")
     shot = np.asarray(Image.open(full_run / "shot.png").convert("RGB"))
     colors = ("#12181c", "#f5a04c", "#6ea3ff") if is_dark else ("#f5f7f9", "#d06a00", "#2f6fde")
     for name, color in zip(("page", "text", "image"), colors, strict=True):
@@ -156,12 +145,11 @@ def test_curves_are_seen_in_light_and_dark(full_run, is_dark):
         assert drawn > 300, f"{name} {color} is not on the page"
 
 
-@pytest.mark.slow
-def test_what_a_finished_run_says(real_run, tmp_path):
-    written = (real_run / "report.html").stat().st_mtime_ns
-    assert main([str(real_run), "--out", str(tmp_path / "page.html")]) == 0
+def test_what_a_finished_run_says(trained, tmp_path):
+    written = (trained / "report.html").stat().st_mtime_ns
+    assert main([str(trained), "--out", str(tmp_path / "page.html")]) == 0
     text = (tmp_path / "page.html").read_text()
-    state = read_state(find_newest(real_run)[0])
+    state = read_state(find_newest(trained)[0])
     assert '<span class="status finished">finished</span>' in text
     last = state.position.global_step
     assert f"step <b>{last}</b> of {last} · epoch <b>2.00</b> of 2" in text
@@ -170,13 +158,12 @@ def test_what_a_finished_run_says(real_run, tmp_path):
     assert '<div class="changed" title="default: 2e-05"><dt>lr</dt><dd>0.01</dd></div>' in text
     assert "<div><dt>packing</dt><dd>no</dd></div>" in text
     assert "No step was skipped" in text and "The command of this run" in text
-    assert (real_run / "report.html").stat().st_mtime_ns == written, "--out is where it goes"
+    assert (trained / "report.html").stat().st_mtime_ns == written, "--out is where it goes"
 
 
-@pytest.mark.slow
-def test_the_command_shown_is_the_run(real_run):
+def test_the_command_shown_is_the_run(trained):
     """Parsing what the page shows gives the options of the run."""
-    state = read_state(find_newest(real_run)[0])
+    state = read_state(find_newest(trained)[0])
     words = shlex.split(command_to_go_on(state).replace("\\\n", " "))
     assert words[:3] == ["python", "-u", "finetune_solver.py"]
     again = vars(build_parser().parse_args(words[3:]))
@@ -357,14 +344,13 @@ def test_a_folder_that_is_no_run_is_one_clear_error(tmp_path, capsys, has_folder
     assert "give the --output_dir" in error and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 def test_a_run_that_is_still_going_is_known_by_its_lock(tmp_path):
     folder = write_lines(tmp_path / "run", [line_at(1), line_at(2)])
     script = "from pathlib import Path; import sys; from model.report import main; sys.exit(main(sys.argv[1:]))"
     with lock_output_dir(folder):
         write_report(folder)  # as the run's own process does: it keeps its lock
-        done = subprocess.run([sys.executable, "-c", script, str(folder)], env=environment(), cwd=ROOT, check=False)
-        assert done.returncode == 0 and '<span class="status running">' in (folder / "report.html").read_text()
+        forked.run([sys.executable, "-c", script, folder], environment(), check=True)
+        assert '<span class="status running">' in (folder / "report.html").read_text()
     assert not holds_lock(folder)
     assert main([str(folder)]) == 0
     assert '<span class="status stopped">' in (folder / "report.html").read_text()

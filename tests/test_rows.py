@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from data.packing import PlanOptions, plan_epoch
 from data.rows import EpochRows, build_loader, collate_row
 from data.token_file import TokenItem
 from data.vocab import IGNORE_INDEX
+from tests import forked
 from tests.test_dataset import write_source
 
 PAD_ID = 7
@@ -163,7 +163,8 @@ rows = EpochRows(dataset, plan_epoch(dataset.table, PlanOptions(1, 64, 1), 0), 0
 loader = iter(build_loader(rows, num_workers=2))
 seen = [next(loader), next(loader)]  # one of each worker, so that both are up
 print(*(child.pid for child in multiprocessing.active_children()), flush=True)
-sys.stdin.readline()
+while not Path(sys.argv[2]).exists():
+    time.sleep(0.01)
 seen += list(loader)
 print(len(seen), flush=True)
 """
@@ -171,25 +172,23 @@ print(len(seen), flush=True)
 
 @pytest.fixture
 def rank_process(tmp_path):
-    """A process that has read two of 40 rows by two workers and waits for a line; and the ids of its workers."""
+    """A process that has read two of 40 rows by two workers and waits for the file `go_on`; and its workers' ids."""
     record = write_source(tmp_path, [10] * 40).path
-    process = subprocess.Popen(
-        [sys.executable, "-c", RANK_SCRIPT, str(record)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1],
-    )  # fmt: skip
-    yield process, [int(pid) for pid in process.stdout.readline().split()]
+    process = forked.Popen([sys.executable, "-c", RANK_SCRIPT, record, tmp_path / "go_on"], os.environ)
+    yield process, [int(pid) for pid in process.wait_for_output("\n").split()]
     process.kill()
     process.wait()
 
 
-def test_workers_go_on_after_the_signals_of_a_launcher(rank_process):
+def test_workers_go_on_after_the_signals_of_a_launcher(rank_process, tmp_path):
     process, workers = rank_process
     assert len(workers) == 2
     for pid in workers:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             os.kill(pid, number)
-    output, _ = process.communicate("go on\n", timeout=60)
-    assert output.split() == ["40"] and process.returncode == 0
+    (tmp_path / "go_on").touch()
+    output, _ = process.communicate(timeout=60)
+    assert output.splitlines()[1:] == ["40"] and process.returncode == 0
     wait_until_gone(workers)
 
 

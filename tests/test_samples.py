@@ -2,7 +2,6 @@
 
 import codecs
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from model.sample_prompts import SamplePrompt, load_prompts
 from model.samples import SampleOptions, Sampler
 from model.samples_format import drop_samples_after, read_samples, write_samples
 from model.vqgan import VQGAN, save_vqgan
+from tests import forked
 from tests.decoder_helpers import small_config, write_small_tokenizer
 from tests.test_generation import GREEDY, IMAGE_START, VOCAB, make_model, make_prompts
 
@@ -63,6 +63,7 @@ def test_the_whole_model_s_forward_draws_what_the_lean_step_draws(overrides, opt
     assert any(VOCAB.end_image_id in generation.tokens for generation in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep_gathered", [True, False])
 def test_compiled_layers_of_a_sharded_model_are_run_as_they_are_written(keep_gathered):
     """No graph for each number of rows and slots; afterwards the layers are compiled, and trained, as before."""
@@ -87,7 +88,11 @@ def test_compiled_layers_of_a_sharded_model_are_run_as_they_are_written(keep_gat
         assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("way", [{}, {"data_parallel": "sdp", "checkpointing": True, "precision": "bf16"}], ids=str)
+@pytest.mark.parametrize(
+    "way",
+    [{}, pytest.param({"data_parallel": "sdp", "checkpointing": True, "precision": "bf16"}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_training_notices_nothing_and_the_report_shows_them(small_task, folder, tmp_path, way):
     changes = sample_flags(folder, 5, max_steps=12, dropout=0.1, **way)
     plain = solver_args(small_task, tmp_path / "plain", **changes | {"sample_interval": None})
@@ -157,10 +162,7 @@ def test_ranks_that_would_draw_differently_go_on_with_the_same_tokens(tmp_path):
     write_small_tokenizer(tmp_path)
     (tmp_path / "asked.txt").write_text("a cat\nred\nthe car on\n")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launcher, __file__, str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    forked.run([*launcher, __file__, str(tmp_path)], environment(), check=True)
     of_main, of_other = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert of_main == of_other and len(of_main) == 3
     codec = RequestCodec(load_text_tokenizer(tmp_path), None, torch.device("cpu"))
@@ -174,6 +176,7 @@ def losses_without(small_task, out, flags) -> dict[int, float]:
     return losses(out)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_takes_later_samples_anew(small_task, folder, tmp_path):
     out = tmp_path / "out"
     flags = sample_flags(folder, 3, max_steps=6, save_iteration_interval=4)
@@ -199,6 +202,7 @@ def test_what_cannot_be_written_does_not_end_the_training(small_task, folder, tm
     assert list(losses(out)) == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_ends_with_its_own_message(small_task, folder, tmp_path, capsys):
     """Samples of weights that give no finite logits end nothing: that the steps are skipped does."""
     flags = sample_flags(folder, 2, lr=1e30, clip_grad=0)

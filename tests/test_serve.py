@@ -4,7 +4,6 @@ import importlib.util
 import io
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,18 +20,11 @@ from PIL import Image
 
 from inference_solver import FlexARInferenceSolver, main
 from model.serve import GRADIO_PIN, NO_SIZE, Page, free_port, valid_sizes
+from tests.browser_helpers import needs_browser
 from tests.test_inference_solver import make_picture, write_folders
 
 ROOT = Path(__file__).parents[1]
-BROWSER = next((path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None)
-DRIVER = shutil.which("chromedriver")
-BROWSER_FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--window-size=1300,1000",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # the page must do without the network
-)  # fmt: skip
-MISSING = [name for name in ("gradio", "selenium") if importlib.util.find_spec(name) is None]
-MISSING += [name for name, path in (("chromium", BROWSER), ("chromium-driver", DRIVER)) if path is None]
+HAS_GRADIO = importlib.util.find_spec("gradio") is not None
 WAIT_S = 60
 PAGE_SEED, MAX_GEN_LEN, SIZE = 5, 30, (64, 32)
 
@@ -184,6 +176,7 @@ def test_sizes_are_those_of_training(solver):
     assert sorted(valid_sizes(vocab, 64)) == [(32, 64), (64, 32), (64, 64)]
 
 
+@pytest.mark.slow
 def test_a_taken_port_and_a_foreign_address_are_refused_before_the_model_is_loaded(capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -191,7 +184,7 @@ def test_a_taken_port_and_a_foreign_address_are_refused_before_the_model_is_load
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=rf"127.0.0.1:{port} .*give another --port"):
             free_port("127.0.0.1", port)
-        if not MISSING:
+        if HAS_GRADIO:
             arguments = ["--model_path", "absent", "--vqgan_dir", ".", "--serve", "--port", str(port)]
             assert main(arguments) == 2
             assert f"127.0.0.1:{port}" in capsys.readouterr().err
@@ -225,25 +218,13 @@ def served(folders, tmp_path):
         process.wait()
 
 
-@pytest.fixture
-def browser(tmp_path):
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for flag in (*BROWSER_FLAGS, f"--user-data-dir={tmp_path / 'profile'}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
-
-
 class Driven:
     """The page in the browser, by the names of its fields."""
 
     def __init__(self, driver, url: str):
         self.driver = driver
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        driver.get_log("browser")  # of the pages of other tests
         driver.get(url)
         self.wait(lambda: self.all("#prompt textarea"))
 
@@ -287,7 +268,8 @@ def listening_addresses(port: int) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(MISSING), reason=f"not here: {', '.join(MISSING)} (pip, or apt-get as root, brings them)")
+@pytest.mark.skipif(not HAS_GRADIO, reason="gradio is not here")
+@needs_browser
 def test_the_page_in_a_browser(served, browser, solver, folders, tmp_path):
     process, url = served
     assert listening_addresses(int(url.rstrip("/").rsplit(":")[-1])) == {"0100007F"}  # 127.0.0.1 and no other

@@ -6,20 +6,13 @@ import shutil
 import pytest
 
 from data.item_processor import hash_tokenizer, load_text_tokenizer
-from tests.small_run import call_main, losses, read_lines, run_solver, solver_args, train, write_small_task
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("task")
-    write_small_task(folder)
-    return folder
+from tests.small_run import call_main, losses, read_lines, run_solver, solver_args, train
 
 
 @pytest.fixture
-def task(whole, tmp_path):
+def task(small_task, tmp_path):
     """A copy that a test may damage."""
-    return shutil.copytree(whole, tmp_path / "task")
+    return shutil.copytree(small_task, tmp_path / "task")
 
 
 def damage(task, *items: int) -> None:
@@ -63,6 +56,7 @@ def test_one_bad_item_too_many_stops_with_file_reason_and_flag(task, tmp_path):
     assert code == 3 and "1 items cannot be read (--max_bad_items 0)" in message
 
 
+@pytest.mark.slow
 def test_bad_items_survive_a_resume(task, tmp_path):
     damage(task, 5)
     out = tmp_path / "out"
@@ -84,6 +78,7 @@ def test_two_ranks_leave_out_and_stop_together(task, tmp_path):
     assert 'finetune_solver.py", line' not in done.stderr  # no traceback but the launcher's own
 
 
+@pytest.mark.slow
 def test_other_items_are_refused_unless_they_are_meant(task, tmp_path, capsys):
     out = tmp_path / "out"
     assert call_main(solver_args(task, out, max_steps=3)) == (0, "")
@@ -96,6 +91,7 @@ def test_other_items_are_refused_unless_they_are_meant(task, tmp_path, capsys):
     assert "careful: the items of --data_config" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_epoch_that_has_fewer_steps_now_is_over(task, tmp_path):
     out, few = tmp_path / "out", tuple(range(4, 24))
     assert call_main(solver_args(task, out, max_steps=7)) == (0, "")
@@ -104,6 +100,7 @@ def test_an_epoch_that_has_fewer_steps_now_is_over(task, tmp_path):
     assert [line["step"] for line in read_lines(out)] == list(range(1, 10))  # 7, and 2 of the second epoch
 
 
+@pytest.mark.slow
 def test_context_dropout_trains_on_images_alone_and_resumes_the_same(task, tmp_path):
     changes = {"context_dropout": 0.7, "packing": True}
     assert call_main(solver_args(task, tmp_path / "once", **changes)) == (0, "")

@@ -8,7 +8,7 @@ import torch
 from model.optim import OPTIMIZERS, OptimOptions, build_optimizer, set_lr
 from model.small_states import plain_tensors
 from model.step_guard import GuardOptions, StepGuard
-from tests.small_run import call_main, read_lines, solver_args, write_small_task
+from tests.small_run import call_main, read_lines, solver_args
 
 CPU = torch.device("cpu")
 
@@ -85,11 +85,9 @@ def _dequantized(moment: torch.Tensor) -> torch.Tensor:
 # In a run
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("task")
-    write_small_task(folder)
-    return folder
+@pytest.fixture
+def task(small_task):
+    return small_task
 
 
 def held(output_dir) -> list[dict]:

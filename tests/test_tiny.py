@@ -60,6 +60,7 @@ def test_held_out_pairs_are_never_trained_on():
         assert not scene.is_held_out and not edited.is_held_out and edited != scene and instruction
 
 
+@pytest.mark.slow
 def test_make_data_writes_the_same_files_twice(tmp_path, capsys):
     arguments = ["--out_dir", str(tmp_path), "--num_items", "50"]
     assert make_data.main(arguments) == 0
@@ -106,6 +107,7 @@ def vqgan():
     return load_vqgan(VQGAN_DIR)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held_out", [False, True])
 def test_first_gate_scenes_survive_encode_and_decode(vqgan, held_out):
     scenes = all_scenes(held_out)[:: 1 if held_out else 4]
@@ -115,6 +117,7 @@ def test_first_gate_scenes_survive_encode_and_decode(vqgan, held_out):
     assert exact >= 0.99
 
 
+@pytest.mark.slow
 def test_second_gate_codes_are_local(vqgan):
     """The left half of a pair has the same codes whatever stands on the right."""
     pairs = [Scene("pair", pair, "white") for pair in itertools.product(OBJECTS[:8], OBJECTS[::3])]
@@ -159,6 +162,7 @@ def fresh_checkpoint(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_score_is_made_again_for_other_prompts_and_other_checkpoints(fresh_checkpoint, tmp_path, capsys):
     def run(num_prompts: int, out_dir=tmp_path / "out") -> str:
         flags = ["--model_path", str(fresh_checkpoint), "--out_dir", str(out_dir), "--num_prompts", str(num_prompts)]

@@ -59,10 +59,9 @@ def test_eval_only_gives_the_plain_loss_and_writes_nothing(two_types, tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("packing", [None, True])
-def test_any_number_of_ranks_gives_the_same(two_types, tmp_path, capsys, packing):
+def test_any_number_of_ranks_gives_the_same(two_types, tmp_path, capsys):
     """Five rows on one rank, and on three, two of which take an empty row at the end."""
-    changes = {"eval_only": True, "val_data_config": two_types / "data.yaml", "batch_size": 5, "packing": packing}
+    changes = {"eval_only": True, "val_data_config": two_types / "data.yaml", "batch_size": 5}
     one = evaluate(solver_args(two_types, tmp_path / "out", **changes), capsys)
     three = json.loads(train(3, solver_args(two_types, tmp_path / "out", **changes)).splitlines()[-1])
     for name in ("val_loss", "val_text_loss", "val_image_loss", "val_num_valid_tokens", "val_loss_by_type"):
@@ -100,6 +99,7 @@ def validations(out):
     return {line["step"]: line for line in read_lines(out) if "val_loss" in line}
 
 
+@pytest.mark.slow
 def test_the_training_does_not_notice(small_task, tmp_path, capsys):
     """Losses and weights bit for bit; the last line is that of the checkpoint, and a resumed run has the same lines."""
     assert call_main(solver_args(small_task, tmp_path / "plain", **CHANGES)) == (0, "")
@@ -142,9 +142,8 @@ def test_gathered_weights_are_let_go_of(two_types, data_parallel):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data_parallel", ["fsdp", "sdp"])
-def test_real_ranks_do_not_notice_either(small_task, tmp_path, data_parallel):
-    changes = CHANGES | {"batch_size": 1, "data_parallel": data_parallel, "max_steps": 5, "num_workers": 0}
+def test_real_ranks_do_not_notice_either(small_task, tmp_path):
+    changes = CHANGES | {"batch_size": 1, "data_parallel": "sdp", "max_steps": 5, "num_workers": 0}
     train(2, solver_args(small_task, tmp_path / "plain", **changes))
     validated = changes | {"val_data_config": small_task / "data.yaml", "val_interval": 1}
     train(2, solver_args(small_task, tmp_path / "out", **validated))
@@ -166,6 +165,7 @@ def with_bad_item(small_task, tmp_path):
     return tmp_path / "val.yaml"
 
 
+@pytest.mark.slow
 def test_an_item_that_cannot_be_read_is_counted(small_task, tmp_path, with_bad_item, capsys):
     changes = {"eval_only": True, "val_data_config": with_bad_item}
     assert call_main(solver_args(small_task, tmp_path / "out", **changes))[0] == 3

@@ -4,7 +4,6 @@ import gzip
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ from small_run import call_main, command, environment, losses, solver_args, trai
 import finetune_solver
 from model.async_checkpoint import CheckpointSaver
 from model.watch import HangWatch, WatchOptions, describe_place
+from tests import forked
 
 
 def steps_in(trace: Path) -> int:
@@ -24,23 +24,23 @@ def steps_in(trace: Path) -> int:
     return len({event["ts"] for event in events if event.get("name", "").startswith("Optimizer.step#AdamW.step")})
 
 
-def test_profile_writes_a_trace_of_these_steps(small_task, tmp_path, capsys):
+def test_profile_writes_a_trace_of_these_steps(small_task, trained, tmp_path, capsys):
     out = tmp_path / "out"
     assert call_main(solver_args(small_task, out, max_steps=6, profile="3:5")) == (0, "")
     (trace,) = (out / "profile").iterdir()
     assert f"{trace} is the profile of rank 0" in capsys.readouterr().out
     assert trace.name == "rank0-steps3-5.json.gz" and steps_in(trace) == 3
-    assert call_main(solver_args(small_task, tmp_path / "plain", max_steps=6)) == (0, "")
-    assert losses(out) == losses(tmp_path / "plain") and not (tmp_path / "plain" / "profile").exists()
+    assert losses(out).items() <= losses(trained).items() and not (trained / "profile").exists()
 
 
+@pytest.mark.slow
 def test_profile_from_the_first_step_on_and_of_a_run_that_ends_before(small_task, tmp_path):
     assert call_main(solver_args(small_task, tmp_path / "out", max_steps=2, profile="1:9")) == (0, "")
     (trace,) = (tmp_path / "out" / "profile").iterdir()
     assert trace.name == "rank0-steps1-2.json.gz" and steps_in(trace) == 2
 
 
-@pytest.mark.parametrize("steps", ["4:9", "3:3", "5:5"])
+@pytest.mark.parametrize("steps", ["4:9", "3:3"])
 def test_a_profile_of_steps_that_never_come_is_told(small_task, tmp_path, capsys, steps):
     """The run ends two steps before the first, or with the one before it, which is recorded and thrown away."""
     assert call_main(solver_args(small_task, tmp_path / "out", max_steps=2, profile=steps)) == (0, "")
@@ -96,6 +96,7 @@ def test_a_step_in_time_leaves_nothing_and_a_late_one_is_told_once(tmp_path, cap
     assert "hang watch" not in {thread.name for thread in threading.enumerate()}
 
 
+@pytest.mark.slow
 def test_a_start_that_does_not_end_is_told(small_task, tmp_path, monkeypatch):
     load = finetune_solver.load_checkpoint_weights
 
@@ -112,6 +113,7 @@ def test_a_start_that_does_not_end_is_told(small_task, tmp_path, monkeypatch):
     assert "load_slowly" in told and "hang watch" not in {thread.name for thread in threading.enumerate()}
 
 
+@pytest.mark.slow
 def test_python_that_stands_still_is_told_too(tmp_path):
     """The whole process is kept from running Python by a call that does not let go of the interpreter."""
     code = f"""
@@ -121,10 +123,10 @@ from pathlib import Path
 watch = model.watch.HangWatch(0.5, Path({str(tmp_path)!r}), 0)
 watch.expect("step 1")
 import time; time.sleep(0.2)
-ctypes.PyDLL(None).sleep(3)
+ctypes.PyDLL(None).sleep(2)
 import os; os._exit(0)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=60)
+    done = forked.run([sys.executable, "-c", code], environment())
     assert done.returncode == 0 and "Timeout (0:00:01)!" in done.stderr and 'File "<string>"' in done.stderr
 
 
@@ -164,23 +166,15 @@ def wait_until(is_true, process, what: str, timeout_s: float = 90) -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
 def test_all_ranks_tell_where_they_are_when_one_is_stuck(small_task, tmp_path):
     """The loader worker of rank 1 is stopped: both ranks write their stacks, and go on once it runs again."""
-    out, said_path = tmp_path / "out", tmp_path / "said"
+    out = tmp_path / "out"
     (tmp_path / "data.yaml").write_text(f"META:\n  - path: {small_task}/record.json\n    ratio: 400\n")
-    changes = {"data_config": tmp_path / "data.yaml", "batch_size": 1, "num_workers": 1, "hang_timeout_s": 3}
-    with said_path.open("w") as said:
-        process = subprocess.Popen(
-            command(2, solver_args(small_task, out, **changes)), stdout=said, stderr=said, env=environment()
-        )
+    changes = {"data_config": tmp_path / "data.yaml", "batch_size": 1, "num_workers": 1, "hang_timeout_s": 5}
+    process = forked.Popen(command(2, solver_args(small_task, out, **changes)), environment())
     stopped = []
     try:
         metrics, told = out / "metrics.jsonl", [out / f"hang-rank{rank}.txt" for rank in (0, 1)]
         wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 5, process, "a step")
-        ranks = {
-            int(dict(pair.split("=", 1) for pair in text.split("\0") if "=" in pair)["RANK"]): pid
-            for pid in children(process.pid)
-            if "RANK=" in (text := Path(f"/proc/{pid}/environ").read_text())
-        }
-        stopped = children(ranks[1])
+        stopped = children(sorted(children(process.pid))[1])  # ranks are started one after the other
         for pid in stopped:
             os.kill(pid, signal.SIGSTOP)
         wait_until(lambda: all(path.exists() and "Thread 0x" in path.read_text() for path in told), process, "a dump")
@@ -199,9 +193,10 @@ def test_all_ranks_tell_where_they_are_when_one_is_stuck(small_task, tmp_path):
     waiting, stuck = (path.read_text() for path in told)
     assert "rank 0: step " in waiting and "at model/distributed.py:" in waiting and "all_reduce" in waiting
     assert "rank 1: step " in stuck and "at finetune_solver.py:" in stuck and " run_epoch(), in " in stuck
-    assert said_path.read_text().count("has not ended within 3 s") == 2
+    assert process.stderr.read_text().count("has not ended within 5 s") == 2
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_end_is_told_too(small_task, tmp_path, monkeypatch):
     plain_wait = CheckpointSaver.wait
 
