@@ -30,7 +30,7 @@ LORA = {"lora_rank": 64, "train_only": "image_head", "optim": "adamw_8bit", "che
 RUNS = {
     "lora": LORA | {"precision": "bf16"},
     "image_head": {
-        "train_only": "image_head", "optim": "adamw_bf16_states", "checkpointing_every": 2, "precision": "bf16",
+        "train_only": "image_head", "checkpointing_every": 2, "precision": "bf16",
     },
     "named": {"train_only": "model.layers.1.mlp.*", "cpu_offload": True, "checkpointing": True, "dropout": 0.1},
 }  # fmt: skip
@@ -106,7 +106,7 @@ def test_the_checkpoint_holds_what_was_trained_and_where_the_rest_is(finished, t
     num_trained = sum(tensor.numel() for tensor in trained.values())
     state_bytes = sum(path.stat().st_size for path in (folder / "training_state").iterdir())
     per_value = state_bytes / num_trained  # 4 bytes of weight, 2, 4 or 8 of moments; names, and tables of 8 bits
-    assert per_value < {"lora": 9.5, "image_head": 11, "named": 14}[name]
+    assert per_value < {"lora": 9.5, "image_head": 14, "named": 14}[name]
 
 
 @pytest.mark.slow

@@ -58,7 +58,6 @@ GPU_VARIANTS = (
     Variant(("--no-compile", SELECTIVE), rows=2),
     Variant((SELECTIVE, EVERY, "2"), rows=3),
     Variant(("--checkpointing",), rows=4),
-    Variant((SELECTIVE, "--optim", "adamw_bf16_states"), rows=6),
     Variant(("--checkpointing", "--float8"), rows=8),
     Variant(rows=2, loss_chunk=2**23),
 )
