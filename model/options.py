@@ -54,12 +54,9 @@ class ModelOptions:
         return found
 
     @property
-    def copies_start(self) -> bool:
-        """Whether a run makes its own copy (`starting_point`) of the weights that it starts from, if it has any.
-
-        Of the recipe's it always does.
-        """
-        return self.init_from is None or self.image_head_init not in (None, "keep")
+    def start_head_init(self) -> str:
+        """What becomes of the image rows of `lm_head` of the weights to start from, if there are any."""
+        return self.image_head_init or ("keep" if self.init_from else "zero")
 
 
 @dataclass(frozen=True)
@@ -220,7 +217,7 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--image_head_init",
         choices=IMAGE_HEAD_INITS,
-        help="rows of lm_head of image tokens at the start, kept in OUTPUT_DIR/starting_point; "
+        help="rows of lm_head of image tokens at the start; "
         "None: zero for the recipe's weights, keep for --init_from; a fresh model has nothing to keep or zero",
     )
     group.add_argument("--dropout", type=float, help="after attention and MLP, 0 to 1")
