@@ -36,12 +36,7 @@ from model.decoder.chameleon import (  # noqa: E402
     build_model,
 )
 from model.hf_folder import copy_tokenizer_files, load_config, resolve_checkpoint  # noqa: E402
-from model.image_head import (  # noqa: E402
-    HEAD,
-    IMAGE_HEAD_INITS,
-    default_image_head_init,
-    is_stock,
-)
+from model.image_head import HEAD, IMAGE_HEAD_INITS, default_image_head_init, is_stock  # noqa: E402
 from model.local_shards import copy_into_parameter, local_rows  # noqa: E402
 from model.stock_folder import PROCESSOR_NAME, SHAPES, config_values, write_processor_files  # noqa: E402
 from model.trainable import is_added  # noqa: E402

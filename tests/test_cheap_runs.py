@@ -164,7 +164,7 @@ def test_a_run_with_reinitialized_image_rows_is_that_from_a_start_on_disk(task, 
     start = convert_checkpoint(task / "start", tmp_path / "old" / "starting_point", image_head_init="normal", seed=3)
     for max_steps in (2, 4):
         assert call_main(run_args(task, tmp_path / "new", "image_head", max_steps=max_steps, **changes)) == (0, "")
-        # Moved as a whole after two steps, the old run is given the command by which it began.
+        # The old run resumes by the same command as the new one, from a note that has what notes had before.
         more = changes if max_steps == 4 else changes | {"init_from": start, "image_head_init": "keep"}
         assert call_main(run_args(task, tmp_path / "old", "image_head", max_steps=max_steps, **more)) == (0, "")
         if max_steps == 2:
