@@ -44,7 +44,7 @@ from model.checkpoint import (
     read_state,
 )
 from model.checks import prepare, settle_codebook
-from model.convert import load_checkpoint_weights, load_config, prepare_starting_point
+from model.convert import load_checkpoint_weights, load_config
 from model.cpu_memory import keep_freed_memory
 from model.decoder.chameleon import build_config, grow_positions, init_weights
 from model.distributed import (
@@ -189,7 +189,7 @@ class Solver:
         """Builds the sharded model, still empty; returns where its weights are, None for a fresh one."""
         options = self.options
         set_matmul_precision(options.parallel.precision)
-        weights, tokenizer = self._find_weights()
+        weights, tokenizer = (str(self.start),) * 2 if self.start else resolve_model(options.model)
         self.tokenizer = load_text_tokenizer(tokenizer)
         self.pad_id = ChameleonVocab.from_tokenizer(self.tokenizer).pad_id
         changes = {name: getattr(options.model, name) for name in ("dropout", "z_loss_weight", "mask_image_logits")}
@@ -221,13 +221,15 @@ class Solver:
         adapted = self._note_frozen_weights(weights) if options.trainable.is_partial else None
         if self.start is not None:
             if adapted is not None:
-                load_checkpoint_weights(self.model, adapted.base.source)
+                load_checkpoint_weights(
+                    self.model, adapted.base.source, adapted.base.image_head_init, adapted.base.seed
+                )
             try:
                 load_checkpoint(self.start, self.model, self.optimizer)
             except ValueError as error:  # the same on all ranks
                 raise RunError(str(error), exit_code=2) from error
         elif weights is not None:
-            load_checkpoint_weights(self.model, weights)
+            load_checkpoint_weights(self.model, weights, options.model.start_head_init, options.run.seed)
             init_adapters(self.model, options.run.seed)
         else:
             init_weights(self.model, options.run.seed)
@@ -384,38 +386,17 @@ class Solver:
             except ValueError as error:
                 raise SystemExit(stop_at_start(self.launch, f"finetune_solver.py: {error}")) from None
 
-    def _find_weights(self) -> tuple[str | None, str]:
-        """(folder or hub id that gives configuration and weights, or None for a fresh model; tokenizer)."""
-        if self.start is not None:
-            return str(self.start), str(self.start)
-        options = self.options.model
-        weights, tokenizer = resolve_model(options)
-        image_head_init = options.image_head_init or ("keep" if options.init_from else "zero")
-        # The recipe's weights are always taken from a copy of the run's own, which one rank makes.
-        if weights is not None and options.copies_start and not self.options.validation.eval_only:
-            folder, problem = self.options.checkpoint.output_dir / "starting_point", None
-            if self.launch.is_main:
-                try:
-                    prepare_starting_point(weights, folder, image_head_init, self.options.run.seed)
-                except (ValueError, OSError) as error:
-                    problem = f"finetune_solver.py: the weights to start from: {error}"
-            problem = from_main(problem)
-            if problem is not None:
-                raise SystemExit(stop_at_start(self.launch, problem))
-            weights = str(folder)
-        return weights, tokenizer
-
     def _note_frozen_weights(self, weights: str) -> AdapterWriter:
         """What checkpoints say of the frozen weights: what the one says from which the run goes on, or as they are."""
         output_dir = self.options.checkpoint.output_dir
         if self.start is None:
-            base = BaseWeights.of(weights, output_dir)
+            base = BaseWeights.of(weights, output_dir, self.options.model.start_head_init, self.options.run.seed)
             folder = resolve_checkpoint(weights)
         else:
             base = BaseWeights.read(self.start)
             folder = base.find(self.start)
             if base.relative is not None:  # both may have been moved
-                base = BaseWeights.of(folder, output_dir)
+                base = BaseWeights.of(folder, output_dir, base.image_head_init, base.seed)
         return AdapterWriter(base, self.options.trainable, open_weights(folder).dtype(HEAD))
 
     def _seed_step(self) -> None:

@@ -22,7 +22,6 @@ options=(
   --lora_rank 16
   --lora_alpha 32
   --train_only image_head
-  --optim adamw_bf16_states
   --batch_size 1
   --accum_iter 8
   --epochs 2

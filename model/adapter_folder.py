@@ -4,7 +4,8 @@ A checkpoint that holds what was trained, and says where the rest comes from.
 Where it stands: what a training with frozen weights (model/trainable.py) leaves as its Hugging Face files. Beside
 config.json and the tokenizer such a folder holds
 
-    base_weights.json          where the frozen weights are, and a fingerprint of their files
+    base_weights.json          where the frozen weights are, a fingerprint of their files, and how training set the
+                               image rows of their `lm_head`
     adapter_config.json, adapter_model.safetensors     of LoRA, as peft writes them and loads them
     trained.safetensors        without LoRA: the trained parameters by name; `NAME.image_rows` are the rows of the image
                                tokens of `NAME.weight`
@@ -25,10 +26,10 @@ from safetensors.torch import save_file
 
 from model.decoder.chameleon import ChameleonXLLMXConfig
 from model.hf_folder import load_config, resolve_checkpoint
-from model.image_head import image_token_ids
+from model.image_head import ImageHeadReader, image_token_ids
 from model.trainable import EMBEDDING, HEAD, TrainableOptions, lora_config
 from model.trained_rows import ROWS_NAME
-from model.weight_files import WeightReader, open_file, write_text_file
+from model.weight_files import ChangedReader, WeightReader, open_file, write_text_file
 
 NOTE_NAME = "base_weights.json"
 TRAINED_NAME = "trained.safetensors"
@@ -50,22 +51,29 @@ class BaseWeights:
         fingerprint: of its weight files, see `fingerprint_weights`.
         relative: the folder from the checkpoint's own, for an --output_dir that is moved as a whole; None: a hub id.
         revision: the commit of a hub id; None: a folder, or of an older checkpoint.
+        image_head_init, seed: what became of the image rows of `lm_head`, see `open_weights`. Trained rows go before.
     """
 
     source: str
     fingerprint: str
     relative: str | None = None
     revision: str | None = None
+    image_head_init: str = "keep"
+    seed: int = 0
 
     @classmethod
-    def of(cls, source: str | os.PathLike, output_dir: Path) -> "BaseWeights":
+    def of(
+        cls, source: str | os.PathLike, output_dir: Path, image_head_init: str = "keep", seed: int = 0
+    ) -> "BaseWeights":
         """As the checkpoints in `output_dir` shall note it. Raises FileNotFoundError if it is not there."""
         found = resolve_checkpoint(source)
         fingerprint = fingerprint_weights(found)
         if not Path(source).is_dir():  # the hub's cache keeps it in snapshots/COMMIT
-            return cls(str(source), fingerprint, revision=found.name if found.parent.name == "snapshots" else None)
+            revision = found.name if found.parent.name == "snapshots" else None
+            return cls(str(source), fingerprint, None, revision, image_head_init, seed)
         where = os.path.abspath(source)
-        return cls(where, fingerprint, os.path.relpath(where, os.path.abspath(output_dir / "checkpoint")))
+        relative = os.path.relpath(where, os.path.abspath(output_dir / "checkpoint"))
+        return cls(where, fingerprint, relative, None, image_head_init, seed)
 
     @classmethod
     def read(cls, folder: Path) -> "BaseWeights":
@@ -146,13 +154,18 @@ def _sample(start: int, end: int, count: int) -> list[range]:
     return [range(place, place + _SAMPLE_BYTES) for place in places]
 
 
-def open_weights(folder: str | os.PathLike) -> WeightReader:
-    """A reader of a checkpoint's whole weights, of either kind. Raises like `WeightReader` and `BaseWeights.find`."""
+def open_weights(folder: str | os.PathLike, image_head_init: str = "keep", seed: int = 0) -> WeightReader:
+    """
+    A reader of a checkpoint's whole weights, of either kind, with image rows of `lm_head` as told (`ImageHeadReader`).
+
+    Raises like `WeightReader`, `BaseWeights.find` and `ImageHeadReader`.
+    """
     folder = Path(folder)
-    return AdaptedReader(folder) if (folder / NOTE_NAME).is_file() else WeightReader(folder)
+    reader = AdaptedReader(folder) if (folder / NOTE_NAME).is_file() else WeightReader(folder)
+    return reader if image_head_init == "keep" else ImageHeadReader(reader, image_head_init, seed)
 
 
-class AdaptedReader(WeightReader):
+class AdaptedReader(ChangedReader):
     """
     Reads weights as they are with what was trained: the adapters merged in fp32, trained rows and parameters put in.
 
@@ -160,8 +173,9 @@ class AdaptedReader(WeightReader):
     """
 
     def __init__(self, folder: Path):
+        base = BaseWeights.read(folder)
+        super().__init__(open_weights(base.find(folder), base.image_head_init, base.seed))
         self.folder = folder
-        self._base = open_weights(BaseWeights.read(folder).find(folder))
         self._scale = 0.0
         path = folder / TRAINED_NAME
         if (folder / ADAPTER_CONFIG_NAME).is_file():
@@ -180,18 +194,8 @@ class AdaptedReader(WeightReader):
             raise ValueError(f"{path} holds {unknown[0]}, for which the frozen weights have nothing.")
         self._row_ids = image_token_ids(load_config(folder))
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._base
-
-    @property
-    def names(self) -> list[str]:
-        return self._base.names
-
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._trained[name].get_shape()) if name in self._trained else self._base.shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._base.dtype(name)
 
     def read(self, name: str, part: tuple[slice, ...] | None = None) -> torch.Tensor:
         if name in self._trained:

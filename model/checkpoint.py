@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from data.whole_file import sync_path
 from model.adapter_folder import NOTE_NAME
 from model.hf_folder import name_checkpoints_in
-from model.small_states import ADAMW_8BIT
+from model.optim import ADAMW_8BIT
 from model.trainable import LORA_TARGETS
 
 STATE_NAME = "trainer_state.json"
@@ -46,10 +46,10 @@ SAVING_PREFIX = ".saving-"
 REPLACED_PREFIX = ".replaced-"
 OPTIONS_TO_KEEP = (
     *("model_size", "seed", "batch_size", "max_seq_len"),
-    *("packing", "length_clustering", "overlong", "context_dropout", "optim"),
+    *("packing", "length_clustering", "overlong", "context_dropout"),
 )
-# What is trained decides what a checkpoint holds: no other way to go on. With what older checkpoints did.
-FIXED_OPTIONS = {"lora_rank": 0, "lora_alpha": 16.0, "lora_targets": None, "train_only": None}
+# What is trained, and by which moments, decides what a checkpoint holds: it cannot change. With what older ones did.
+FIXED_OPTIONS = {"lora_rank": 0, "lora_alpha": 16.0, "lora_targets": None, "train_only": None, "optim": "adamw"}
 TRAINED_STATE = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen weights are in no checkpoint
 LOCK_PATIENCE_S = 5.0  # a killed run may need a moment to die
 
@@ -179,9 +179,9 @@ def publish(saving: Path, final: Path) -> None:
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Fills a sharded model and its optimizer from a checkpoint of any number of ranks; every rank calls it.
 
-    The optimizer's settings (weight decay and the rest) stay those of this run: only its moments are read, in fp32 or
-    bf16 whatever they were. Frozen weights are not in it. Raises ValueError, on all ranks, if moments in 8 bits cannot
-    be divided among so many.
+    The optimizer's settings (weight decay and the rest) stay those of this run: only its moments are read. Moments in
+    bf16, which older checkpoints may have, become fp32. Frozen weights are not in it. Raises ValueError, on all ranks,
+    if moments in 8 bits cannot be divided among so many.
     """
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     model_state, optimizer_state = get_state_dict(model, optimizer, options=TRAINED_STATE)
@@ -213,6 +213,8 @@ def read_state(folder: Path) -> TrainerState:
     try:
         raw = json.loads((folder / STATE_NAME).read_text())
         state = TrainerState(**{**raw, "position": Position(**raw["position"])})
+        if state.options.get("optim") == "adamw_bf16_states":  # of before: its moments are widened when they are loaded
+            state.options["optim"] = "adamw"
     except FileNotFoundError:
         within = name_checkpoints_in(folder, STATE_NAME)
         advice = f"; give {within}" if within else ""
@@ -273,18 +275,12 @@ def find_fixed_changes(options: CheckpointOptions, now: Mapping[str, Any]) -> li
     if start is None:
         return []
     saved = read_state(start).options
-    changes = [
+    return [
         f"--{name} was {saved.get(name, default)} and is {now[name]}"
         for name, default in FIXED_OPTIONS.items()
         if _meaning(name, saved.get(name, default)) != _meaning(name, now[name])
         and not (name == "lora_alpha" and not now["lora_rank"])
     ]
-    optims = saved.get("optim", now["optim"]), now["optim"]
-    if optims[0] != optims[1] and ADAMW_8BIT in optims:
-        changes.append(
-            f"--optim was {optims[0]} and is {optims[1]} (moments in 8 bits fit no other optimizer, nor others them)"
-        )
-    return changes
 
 
 def remove_old(output_dir: Path, keep: int) -> None:

@@ -134,11 +134,11 @@ def _find_model_problems(all_options: Options, datasets: Sequence[TokenDataset],
     found = options.problems()
     start = _find_whole_start(all_options)
     # A run that goes on needs nothing of where it once began, which may be gone.
-    weights, tokenizer = (start, start) if start else (options.init_from, resolve_model(options)[1])
+    weights, tokenizer = (start, start) if start else resolve_model(options)
     if tokenizer is None:
         return [*found, f"--model_size {options.model_size} starts afresh: its vocabulary needs --tokenizer DIR"]
     try:
-        config = check_weights(weights) if weights else None
+        config = check_weights(weights, "keep" if start else options.start_head_init) if weights else None
         num_rows = config.vocab_size if config else None
         loaded = load_text_tokenizer(tokenizer)
         manifests = [pair for dataset in datasets for pair in dataset.manifests]
@@ -196,10 +196,10 @@ def _find_trainable_problems(options: Options, config: ChameleonXLLMXConfig) -> 
     if resolve_model(options.model)[0] is None:
         return ["--lora_rank and --train_only need weights to start from: give --init_from"]
     is_head_trained = any(p.requires_grad for name, p in model.named_parameters() if name.startswith("lm_head."))
-    init = options.model.image_head_init or ("keep" if options.model.init_from else "zero")
+    init = options.model.start_head_init
     if init != "keep" and not is_head_trained and not options.model.mask_image_logits:
         return [
-            f"--image_head_init {init} makes the rows of lm_head of image tokens anew, and they are frozen: no image "
+            f"--image_head_init {init} reinitializes rows of lm_head of image tokens, and they are frozen: no image "
             "could be learned. Add --train_only image_head, or start from a model that writes images (--init_from)"
         ]
     return []

@@ -36,14 +36,7 @@ from model.decoder.chameleon import (  # noqa: E402
     build_model,
 )
 from model.hf_folder import copy_tokenizer_files, load_config, resolve_checkpoint  # noqa: E402
-from model.image_head import (  # noqa: E402
-    HEAD,
-    IMAGE_HEAD_INITS,
-    StartingPoint,
-    default_image_head_init,
-    init_image_rows,
-    is_stock,
-)
+from model.image_head import HEAD, IMAGE_HEAD_INITS, default_image_head_init, is_stock  # noqa: E402
 from model.local_shards import copy_into_parameter, local_rows  # noqa: E402
 from model.stock_folder import PROCESSOR_NAME, SHAPES, config_values, write_processor_files  # noqa: E402
 from model.trainable import is_added  # noqa: E402
@@ -56,18 +49,21 @@ _IGNORED = (VQGAN_PREFIX, "model.rotary_emb.")
 _WRAPPER_PARTS = ("_checkpoint_wrapped_module.", "_orig_mod.", "base_layer.")  # of recomputation, compile, peft
 
 
-def load_checkpoint_weights(model: nn.Module, dir_or_hub_id: str | os.PathLike) -> None:
+def load_checkpoint_weights(
+    model: nn.Module, dir_or_hub_id: str | os.PathLike, image_head_init: str = "keep", seed: int = 0
+) -> None:
     """
     Fill a plain or sharded model, on any device, from a checkpoint of either shape.
 
     Every rank reads only its own part of each tensor; values are cast to the type of the parameter, so fp32 files stay
-    fp32 in an fp32 model. Adapters are left as they are, trained image rows are those of the weights.
+    fp32 in an fp32 model. Adapters are left as they are, trained image rows are those of the weights. The image rows of
+    `lm_head` are set as told, to the same values on any number of ranks, see `open_weights`.
 
     Raises:
         FileNotFoundError: no such checkpoint or no weights in it.
         ValueError: tensors that are missing, unknown or of another shape, or q/k-norms that cannot be tied.
     """
-    reader = open_weights(resolve_checkpoint(dir_or_hub_id))
+    reader = open_weights(resolve_checkpoint(dir_or_hub_id), image_head_init, seed)
     named = {clean_name(name): parameter for name, parameter in model.named_parameters()}
     parameters = {name: parameter for name, parameter in named.items() if not is_added(name)}
     _check_names_and_shapes(parameters, reader)
@@ -87,9 +83,9 @@ def load_checkpoint_weights(model: nn.Module, dir_or_hub_id: str | os.PathLike) 
             copy_into_parameter(parameter, rows[ids - first])
 
 
-def check_weights(dir_or_hub_id: str | os.PathLike) -> ChameleonXLLMXConfig:
+def check_weights(dir_or_hub_id: str | os.PathLike, image_head_init: str = "keep") -> ChameleonXLLMXConfig:
     """
-    The configuration of a checkpoint, once the weights beside it are seen to fit it.
+    The configuration of a checkpoint, once the weights beside it are seen to fit it, and to have image rows to set.
 
     Only names and shapes are read, and of a folder alone: the weights of a hub id are checked when they are loaded.
 
@@ -100,7 +96,7 @@ def check_weights(dir_or_hub_id: str | os.PathLike) -> ChameleonXLLMXConfig:
     config = load_config(dir_or_hub_id)
     if Path(dir_or_hub_id).is_dir():
         model = build_model(config)  # on meta
-        _check_names_and_shapes(dict(model.named_parameters()), open_weights(dir_or_hub_id))
+        _check_names_and_shapes(dict(model.named_parameters()), open_weights(dir_or_hub_id, image_head_init))
     return config
 
 
@@ -251,26 +247,15 @@ def convert_checkpoint(
     out_dir, source = Path(out_dir), resolve_checkpoint(source)
     if out_dir.exists():
         raise FileExistsError(f"{out_dir} exists already; remove it or choose another folder.")
-    config, reader = load_config(source, **overrides), open_weights(source)
-    image_head_init = image_head_init or default_image_head_init(config, shape)
-    if image_head_init not in IMAGE_HEAD_INITS:
-        raise ValueError(f"image_head_init is {image_head_init!r}; it must be one of {', '.join(IMAGE_HEAD_INITS)}.")
-    model = build_model(config)  # on meta: only names and shapes
-    image_ids = model.image_token_ids(torch.device("cpu"))
-    if image_head_init != "keep" and not len(image_ids):
-        raise ValueError(
-            f"the vocabulary_map in {source / 'config.json'} names no image tokens (IMGIMG...), whose rows of lm_head "
-            f"are to be made anew ({image_head_init}); keep them as they are: --image_head_init keep."
-        )
-    parameters = dict(model.named_parameters())
+    config = load_config(source, **overrides)
+    reader = open_weights(source, image_head_init or default_image_head_init(config, shape), seed)
+    parameters = dict(build_model(config).named_parameters())  # on meta: only names and shapes
     _check_names_and_shapes(parameters, reader)
 
     def get(name: str) -> torch.Tensor:
         tensor = reader.read(name)
         if tensor.shape != parameters[name].shape:
             tensor = regroup_head_norm(name, tensor, parameters[name].shape[0])
-        if name == HEAD:
-            tensor = init_image_rows(tensor, image_head_init, image_ids, config.initializer_range, seed)
         return tensor
 
     shapes = {name: (tuple(p.shape), dtype or reader.dtype(name)) for name, p in parameters.items()}
@@ -286,30 +271,6 @@ def convert_checkpoint(
     if shape == "hf":
         write_processor_files(partial)
     _publish(partial, out_dir)
-    return out_dir
-
-
-def prepare_starting_point(
-    source: str | os.PathLike, out_dir: str | os.PathLike, image_head_init: str = "zero", seed: int = 0
-) -> Path:
-    """
-    The recipe's starting point: `source` with new image rows in `lm_head`, kept in `out_dir`.
-
-    An `out_dir` that is there (it is whole) is taken, if it was made like this. To be called by one process.
-
-    Raises:
-        ValueError: it was made otherwise; and what `convert_checkpoint` raises.
-    """
-    out_dir, wanted = Path(out_dir), StartingPoint.of(source, image_head_init, seed)
-    if out_dir.is_dir():
-        wanted.check_made(out_dir)
-        return out_dir
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    unnamed = out_dir.with_name(out_dir.name + ".new")
-    shutil.rmtree(unnamed, ignore_errors=True)
-    convert_checkpoint(source, unnamed, image_head_init=image_head_init, seed=seed)
-    wanted.write(unnamed)
-    _publish(unnamed, out_dir)
     return out_dir
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from model.small_states import TORCHAO_PIN
+from model.optim import TORCHAO_PIN
 
 MIN_CAPABILITY = (8, 9)  # the first GPUs with fp8 products: Ada, then Hopper (9, 0)
 MULTIPLE_OF = 16  # what the products take; a layer of another width stays as it is

@@ -1,19 +1,26 @@
 """The optimizer and its learning rate: AdamW as the recipe sets it, and the cosine curve as a pure function.
 
+Where `found_inf` is set (model/step_guard.py), either AdamW leaves weights, moments and step counts as they were, and
+the host waits for nothing.
+
 `finetune_solver.py` builds the optimizer once, after sharding, and sets `lr_at(epoch + step / num_steps)` before every
 optimizer step, so that a resumed run finds its place on the curve without any state.
 """
 
+import contextlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from model.small_states import ADAMW_8BIT, AdamWBf16States, build_adamw_8bit, import_adamw_8bit
-
-OPTIMIZERS = ("adamw", "adamw_bf16_states", ADAMW_8BIT)
+ADAMW_8BIT = "adamw_8bit"  # torchao's
+TORCHAO_PIN = "torchao==0.18.0"
+OPTIMIZERS = ("adamw", ADAMW_8BIT)
 BETAS = (0.9, 0.95)  # the recipe's
 
 
@@ -21,7 +28,7 @@ BETAS = (0.9, 0.95)  # the recipe's
 class OptimOptions:
     """Learning rate over epochs (fractions count), decoupled weight decay, and the bound of the gradient's norm.
 
-    `optim`: one of `OPTIMIZERS`, which differ in the memory of the moments: 8, 4 or 2 bytes per parameter."""
+    `optim`: one of `OPTIMIZERS`, which differ in the memory of the moments: 8 or 2 bytes per parameter."""
 
     optim: str = "adamw"
     lr: float = 2e-5
@@ -78,9 +85,71 @@ def build_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Opti
     groups = [group for group in groups if group["params"]]
     if options.optim == ADAMW_8BIT:
         return build_adamw_8bit(groups, options.lr, BETAS)
-    if options.optim == "adamw_bf16_states":
-        return AdamWBf16States(groups, lr=options.lr, betas=BETAS)
     return torch.optim.AdamW(groups, lr=options.lr, betas=BETAS, fused=True)
+
+
+def build_adamw_8bit(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+    """
+    torchao's AdamW8bit (Dettmers et al., 2022) that leaves everything as it was where `found_inf` is set.
+
+    Moments of parameters with fewer than 4,096 values on a rank, or not in whole blocks of 256, stay in fp32.
+
+    Raises what `import_adamw_8bit` raises.
+    """
+    adamw_8bit = import_adamw_8bit()
+
+    class SkippingAdamW8bit(adamw_8bit):
+        found_inf: torch.Tensor | None = None
+
+        @torch.no_grad()
+        def step(self, closure: None = None) -> None:
+            groups = self.param_groups
+            try:
+                for group in groups:
+                    for parameter in group["params"]:
+                        if parameter.grad is not None:
+                            self.param_groups = [group | {"params": [parameter]}]
+                            self._step_one(parameter)
+            finally:
+                self.param_groups = groups
+
+        def _step_one(self, parameter: torch.Tensor) -> None:
+            """A step of the only parameter in the groups, undone where it must not be taken."""
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), device=parameter.device)
+                state["exp_avg"] = self._new_buffer(parameter, True)
+                state["exp_avg_sq"] = self._new_buffer(parameter, False)
+            state["step"] = state["step"].to(parameter.device)
+            tensors = [part for tensor in (parameter, *state.values()) for part in plain_tensors(tensor)]
+            before = [] if self.found_inf is None else [tensor.clone() for tensor in tensors]
+            # Compiling is for GPUs: on a host it needs a C++ compiler, and takes longer than it saves.
+            is_on_host = parameter.device.type == "cpu"
+            with torch.compiler.set_stance("force_eager") if is_on_host else contextlib.nullcontext():
+                super().step()
+            for tensor, old in zip(tensors if before else (), before, strict=True):
+                tensor.copy_(torch.where(self.found_inf.to(tensor.device).bool(), old, tensor))
+
+    return SkippingAdamW8bit(groups, lr=lr, betas=betas)
+
+
+def import_adamw_8bit() -> type[torch.optim.Optimizer]:
+    """torchao's AdamW8bit. Raises ImportError, with the way out, if torchao is not there or too old to have it."""
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        way = f"pip install {TORCHAO_PIN}, or use adamw"
+        raise ImportError(f"--optim {ADAMW_8BIT} needs torchao: {way} ({error})") from error
+    return AdamW8bit
+
+
+def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """What a tensor is made of on this rank: of a sharded one its shard, of a quantised one its codes and scales."""
+    if isinstance(tensor, DTensor):
+        return plain_tensors(tensor.to_local())
+    if is_traceable_wrapper_subclass(tensor):
+        return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    return [tensor.detach()]
 
 
 def split_by_decay(

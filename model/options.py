@@ -54,12 +54,9 @@ class ModelOptions:
         return found
 
     @property
-    def copies_start(self) -> bool:
-        """Whether a run makes its own copy (`starting_point`) of the weights that it starts from, if it has any.
-
-        Of the recipe's it always does.
-        """
-        return self.init_from is None or self.image_head_init not in (None, "keep")
+    def start_head_init(self) -> str:
+        """What becomes of the image rows of `lm_head` of the weights to start from, if there are any."""
+        return self.image_head_init or ("keep" if self.init_from else "zero")
 
 
 @dataclass(frozen=True)
@@ -220,7 +217,7 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--image_head_init",
         choices=IMAGE_HEAD_INITS,
-        help="rows of lm_head of image tokens at the start, kept in OUTPUT_DIR/starting_point; "
+        help="rows of lm_head of image tokens at the start; "
         "None: zero for the recipe's weights, keep for --init_from; a fresh model has nothing to keep or zero",
     )
     group.add_argument("--dropout", type=float, help="after attention and MLP, 0 to 1")
@@ -266,8 +263,9 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
 def _add_optim_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--optim",
+        type=_parse_optim,
         choices=OPTIMIZERS,
-        help="moments in fp32 (8 bytes per trained parameter), in bf16 (4), or in 8 bits by torchao (2)",
+        help="moments in fp32 (8 bytes per trained parameter), or in 8 bits by torchao (2)",
     )
     group.add_argument("--epochs", type=int, help="passes over the data; also the end of the cosine")
     group.add_argument("--warmup_epochs", type=float, help="epochs of linear warm-up from 0; 0 switches it off")
@@ -279,6 +277,12 @@ def _add_optim_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--skip_grad_norm", type=float, help="skip steps whose gradient's norm is above it; 0: none")
     group.add_argument("--max_bad_steps", type=int, help="steps in a row that may be skipped before the run ends")
     group.add_argument("--loss_norm", choices=("global", "micro_batch"), help="mean over targets, or mean of means")
+
+
+def _parse_optim(name: str) -> str:
+    if name == "adamw_bf16_states":
+        raise argparse.ArgumentTypeError(f"{name} is gone: use adamw, under which its checkpoints resume")
+    return name
 
 
 def _add_parallel_flags(group: argparse._ArgumentGroup) -> None:

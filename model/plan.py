@@ -42,7 +42,7 @@ from model.flops import trained_flops_per_token
 from model.gpu_peaks import mean_document_len
 from model.optim import OptimOptions, build_optimizer
 from model.parallelize import allocate, build_mesh
-from model.plan_disk import StartFiles, checkpoint_bytes, size_start
+from model.plan_disk import checkpoint_bytes, vqgan_bytes
 from model.step_guard import StepGuard
 from model.storage_tracker import (
     ACTIVATIONS,
@@ -135,7 +135,7 @@ def print_plan(options: Options, launch: Launch) -> int:
     ]
     try:
         config = find_config(options)
-        start = size_start(options, config)
+        carried = vqgan_bytes(options)
         choose_trainable(build_model(config, device="meta"), options.trainable)
     except (ValueError, OSError, ImportError) as error:
         problems.append(str(error))
@@ -154,10 +154,10 @@ def print_plan(options: Options, launch: Launch) -> int:
     document_len = epoch.max_document_len if epoch else options.data.max_seq_len
     mean_len = epoch.mean_document_len if epoch else document_len
     memory = plan_memory(config, options, world_size, row_len, document_len, mean_len)
-    if start.vqgan and not options.trainable.is_partial:
-        memory = dataclasses.replace(memory, checkpoint=memory.checkpoint | {"VQGAN": start.vqgan})
-    figures = summarize_plan(options, memory, epoch, row_len, start)
-    print("\n".join(describe(figures, memory, start, unknown)))
+    if carried and not options.trainable.is_partial:
+        memory = dataclasses.replace(memory, checkpoint=memory.checkpoint | {"VQGAN": carried})
+    figures = summarize_plan(options, memory, epoch, row_len)
+    print("\n".join(describe(figures, memory, unknown)))
     print(json.dumps(figures), flush=True)
     return 0
 
@@ -286,9 +286,7 @@ def needed_gib(peak_gib: float) -> float:
     return peak_gib * (1 + HEADROOM_SHARE) + FIXED_HEADROOM_GIB
 
 
-def summarize_plan(
-    options: Options, memory: MemoryPlan, epoch: EpochSize | None, row_len: int, start: StartFiles
-) -> dict[str, Any]:
+def summarize_plan(options: Options, memory: MemoryPlan, epoch: EpochSize | None, row_len: int) -> dict[str, Any]:
     """The figures of the plan by name, ready for JSON; what is not known is None."""
     planning, data = options.planning, options.data
     peak_gib = memory.peak / GIB
@@ -316,11 +314,10 @@ def summarize_plan(
         "epochs": options.optim.epochs,
         "flops_per_token": memory.flops_per_token,
         "checkpoint_gib": round(sum(memory.checkpoint.values()) / GIB, 2),
-        "starting_point_gib": round(start.copy / GIB, 2),
     }
 
 
-def describe(figures: Mapping[str, Any], memory: MemoryPlan, start: StartFiles, unknown: str | None) -> list[str]:
+def describe(figures: Mapping[str, Any], memory: MemoryPlan, unknown: str | None) -> list[str]:
     """The plan in lines for people; `unknown` says why the data are not known, if they are not."""
     ranks = f"{figures['world_size']} rank{'s' if figures['world_size'] > 1 else ''}"
     trained = memory.num_trained / memory.num_parameters
@@ -349,10 +346,6 @@ def describe(figures: Mapping[str, Any], memory: MemoryPlan, start: StartFiles, 
     flops = figures["flops_per_token"]
     parts = ", ".join(f"{name} {num_bytes / GIB:.2f}" for name, num_bytes in memory.checkpoint.items())
     lines += ["", f"a checkpoint takes {figures['checkpoint_gib']:.2f} GiB of disk ({parts})"]
-    if start.copy:
-        lines.append(
-            f"starting_point, the run's copy of its first weights, takes {figures['starting_point_gib']:.2f} GiB"
-        )
     lines.append(f"{flops / 1e9:.2f} GFLOPs per token, forward and backward (model/flops.py)")
     if unknown is not None:
         return [*lines, f"steps and tokens per epoch are not known: {unknown}"]

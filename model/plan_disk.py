@@ -1,4 +1,4 @@
-"""What a planned run takes on disk: its own copy of the weights that it starts from, and a checkpoint.
+"""What a checkpoint of a planned run takes on disk.
 
 Where it stands: for `model/plan.py`. Only the heads of weight files are read, and of a hub id nothing.
 """
@@ -6,7 +6,6 @@ Where it stands: for `model/plan.py`. Only the heads of weight files are read, a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,46 +15,31 @@ from torch.distributed.tensor import DTensor
 
 from model.adapter_folder import NOTE_NAME, BaseWeights
 from model.convert import VQGAN_PREFIX
-from model.decoder.chameleon import ChameleonXLLMXConfig, build_model
 from model.storage_tracker import storages_of
 from model.weight_files import WeightReader
 
 if TYPE_CHECKING:
     from model.options import Options
 
-# Of the recipe's weights, which are not asked for: bf16, and an encoder of pictures inside, in fp32 (the parameters of
-# transformers' ChameleonVQVAE).
-HUB_DTYPE = torch.bfloat16
+# Of the recipe's weights, which are not fetched: an image encoder in fp32 (the parameters of transformers'
+# ChameleonVQVAE).
 HUB_VQGAN_BYTES = 4 * 29_423_616
 
 
-@dataclass(frozen=True)
-class StartFiles:
-    """Bytes of what a run starts from: its own copy (0 if it makes none), and the VQGAN that checkpoints carry on."""
-
-    copy: int = 0
-    vqgan: int = 0
-
-
-def size_start(options: Options, config: ChameleonXLLMXConfig) -> StartFiles:
-    """What the files that the run starts from take on disk; those of the hub are not fetched, but taken for its usual.
+def vqgan_bytes(options: Options) -> int:
+    """Bytes of the VQGAN that checkpoints carry on from what the run starts from.
 
     Raises FileNotFoundError or ValueError if `--init_from` holds only what was trained, and the rest is gone.
     """
     from model.options import resolve_model  # which imports this module
 
     source = resolve_model(options.model)[0]
-    if source is None:
-        return StartFiles()
-    folder, copies = _find_base(Path(source)), options.model.copies_start
+    folder = None if source is None else _find_base(Path(source))
     if folder is None or not any(folder.glob("*.safetensors")):
-        num_parameters = sum(parameter.numel() for parameter in build_model(config, device="meta").parameters())
-        vqgan = HUB_VQGAN_BYTES if options.model.init_from is None else 0
-        return StartFiles(copies * (num_parameters * HUB_DTYPE.itemsize + vqgan), vqgan)
+        return HUB_VQGAN_BYTES if source is not None and options.model.init_from is None else 0
     reader = WeightReader(folder)
-    sizes = {name: math.prod(reader.shape(name)) * reader.dtype(name).itemsize for name in reader.names}
-    vqgan = sum(num_bytes for name, num_bytes in sizes.items() if name.startswith(VQGAN_PREFIX))
-    return StartFiles(copies * sum(sizes.values()), vqgan)
+    names = [name for name in reader.names if name.startswith(VQGAN_PREFIX)]
+    return sum(math.prod(reader.shape(name)) * reader.dtype(name).itemsize for name in names)
 
 
 def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:

@@ -70,6 +70,26 @@ class WeightReader:
         return self._open[file_name]
 
 
+class ChangedReader(WeightReader):
+    """Reads what `base` reads; subclasses change some of the tensors."""
+
+    def __init__(self, base: WeightReader):
+        self.folder, self._base = base.folder, base
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._base
+
+    @property
+    def names(self) -> list[str]:
+        return self._base.names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._base.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._base.dtype(name)
+
+
 def write_weights(
     out_dir: str | os.PathLike,
     tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]],

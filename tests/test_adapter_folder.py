@@ -1,5 +1,6 @@
 """Checkpoints of what was trained alone: read as a whole, merged, loaded by peft, and refused once the rest is gone."""
 
+import dataclasses
 import json
 import shutil
 import warnings
@@ -217,6 +218,29 @@ def test_a_base_of_the_hub_is_noted_with_its_commit(base, tmp_path, monkeypatch)
     (repo / "snapshots" / ("b" * 40) / "other.safetensors").write_bytes((base / "model.safetensors").read_bytes())
     with pytest.raises(ValueError, match=f"commit {'a' * 40} of some/base"):
         note.find(tmp_path / "epoch0")
+
+
+def test_image_rows_are_set_as_the_note_says_and_trained_ones_go_before(base, tmp_path):
+    """An older note says nothing, and points to a `starting_point` folder, whose rows are taken as they are."""
+    trained = write_trained(IMAGE_HEAD, base, tmp_path / "rows")
+    write_trained(NAMED, base, tmp_path / "named")
+    before = load_file(base / "model.safetensors")["lm_head.weight"]
+    for name in ("rows", "named"):
+        note = BaseWeights.of(base, tmp_path, "normal", seed=5)
+        (tmp_path / name / "base_weights.json").write_text(json.dumps(dataclasses.asdict(note)))
+    head = load_pretrained(tmp_path / "rows").lm_head.weight
+    assert torch.equal(head[IMAGE_IDS], trained.lm_head.image_rows)
+    drawn = torch.empty(len(IMAGE_IDS), head.shape[1]).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(5))
+    head = load_pretrained(tmp_path / "named").lm_head.weight
+    assert torch.equal(head, before.index_copy(0, torch.tensor(IMAGE_IDS), drawn))
+    convert_checkpoint(tmp_path / "named", tmp_path / "merged")
+    assert torch.equal(load_file(tmp_path / "merged" / "model.safetensors")["lm_head.weight"], head)
+
+    start = convert_checkpoint(base, tmp_path / "starting_point", image_head_init="zero")
+    old = {key: getattr(BaseWeights.of(start, tmp_path), key) for key in ("source", "fingerprint", "relative")}
+    (tmp_path / "named" / "base_weights.json").write_text(json.dumps(old))
+    head = load_pretrained(tmp_path / "named").lm_head.weight
+    assert torch.equal(head, before.index_fill(0, torch.tensor(IMAGE_IDS), 0.0))
 
 
 def test_a_run_may_be_moved_with_its_starting_point(base, tmp_path):

@@ -173,7 +173,7 @@ def test_the_size_measured_is_one_that_the_gpu_can_train(monkeypatch, gib, size)
 
 
 def test_the_options_of_the_lora_script_train_here():
-    flags = ["--train_only", "image_head", "--lora_rank", "4", "--lora_alpha", "8", "--optim", "adamw_bf16_states"]
+    flags = ["--train_only", "image_head", "--lora_rank", "4", "--lora_alpha", "8"]
     options, config = tiny_training(*flags, "--lr", "1e-2")
     with process_group(Launch(), "cpu", timeout_s=60) as device:
         ours = Ours(Work((40, 23), 63), options, config, device)

@@ -15,7 +15,6 @@ from transformers import ChameleonForConditionalGeneration
 
 from data.item_processor import load_text_tokenizer
 from inference_solver import FlexARInferenceSolver
-from model.adapter_folder import open_weights
 from model.convert import convert_checkpoint, export_hf, load_pretrained, main
 from model.decoder.chameleon import build_config, build_model, init_weights
 from model.vqgan import VQGAN, save_vqgan
@@ -27,7 +26,7 @@ LORA = {"lora_rank": 64, "train_only": "image_head", "optim": "adamw_8bit", "che
 RUNS = {
     "lora": LORA | {"precision": "bf16"},
     "image_head": {
-        "train_only": "image_head", "optim": "adamw_bf16_states", "checkpointing_every": 2, "precision": "bf16",
+        "train_only": "image_head", "checkpointing_every": 2, "precision": "bf16",
     },
     "named": {"train_only": "model.layers.1.mlp.*", "cpu_offload": True, "checkpointing": True, "dropout": 0.1},
 }  # fmt: skip
@@ -102,7 +101,7 @@ def test_the_checkpoint_holds_what_was_trained_and_where_the_rest_is(finished, t
     num_trained = sum(tensor.numel() for tensor in trained.values())
     state_bytes = sum(path.stat().st_size for path in (folder / "training_state").iterdir())
     per_value = state_bytes / num_trained  # 4 bytes of weight, 2, 4 or 8 of moments; names, and tables of 8 bits
-    assert per_value < {"lora": 9.5, "image_head": 11, "named": 14}[name]
+    assert per_value < {"lora": 9.5, "image_head": 14, "named": 14}[name]
 
 
 @pytest.mark.slow
@@ -156,27 +155,25 @@ def test_stock_transformers_and_peft_compute_what_was_trained(finished, task, tm
 
 
 @pytest.mark.slow
-def test_a_run_from_a_starting_point_goes_on_where_it_was_moved(task, tmp_path):
-    """With zeroed image rows, kept in the run's own folder; on one rank, in this process."""
-    out, moved = tmp_path / "out", tmp_path / "moved"
-    changes = {"image_head_init": "zero", "precision": "fp32"}
-    for folder, num_steps in ((out, 2), (moved, 4)):
-        code, message = call_main(run_args(task, folder, "image_head", max_steps=num_steps, **changes))
-        assert code == 0, message
-        if folder == out:
-            out.rename(moved)
-    assert sorted(losses(moved)) == [1, 2, 3, 4]
-    note = json.loads((moved / "epoch0-iter4" / "base_weights.json").read_text())
-    assert note["source"] == str(moved / "starting_point") and note["relative"] == "../starting_point"
-    head = open_weights(moved / "epoch0-iter4").read("lm_head.weight")
-    assert (open_weights(moved / "starting_point").read("lm_head.weight") == 0).all(1).sum() == 64
-    assert not (head == 0).all(1).any()
-
-    code, message = call_main(run_args(task, moved, "lora", max_steps=6, resume_anyway=True, **changes))
+def test_a_run_with_reinitialized_image_rows_is_that_from_a_start_on_disk(task, tmp_path):
+    """As runs of before kept it in `starting_point`: one that did resumes from there. On one rank, in this process."""
+    changes = {"image_head_init": "normal", "seed": 3, "precision": "fp32"}
+    start = convert_checkpoint(task / "start", tmp_path / "old" / "starting_point", image_head_init="normal", seed=3)
+    for max_steps in (2, 4):
+        assert call_main(run_args(task, tmp_path / "new", "image_head", max_steps=max_steps, **changes)) == (0, "")
+        # The old run resumes by the same command as the new one, from a note that has what notes had before.
+        more = changes if max_steps == 4 else changes | {"init_from": start, "image_head_init": "keep"}
+        assert call_main(run_args(task, tmp_path / "old", "image_head", max_steps=max_steps, **more)) == (0, "")
+        if max_steps == 2:
+            note = tmp_path / "old" / "epoch0-iter2" / "base_weights.json"
+            of_before = {"source", "fingerprint", "relative", "revision"}
+            note.write_text(json.dumps({key: v for key, v in json.loads(note.read_text()).items() if key in of_before}))
+    assert losses(tmp_path / "old") == losses(tmp_path / "new") and sorted(losses(tmp_path / "new")) == [1, 2, 3, 4]
+    notes = [json.loads((tmp_path / out / "epoch0-iter4" / "base_weights.json").read_text()) for out in ("new", "old")]
+    assert [note["source"] for note in notes] == [str(task / "start"), str(start)]
+    assert [(note["image_head_init"], note["seed"]) for note in notes] == [("normal", 3), ("keep", 0)]
+    code, message = call_main(run_args(task, tmp_path / "new", "lora", max_steps=6, resume_anyway=True, **changes))
     assert code == 2 and "does not fit: --lora_rank was 0 and is 64" in message
-    (moved / "starting_point").rename(tmp_path / "gone")
-    code, message = call_main(run_args(task, moved, "image_head", max_steps=6, **changes))
-    assert code == 2 and "the rest comes from" in message and "which is gone" in message
 
 
 @pytest.mark.slow

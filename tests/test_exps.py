@@ -111,7 +111,7 @@ def test_lora_script_is_for_one_card(tmp_path, card, way):
     options = vars(load_parser("finetune_solver.py").parse_args(call[3:]))
     expected = {
         "model_size": "7B", "lora_rank": 32, "lora_alpha": 32, "train_only": ["image_head"], "batch_size": 1,
-        "accum_iter": 8, "optim": "adamw_bf16_states", "max_seq_len": 4096, "init_from": None,
+        "accum_iter": 8, "optim": "adamw", "max_seq_len": 4096, "init_from": None,
     }  # fmt: skip
     assert {key: options[key] for key in expected} == expected and str(options["output_dir"]) == "/a folder"
     switches = {name: options[name] for name in ("checkpointing", "checkpointing_selective")}

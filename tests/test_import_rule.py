@@ -16,7 +16,7 @@ ROOMS = [
     (1, "vqgan", "model.vqgan pre_tokenize.image_encoder"),
     (2, "weights", "model.adapter_folder model.hf_folder model.image_head model.stock_folder model.weight_files"),
     (2, "weights", "model.convert"),
-    (3, "training", "model.distributed model.parallelize model.recompute model.float8 model.optim model.small_states"),
+    (3, "training", "model.distributed model.parallelize model.recompute model.float8 model.optim"),
     (3, "training", "model.step_guard model.training model.checkpoint model.async_checkpoint model.cpu_memory"),
     (3, "generation", "model.generation model.decode_step model.root_forward model.kv_cache model.sampling"),
     (3, "generation", "model.image_grammar model.requests model.progress model.serve"),
