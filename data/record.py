@@ -12,11 +12,10 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from typing import TextIO
 
-from data.json_stream import iter_json_batches
+from data.json_stream import iter_json_values
 from data.messages import brief
 from data.whole_file import open_whole
 
@@ -98,7 +97,7 @@ def _real_path(path: str) -> str:
 
 def read_raw_record(path: str | os.PathLike) -> Iterator[RecordEntry]:
     """The same with `file` as it is written in the record."""
-    for number, value in enumerate(chain.from_iterable(iter_json_batches(path, what="record")), start=1):
+    for number, value in enumerate(iter_json_values(path, what="record"), start=1):
         yield check_entry(value, path, number)
 
 

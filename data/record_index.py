@@ -18,6 +18,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,14 +26,14 @@ import numpy as np
 
 from data.file_lock import open_locked
 from data.index_file import INLINE_NAME, IndexKey, IndexWriter, RecordIndex, load_header
-from data.json_stream import iter_json_batches
+from data.json_stream import iter_json_values
 from data.record import MAX_LEN, MAX_PATH, MAX_PLACE, check_entry
 from data.record_list import LIST_SUFFIXES, is_inline, iter_list_file
 from data.token_file import build_item, token_bytes, write_shard
 from data.whole_file import sync_path
 
 HEAD_TAIL_BYTES = 1 << 20
-LIST_BATCH = 32_768  # entries of a .pkl or .pth list that are checked at a time
+BATCH_ITEMS = 16_384  # entries that are checked at a time
 DEBRIS_AGE_S = 24 * 3600.0  # no build takes as long
 _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -132,8 +133,9 @@ class Columns(NamedTuple):
 
 
 def _json_batches(path: str) -> Iterator[tuple[list, Sequence[int]]]:
-    for values in iter_json_batches(path, what="record"):
-        yield values, ()
+    values = iter_json_values(path, what="record")
+    while batch := list(islice(values, BATCH_ITEMS)):
+        yield batch, ()
 
 
 def _list_batches(path: str, folder: Path) -> Iterator[tuple[list, Sequence[int]]]:
@@ -154,8 +156,8 @@ def _list_batches(path: str, folder: Path) -> Iterator[tuple[list, Sequence[int]
                 "nbytes": nbytes,
                 **kept,
             }
-    for start in range(0, len(entries), LIST_BATCH):
-        stop = start + LIST_BATCH
+    for start in range(0, len(entries), BATCH_ITEMS):
+        stop = start + BATCH_ITEMS
         inline = positions[bisect_left(positions, start) : bisect_left(positions, stop)]
         yield entries[start:stop], [position - start for position in inline]
 

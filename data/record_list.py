@@ -10,8 +10,9 @@ import pickle
 import stat
 import zipfile
 from collections.abc import Iterator
+from typing import BinaryIO
 
-from data.plain_pickle import load_plain, load_plain_sequence
+from data.plain_pickle import load_plain
 
 LIST_SUFFIXES = (".pkl", ".pth")
 # What `torch.save` wrote before it wrote zip files: these two, a dict about the machine, the value, a list of tensors.
@@ -39,31 +40,32 @@ def is_inline(entry: dict) -> bool:
 
 
 def _load_list(path: str | os.PathLike, name: str) -> object:
+    """No bound on the size: a list is chosen by its user, and as large as its file."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError(f"{name} is no regular file")
         with open(path, "rb") as file:
-            is_zip = file.read(4) == b"PK\x03\x04"
-            file.seek(0)
-            payload = _read_data_pickle(file, name) if is_zip else file.read()
+            if file.peek(4).startswith(b"PK\x03\x04"):
+                return _load_zip(file, name)
+            if file.read(len(_OLD_TORCH_HEAD)) == _OLD_TORCH_HEAD:
+                load_plain(file, name)
+            else:
+                file.seek(0)
+            return load_plain(file, name)
     except FileNotFoundError:
         raise FileNotFoundError(f"{name} does not exist") from None
     except OSError as error:
         raise ValueError(f"{name} cannot be read: {error.strerror or error}") from error
-    if payload.startswith(_OLD_TORCH_HEAD):
-        return load_plain_sequence(payload[len(_OLD_TORCH_HEAD) :], 2, name)[1]
-    return load_plain(payload, name)
 
 
-def _read_data_pickle(file, name: str) -> bytes:
-    """The pickle inside of the zip file that `torch.save` writes."""
+def _load_zip(file: BinaryIO, name: str) -> object:
+    """The value of the pickle inside of the zip file that `torch.save` writes."""
     try:
         with zipfile.ZipFile(file) as archive:
             found = [info for info in archive.infolist() if info.filename.rpartition("/")[2] == "data.pkl"]
             if len(found) != 1:
                 raise ValueError(f"{name} is a zip file with {len(found)} data.pkl; torch.save writes one")
-            if found[0].compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"{name} is a compressed zip file; torch.save writes none, save it again with it")
-            return archive.read(found[0])
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+            with archive.open(found[0]) as data:
+                return load_plain(data, name)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{name} cannot be read: {error}") from error

@@ -1,10 +1,11 @@
 """The token file, `out_dir/files/{id}.pkl`: a pickle of `{"token": list[int], "label": list[int], "id": int}`.
 
 A shard is a file of many such pickles, one after the other; a record says which bytes of it are an item's.
-Both are read as plain data (data/plain_pickle.py), so that a pickle from elsewhere is never code, and within a bound of
-time and memory, so that one bad file costs one item: whatever is wrong with it is an ItemReadError.
+Both are read as plain data (data/plain_pickle.py): a pickle from elsewhere is never code. A bound on the bytes per
+token keeps its memory small. Whatever is wrong with a file is an ItemReadError, so that one bad file costs one item.
 """
 
+import io
 import os
 import pickle
 import stat
@@ -114,7 +115,7 @@ def read_token_bytes(
 def parse_token_bytes(payload: bytes, path: str | os.PathLike) -> TokenItem:
     """The item of a pickle. Raises ItemReadError with `path` and what is wrong."""
     try:
-        value = load_plain(payload, f"token file {path}")
+        value = load_plain(io.BytesIO(payload), f"token file {path}")
     except ValueError as error:
         raise ItemReadError(str(error)) from error
     return build_item(value, f"token file {path}")

@@ -1,5 +1,7 @@
 """Values of a user in messages: short, printable, and both ends of a long one there."""
 
+import io
+
 import pytest
 
 from data.messages import MAX_VALUE, brief, one_line
@@ -15,7 +17,7 @@ def test_a_value_of_any_size_is_short_in_a_message(value):
 
 def test_a_pickle_cannot_fill_a_message():
     with pytest.raises(ValueError, match="a.pkl cannot be read: it refers to") as caught:
-        load_plain(b"c" + b"m" * 10**6 + b"\nname\n.", "a.pkl")
+        load_plain(io.BytesIO(b"c" + b"m" * 10**6 + b"\nname\n."), "a.pkl")
     assert len(str(caught.value)) < 300
 
 

@@ -61,7 +61,7 @@ def test_it_says_what_the_record_says(tmp_path, record, name):
 
 def test_entries_of_any_batch_size_are_alike(tmp_path, record, monkeypatch):
     whole = open_index(record, tmp_path / "cache")
-    monkeypatch.setattr("data.json_stream.BATCH_CHARS", 100)
+    monkeypatch.setattr(record_index, "BATCH_ITEMS", 2)
     parts = open_index(record, tmp_path / "again")
     assert_same_items(parts, list(read_record(record)))
     assert parts.digest == whole.digest
@@ -179,21 +179,13 @@ def test_the_digest_is_of_the_items_and_not_of_their_place(tmp_path, record):
 KILLED = """
 import os, signal, sys
 from data import record_index
-from data.json_stream import iter_json_batches
 
 def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
-def batches(path, what):
-    for number, batch in enumerate(iter_json_batches(path, what)):
-        yield batch
-        if number == 1:
-            kill()
-
 if sys.argv[3] == "batch":
-    import data.json_stream
-    data.json_stream.BATCH_CHARS = 100
-    record_index.iter_json_batches = batches
+    record_index.BATCH_ITEMS = 2
+    record_index._check_unchanged = kill
 else:
     os.rename = kill
 record_index.open_index(sys.argv[1], sys.argv[2])
