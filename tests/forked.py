@@ -48,6 +48,9 @@ class Popen:
         self.args = [str(part) for part in command]
         folder = Path(tempfile.mkdtemp(prefix="forked"))
         self.stdout, self.stderr = folder / "stdout", folder / "stderr"
+        # They are there also if the process is killed before it can open them.
+        self.stdout.touch()
+        self.stderr.touch()
         self._process = _context().Process(
             target=_launch,
             args=(self.args, dict(env), str(cwd), (str(self.stdout), str(self.stderr)), start_new_session),
@@ -72,7 +75,7 @@ class Popen:
     def wait_for_output(self, text: str, path: Path | None = None, timeout: float = 60) -> str:
         """What is in `stdout`, or `path`, once `text` is in it."""
         path, deadline = path or self.stdout, time.monotonic() + timeout
-        while text not in (said := path.read_text() if path.exists() else ""):
+        while text not in (said := path.read_text()):
             assert self.poll() is None, f"it ended before it said {text!r}:\n{self.stderr.read_text()}"
             assert time.monotonic() < deadline, f"it never said {text!r}"
             time.sleep(0.005)

@@ -6,7 +6,7 @@ import re
 import signal
 import time
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 
 import pytest
 import torch
@@ -38,15 +38,12 @@ NUM_ITEMS, BAD = 30, (4, 17)
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    return write_task(tmp_path_factory.getbasetemp() / "token_task")
-
-
-@cache
-def write_task(folder):
-    """Once a session: a folder with tokenizer, VQGAN and an input of 30 items, two of which name a missing image."""
-    write_tiny_tokenizer(folder / "tokenizer")
-    write_tiny_vqgan(folder / "vqgan")
-    write_items(folder, NUM_ITEMS, BAD)
+    """A folder of the session with tokenizer, VQGAN and an input of 30 items, two of which name a missing image."""
+    folder = tmp_path_factory.getbasetemp() / "token_task"
+    if not folder.exists():
+        write_tiny_tokenizer(folder / "tokenizer")
+        write_tiny_vqgan(folder / "vqgan")
+        write_items(folder, NUM_ITEMS, BAD)
     return folder
 
 
