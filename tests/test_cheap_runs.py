@@ -68,7 +68,7 @@ def run_args(task: Path, out: Path, name: str, **more: object) -> list[str]:
 def finished(request, task, tmp_path_factory):
     """(name, losses of the run that lost its last checkpoint, its folder once it resumed to the end)."""
     name, out = request.param, tmp_path_factory.mktemp(request.param) / "out"
-    args, before = run_args(task, out, name, accum_iter=1 if name == "lora" else 2, max_steps=NUM_STEPS), {}
+    args, before = run_args(task, out, name, batch_size=1 if name == "lora" else 2, max_steps=NUM_STEPS), {}
     for _ in range(2):
         if name == "lora":
             train(2, args)
