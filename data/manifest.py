@@ -1,6 +1,7 @@
 """`manifest.json` of an output folder: with what its items were tokenized, so that nothing else is mixed with them."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -54,7 +55,7 @@ def settle_manifest(out_dir: str | os.PathLike, manifest: Manifest, overwrite: b
     folder = Path(out_dir)
     path = folder / MANIFEST_NAME
     with ExitStack() as held:
-        held.enter_context(open_locked(path, wait=True))
+        held.enter_context(open_locked(path, patience_s=math.inf))
         is_new = not path.stat().st_size
         refusal = _foreign_records(folder) if is_new else _difference(folder, manifest)
         if refusal and not overwrite:

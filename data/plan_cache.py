@@ -8,6 +8,7 @@ take its share of the training loop's interpreter. If it is killed, whoever need
 import dataclasses
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -83,7 +84,7 @@ class PlanCache:
         if (folder / PLAN_NAME).exists():
             return load_plan(folder)
         self.cache_dir.mkdir(parents=True, exist_ok=True)
-        with open_locked(f"{folder}.lock", wait=True) as lock:
+        with open_locked(f"{folder}.lock", patience_s=math.inf) as lock:
             if not (folder / PLAN_NAME).exists():
                 save_plan(plan_epoch(self.table, self.options, epoch), folder)
             os.unlink(lock.name)

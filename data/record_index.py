@@ -8,6 +8,7 @@ name once all of it is on disk; it is opened if key and sizes agree, else built 
 
 import errno
 import hashlib
+import math
 import os
 import shutil
 import socket
@@ -240,7 +241,7 @@ def _locked(folder: Path) -> Iterator[bool]:
     """Lets one process of this node at a time build an index; False where the file system knows no such lock."""
     path = folder.with_name(f"{folder.name}.lock")
     try:
-        file = open_locked(path, wait=True)
+        file = open_locked(path, patience_s=math.inf)
     except OSError as error:
         if error.errno not in _NO_FLOCK:
             raise

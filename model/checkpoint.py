@@ -13,13 +13,11 @@ every step draws from (seed, position, rank). This module also owns the rest of 
 the lock that keeps a second run out, and the debris of a save that was killed.
 """
 
-import fcntl
 import functools
 import json
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,6 +31,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from data.file_lock import open_locked
 from data.whole_file import sync_path
 from model.adapter_folder import NOTE_NAME
 from model.hf_folder import name_checkpoints_in
@@ -300,14 +299,12 @@ def lock_output_dir(output_dir: Path) -> TextIO:
     What a killed save left there is cleared. Raises ValueError if another run holds the folder.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    file = (output_dir / LOCK_NAME).open("w")
-    deadline = time.monotonic() + LOCK_PATIENCE_S
-    # A record lock, not flock(2): loader workers inherit the file, and must not keep the lock of a dead run.
-    while not _try_lock(file.fileno()):
-        if time.monotonic() > deadline:
-            file.close()
-            raise ValueError(f"another run writes to {output_dir}: wait for it, end it, or choose another --output_dir")
-        time.sleep(0.2)
+    try:
+        file = open_locked(output_dir / LOCK_NAME, LOCK_PATIENCE_S)
+    except BlockingIOError:
+        raise ValueError(
+            f"another run writes to {output_dir}: wait for it, end it, or choose another --output_dir"
+        ) from None
     _clear_debris(output_dir)
     return file
 
@@ -354,11 +351,3 @@ def _clear_debris(output_dir: Path) -> None:
             publish(saving, output_dir / saving.name.removeprefix(SAVING_PREFIX))
     for replaced in output_dir.glob(f"{REPLACED_PREFIX}*"):
         shutil.rmtree(replaced)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True

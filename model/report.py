@@ -9,7 +9,6 @@ module does not know. Here is what the page says; model/report_page.py lays it o
 
 import argparse
 import dataclasses
-import fcntl
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ import numpy as np
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.file_lock import is_locked  # noqa: E402
 from data.html_page import write_page  # noqa: E402
 from model.bad_data import BAD_ITEMS_NAME, BAD_STEPS_NAME  # noqa: E402
 from model.checkpoint import LOCK_NAME, STATE_NAME, TrainerState, find_newest, read_state  # noqa: E402
@@ -267,18 +267,6 @@ def command_to_go_on(state: TrainerState) -> str:
     return " \\\n  ".join(lines)
 
 
-def holds_lock(output_dir: Path) -> bool:
-    """Whether a run writes to the folder now. Not for the run's own process: it would lose its lock by asking."""
-    try:
-        with (output_dir / LOCK_NAME).open() as file:
-            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return True
-    except OSError:  # no such file, or a file system without locks
-        return False
-    return False
-
-
 def build_arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Write the page about a training run.")
     parser.add_argument("output_dir", type=Path, help="the --output_dir of the run, ended or still going")
@@ -293,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--out {args.out} is a folder; give the name of a file in it")
         if args.out is not None and not args.out.parent.is_dir():
             raise ValueError(f"--out {args.out}: the folder {args.out.parent} does not exist; make it first")
-        out = write_report(args.output_dir, args.out, is_running=holds_lock(args.output_dir))
+        out = write_report(args.output_dir, args.out, is_running=is_locked(args.output_dir / LOCK_NAME))
     except (ValueError, OSError) as error:
         print(f"report.py: {error}", file=sys.stderr)
         return 2

@@ -312,3 +312,26 @@ def test_a_lock_follows_the_file_that_takes_its_place(tmp_path):
     second.close()
     open_locked(path).close()
     assert path.read_text() == "new\nmore\n"
+
+
+def test_a_lock_is_not_shared_by_a_forked_child(tmp_path):
+    """As a loader worker that outlives its run. What the parent had not flushed is written once."""
+    path = tmp_path / "log"
+    first = open_locked(path)
+    first.write("once\n")
+    is_forked, forked_end = os.pipe()
+    is_over, over_end = os.pipe()
+    if not (child := os.fork()):
+        os.close(over_end)
+        os.write(forked_end, b"x")
+        os.read(is_over, 1)
+        first.close()
+        os._exit(0)
+    os.read(is_forked, 1)
+    assert data.file_lock.is_locked(path)
+    first.close()
+    assert not data.file_lock.is_locked(path)
+    open_locked(path).close()
+    os.close(over_end)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert path.read_text() == "once\n"

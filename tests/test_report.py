@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data.file_lock import is_locked
 from model.charts import MAX_POINTS, log_ticks, nice_ticks, smooth, thin, tick_label
 from model.checkpoint import find_newest, lock_output_dir, read_state
 from model.options import build_parser
-from model.report import command_to_go_on, holds_lock, main, report_at_end, write_report
+from model.report import command_to_go_on, main, report_at_end, write_report
 from model.report_page import build_charts
 from model.samples_format import read_samples, write_samples
 from tests import forked
@@ -351,7 +352,7 @@ def test_a_run_that_is_still_going_is_known_by_its_lock(tmp_path):
         write_report(folder)  # as the run's own process does: it keeps its lock
         forked.run([sys.executable, "-c", script, folder], environment(), check=True)
         assert '<span class="status running">' in (folder / "report.html").read_text()
-    assert not holds_lock(folder)
+    assert not is_locked(folder / ".lock")
     assert main([str(folder)]) == 0
     assert '<span class="status stopped">' in (folder / "report.html").read_text()
 
