@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from unittest import mock
 
+import torch
 import torch.multiprocessing
 
 ROOT = Path(__file__).parents[1]
@@ -140,6 +141,8 @@ def _launch(
         os.setsid()
     os.environ.clear()
     os.environ.update(env)
+    # Read by torch on its import, which the server has behind it.
+    torch.set_num_threads(int(env.get("OMP_NUM_THREADS", os.cpu_count())))
     os.chdir(cwd)
     for number, path in enumerate(said, start=1):
         # To append, so that ranks do not write over each other.

@@ -139,7 +139,9 @@ def test_a_run_that_waits_for_rows_ends_by_sigterm(small_task, tmp_path, monkeyp
 @pytest.mark.slow
 def test_all_ranks_end_where_one_waits_for_rows(small_task, tmp_path):
     out = tmp_path / "out"
-    args = solver_args(small_task, out, **CHANGES | {"epochs": 400})
+    # One long epoch: each epoch has a loader of its own.
+    (tmp_path / "many.yaml").write_text(f"META:\n  - path: {small_task / 'record.json'}\n    ratio: 400\n")
+    args = solver_args(small_task, out, **CHANGES, data_config=tmp_path / "many.yaml", save_iteration_interval=0)
     code, said = stop_when(2, args, out, signal.SIGTERM, step=3, stalls_loader=True)
     assert code != 0 and said.count("without saving, for no row came") == 1, said
 

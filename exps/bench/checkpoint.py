@@ -8,6 +8,7 @@ whole. Ours copies and goes on; what the writing thread takes from the steps bes
 printed is one JSON object.
 """
 
+import argparse
 import statistics
 import sys
 import tempfile
@@ -34,13 +35,17 @@ NUM_PLAIN_STEPS = 3  # before each save
 COLUMNS = ("gigabytes", "step_s", "stall_s", "slowed_s", "lost_s", "whole_s", "peak_gib")
 
 
-def main(argv: list[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = common.build_bench_parser(__doc__, repeats="saves measured, after one to warm up")
     add = parser.add_argument
     add("--gigabytes", type=float, default=0.5, help="size of a checkpoint, by the number of layers (default 0.5)")
     add("--num_tokens", type=common.positive, default=256, help="of a training step (default 256)")
     add("--output_dir", type=Path, help="folder on the disk to measure (default: a temporary one)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
     device = common.choose_device(args.device)
     task = {"gigabytes": args.gigabytes, "num_tokens": args.num_tokens, "repeats": args.repeats, "device": device}
     results = []

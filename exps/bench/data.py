@@ -46,7 +46,7 @@ PARTS, COSTS = ("build", "open", "plan", "packing"), ("seconds", "extra_mib", "f
 COLUMNS = (*(f"{part}.{cost}" for part in PARTS for cost in COSTS), "private_mib")
 
 
-def main(argv: list[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = common.build_bench_parser(__doc__, repeats="passes of reading, of which the median is taken")
     add = parser.add_argument
     add("--num_items", type=int, nargs="+", default=[1_000_000, 10_000_000], help="default 1000000 10000000")
@@ -56,6 +56,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--num_ranks", type=common.positive, default=8, help="that share a step, without accumulation (default 8)")
     add("--max_seq_len", type=int, default=8192, help="tokens of a packed row (default 8192)")
     add("--lengths", type=int, nargs=2, default=[300, 8000], metavar=("MIN", "MAX"), help="of items (default 300 8000)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
     args = parser.parse_args(argv)
     if not 1 <= args.lengths[0] <= args.lengths[1] <= args.max_seq_len:
         parser.error(f"--lengths must be 1 <= MIN <= MAX <= --max_seq_len {args.max_seq_len}, got {args.lengths}")

@@ -13,6 +13,7 @@ decoding reads at the least, per second: its limit is the memory's bandwidth (4.
 printed is one JSON object.
 """
 
+import argparse
 import statistics
 import sys
 import time
@@ -41,7 +42,7 @@ PROMPT_LEN = 32  # of the longest prompt in tokens, the others are a little shor
 COLUMNS = ("tokens_per_s", "ms_per_step", "equal_tokens", "read_tb_per_s", "peak_gib")
 
 
-def main(argv: list[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = common.build_bench_parser(__doc__, repeats="sampled runs per case, after the greedy one")
     add = parser.add_argument
     add(
@@ -56,6 +57,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--num_tokens", type=common.positive, help="new tokens per prompt (default 256 on a CPU, 1024 on CUDA)")
     add("--ways", nargs="+", choices=WAYS, default=WAYS, help="what to measure; ours always is (default: all)")
     add("--compile", action="store_true", help="ours with torch.compile")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
     args = parser.parse_args(argv)
     device = common.choose_device(args.device)
     num_tokens = args.num_tokens or (1024 if device == "cuda" else 256)

@@ -9,6 +9,7 @@ weights, and both crop from the centre, so that their codes can be compared (`eq
 one JSON object; its figures are those of the last size and precision.
 """
 
+import argparse
 import json
 import sys
 import tempfile
@@ -39,7 +40,7 @@ LOOKUPS_PER_IMAGE = 5  # begin, height, width, new line, end
 COLUMNS = ("images_per_s", "images_per_s_without_lookups", "equal_codes", "host_gib", "device_gib")
 
 
-def main(argv: list[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = common.build_bench_parser(__doc__)
     add = parser.add_argument
     add("--num_images", type=common.positive, default=16, help="per measurement (default 16)")
@@ -47,7 +48,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--precision", nargs="+", help="of ours (default: tf32 fp32 bf16 on CUDA, fp32 bf16 on a CPU)")
     add("--vqgan_dir", type=Path, help="of images (default: Chameleon's size with seeded weights)")
     add("--num_workers", type=int, default=2, help="of ours, loaders beside the encoder (default 2)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
     device = common.choose_device(args.device)
     rows = []
     with tempfile.TemporaryDirectory() as work_dir:

@@ -17,6 +17,7 @@ what it held before. Phases and kinds of work come from steps after those that a
 within its forward. The last line printed is one JSON object.
 """
 
+import argparse
 import os
 import sys
 from dataclasses import asdict
@@ -43,7 +44,7 @@ COLUMNS = (
 )
 
 
-def main(argv: list[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = common.build_bench_parser(__doc__, repeats="steps measured")
     add = parser.add_argument
     size_help = f"default: 7B on a GPU of {MIN_GIB_FOR_7B} GiB or more, 1B on a smaller one, tiny on a CPU"
@@ -55,6 +56,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--num_items", type=common.positive, help="of a micro-step (default: as many as fill --rows)")
     add("--accum_iter", type=common.positive, default=1, help="micro-steps of a step (default 1)")
     add("--baseline", action="store_true", help="measure the recipe's way too")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
     args, training = parser.parse_known_args(argv)
     device = common.choose_device(args.device)
     size = args.model_size or default_model_size(device)
