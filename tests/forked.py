@@ -121,13 +121,16 @@ def spawn(function: Callable[..., None], args: tuple[object, ...], num_processes
 
 @contextlib.contextmanager
 def _without_main() -> Iterator[None]:
-    """A script brings its own main module: pytest's is not imported."""
+    """A script brings its own main module: pytest's is not imported. The server has one thread, as have its forks."""
     prepare = multiprocessing.spawn.get_preparation_data
 
     def prepare_without_main(name: str) -> dict[str, object]:
         return {key: value for key, value in prepare(name).items() if not key.startswith("init_main")}
 
-    with mock.patch("multiprocessing.spawn.get_preparation_data", prepare_without_main):
+    with (
+        mock.patch("multiprocessing.spawn.get_preparation_data", prepare_without_main),
+        mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}),
+    ):
         yield
 
 
@@ -141,8 +144,6 @@ def _launch(
         os.setsid()
     os.environ.clear()
     os.environ.update(env)
-    # Read by torch on its import, which the server has behind it.
-    torch.set_num_threads(int(env.get("OMP_NUM_THREADS", os.cpu_count())))
     os.chdir(cwd)
     for number, path in enumerate(said, start=1):
         # To append, so that ranks do not write over each other.

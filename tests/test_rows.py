@@ -188,7 +188,7 @@ def test_workers_go_on_after_the_signals_of_a_launcher(rank_process, tmp_path):
             os.kill(pid, number)
     (tmp_path / "go_on").touch()
     output, _ = process.communicate(timeout=60)
-    assert output.splitlines()[1:] == ["40"] and process.returncode == 0
+    assert (output.splitlines()[1:], process.returncode) == (["40"], 0), process.stderr.read_text()[-2000:]
     wait_until_gone(workers)
 
 
