@@ -9,6 +9,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+# The recipe's; its other checkpoints come without.
+DEFAULT_TOKENIZER = "Alpha-VLLM/Lumina-mGPT-7B-768"
 DEFAULT_VQGAN_DIR = "ckpts/chameleon/tokenizer"
 # Taken where that folder is absent.
 HUB_VQGAN = "Alpha-VLLM/Chameleon_7B_mGPT/original_tokenizers"

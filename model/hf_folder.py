@@ -12,10 +12,9 @@ from typing import Any
 
 from transformers import ChameleonConfig
 
-from data.hub import TOKENIZER_FILES, fetch_folder
+from data.hub import DEFAULT_TOKENIZER, TOKENIZER_FILES, fetch_folder
 from model.decoder.chameleon import ChameleonXLLMXConfig
 
-DEFAULT_TOKENIZER = "Alpha-VLLM/Lumina-mGPT-7B-768"  # the recipe's; its other checkpoints come without
 # Ours; and that of stock Chameleon, of the recipe's checkpoints and of our older ones.
 MODEL_TYPES = (ChameleonXLLMXConfig.model_type, ChameleonConfig.model_type)
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from data.dataset import OVERLONG_CHOICES
+from data.hub import DEFAULT_TOKENIZER
 from model.checkpoint import CheckpointOptions
 from model.decoder.chameleon import MODEL_SIZES
 from model.distributed import detect_launch, stop_at_start
 from model.float8 import Float8Options
-from model.hf_folder import DEFAULT_TOKENIZER, find_tokenizer
+from model.hf_folder import find_tokenizer
 from model.image_head import IMAGE_HEAD_INITS
 from model.optim import OPTIMIZERS, OptimOptions
 from model.parallelize import ParallelOptions

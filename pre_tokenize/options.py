@@ -4,11 +4,10 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.hub import DEFAULT_VQGAN_DIR, VQGAN_HELP, find_vqgan_problems
+from data.hub import DEFAULT_TOKENIZER, DEFAULT_VQGAN_DIR, VQGAN_HELP, find_vqgan_problems
 from data.image_transform import crop_sizes
 
 PRECISIONS = ("tf32", "fp32", "bf16")
-DEFAULT_TOKENIZER = "Alpha-VLLM/Lumina-mGPT-7B-768"
 
 
 @dataclass(frozen=True)
