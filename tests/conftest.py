@@ -1,13 +1,19 @@
 """What all tests share: a temporary folder of the session's own, also for the processes that tests start."""
 
 import multiprocessing.util
+import os
 import tempfile
 
 import pytest
-import torch
 
-from tests.browser_helpers import start_browser
-from tests.small_run import call_main, solver_args, split_by_type, write_small_task
+# Sums depend on the number of threads in their last bit, and threads that wait for each other make small models slow
+# on a busy machine. Set before torch is imported, and inherited by every process that a test starts.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch  # noqa: E402
+
+from tests.browser_helpers import start_browser  # noqa: E402
+from tests.small_run import call_main, solver_args, split_by_type, write_small_task  # noqa: E402
 
 
 def pytest_runtest_setup(item):

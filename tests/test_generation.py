@@ -31,15 +31,6 @@ GREEDY = SamplingOptions(temperature=0.0)
 IMAGE_START = [VOCAB.begin_image_id, VOCAB.grid_size_ids[2], VOCAB.grid_size_ids[1]]  # 4 rows of 2 codes
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for one another on a busy machine make such small models a hundred times slower."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 def make_model(**overrides):
     return small_model(scale=0.3, **overrides).eval()
 

@@ -33,15 +33,6 @@ def write_folders(root: Path) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for one another on a busy machine make such small models a hundred times slower."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A checkpoint with its tokenizer, and a VQGAN."""

@@ -36,12 +36,9 @@ def folders(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def solver(folders):
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield FlexARInferenceSolver(
+    return FlexARInferenceSolver(
         str(folders / "checkpoint"), "fp32", target_size=64, vqgan_dir=folders / "vqgan", device="cpu"
     )
-    torch.set_num_threads(num_threads)
 
 
 def flags(folders: Path) -> list[str]:
@@ -236,6 +233,10 @@ class Driven:
     def all(self, selector: str) -> list:
         return self.driver.find_elements("css selector", selector)
 
+    def first(self, selector: str):
+        """The page draws its parts one after the other."""
+        return self.wait(lambda: self.all(selector))[0]
+
     def fill(self, selector: str, text: str) -> None:
         from selenium.webdriver.common.keys import Keys
 
@@ -243,16 +244,16 @@ class Driven:
         self.all(selector)[0].send_keys(text)
 
     def choose_size(self, label: str) -> None:
-        self.all("#size input")[0].click()
+        self.first("#size input").click()
         options = self.wait(lambda: self.all("[role=option]"))
         next(option for option in options if option.get_attribute("aria-label") == label).click()
 
     def generate(self) -> str:
         """Press the button; the new line about the answer."""
-        before = self.all("#status")[0].text
-        self.all("#go")[0].click()
-        self.wait(lambda: self.all("#status")[0].text not in ("", before))
-        return self.all("#status")[0].text
+        before = self.first("#status").text
+        self.first("#go").click()
+        self.wait(lambda: self.first("#status").text not in ("", before))
+        return self.first("#status").text
 
     def pictures(self, num: int) -> list[Image.Image]:
         """The files that the gallery shows, once there are `num`."""
@@ -292,7 +293,7 @@ def test_the_page_in_a_browser(served, browser, solver, folders, tmp_path):
     left, right = (image.rect for image in page.all("#pictures .grid-container img"))
     assert left["y"] == right["y"] and left["x"] + left["width"] <= right["x"]
     assert "tokens/s" in status
-    answer = page.all("#answer textarea")[0].get_attribute("value")
+    answer = page.first("#answer textarea").get_attribute("value")
     assert answer == "\n".join(f"seed {seed}: {text}" for seed, (text, _) in enumerate(expected, start=PAGE_SEED))
     out_path = tmp_path / "out.png"
     assert main([*flags(folders), "--prompt", "a red cat", "--size", "64x32", "--out", str(out_path)]) == 0
@@ -307,13 +308,13 @@ def test_the_page_in_a_browser(served, browser, solver, folders, tmp_path):
     paths = [tmp_path / "first.png", tmp_path / "second.png"]
     for seed, path in enumerate(paths):
         make_picture(seed=seed).save(path)
-    page.all("#images input[type=file]")[0].send_keys("\n".join(map(str, paths)))
+    page.first("#images input[type=file]").send_keys("\n".join(map(str, paths)))
     page.wait(lambda: len(page.all("#images .grid-container img, #images .thumbnails img")) >= 2)
     page.choose_size(NO_SIZE)
     page.fill("#num input[type=number]", "1")
     assert "tokens/s" in page.generate()
     text, _ = solver.generate(paths, [["<|image|>two <|image|>", None]], MAX_GEN_LEN, 1.0, options, seed=PAGE_SEED)
-    assert page.all("#answer textarea")[0].get_attribute("value") == text
+    assert page.first("#answer textarea").get_attribute("value") == text
 
     # nothing from elsewhere, nothing that the policy of the page or the missing network refused
     assert "default-src 'self'" in urllib.request.urlopen(url).headers["Content-Security-Policy"]
@@ -324,8 +325,8 @@ def test_the_page_in_a_browser(served, browser, solver, folders, tmp_path):
     # the end, while it is generating
     page.fill("#num input[type=number]", "16")
     page.fill("#max_gen_len input", "400")
-    page.all("#go")[0].click()
-    page.wait(lambda: "tokens/s" in page.all("#pictures")[0].text)
+    page.first("#go").click()
+    page.wait(lambda: "tokens/s" in page.first("#pictures").text)
     process.send_signal(signal.SIGTERM)
     assert process.wait(WAIT_S) == 0
     assert "Traceback" not in (tmp_path / "stderr").read_text()
