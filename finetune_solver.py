@@ -26,8 +26,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from data.dataset import TokenDataset
 from data.item_processor import load_text_tokenizer
-from data.packing import EpochPlan, PlanOptions
-from data.plan_cache import PlanCache
+from data.packing import EpochOrder, OrderOptions, plan_epoch
 from data.rows import EpochRows, build_loader
 from data.vocab import ChameleonVocab
 from model.adapter_folder import AdapterWriter, BaseWeights, open_weights
@@ -112,7 +111,7 @@ class Solver:
         self.stop_signal, self.stopped_by = StopSignal(), 0
         self.hang_watch = HangWatch(options.watch.hang_timeout_s, options.checkpoint.output_dir, launch.rank)
         self.bad_items = state.bad_items if state else {}
-        self.plan_options = PlanOptions(
+        self.plan_options = OrderOptions(
             batch_size=options.data.batch_size,
             max_seq_len=options.data.max_seq_len,
             units_per_step=units_per_step,
@@ -121,10 +120,6 @@ class Solver:
             seed=options.run.seed,
             context_dropout=options.data.context_dropout,
         )
-        self.plans = PlanCache(
-            dataset.table, dataset.fingerprint, self.plan_options, dataset.cache_dir, options.optim.epochs,
-            plans_ahead=launch.local_rank == 0,
-        )  # fmt: skip
         if launch.is_main:
             print("\n".join(notes), end="\n" if notes else "", flush=True)
 
@@ -162,8 +157,6 @@ class Solver:
                     self.end()
                     raise
                 self.end()
-        if not self.stopped_by:
-            self.plans.close()
 
     def end(self) -> None:
         """Waits for the checkpoint that is on its way, and tells the run on one page."""
@@ -254,11 +247,10 @@ class Solver:
         """Trains the rest of the epoch in which the run stands."""
         epoch, launch = self.position.epoch, self.launch
         self.hang_watch.expect(f"the plan of epoch {epoch}", PATIENCE)
-        plan = self.plans.get(epoch)
+        plan = plan_epoch(self.dataset.table, self.plan_options, epoch)
         if self.position.step >= plan.num_steps:  # planned anew, with fewer steps than were done
             self.position = Position(epoch + 1, 0, self.position.global_step)
             return
-        self.plans.prefetch(epoch + 1)
         rows = EpochRows(self.dataset, plan, launch.rank, launch.world_size, self.pad_id)
         self._show_plan(plan)
         data = self.options.data
@@ -404,7 +396,7 @@ class Solver:
         place = [self.options.run.seed, self.position.epoch, self.position.step, self.launch.rank]
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
-    def _show_plan(self, plan: EpochPlan) -> None:
+    def _show_plan(self, plan: EpochOrder) -> None:
         total = plan.num_steps * self.options.optim.epochs
         self.run_log.progress.expect(min(total, self.options.run.max_steps or total), self.position.global_step)
         size = f"{len(plan.items)} items, {plan.num_steps} steps of {plan.units_per_step} rows, {plan.fill:.1%} filled"

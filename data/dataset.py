@@ -1,8 +1,8 @@
 """Tokenized items as a training run sees them: the items of all record files, read lazily by their number.
 
-Stands between `data/record_index.py` / `data/token_file.py` (what lies on disk) and the rows of a rank:
+Stands between the files (data/record_index.py, data/token_file.py) and the rows of a rank:
 
-    TokenDataset -> PlanCache (data/plan_cache.py) -> EpochRows(rank) -> build_loader(start_step) (data/rows.py) -> rows
+    TokenDataset -> plan_epoch (data/packing.py) -> EpochRows(rank) -> build_loader(start_step) (data/rows.py) -> rows
 """
 
 from __future__ import annotations
@@ -27,14 +27,12 @@ OVERLONG_CHOICES = ("error", "drop", "truncate")
 class TokenDataset:
     """All items of the data config, in its order, read by index.
 
-    `table` says what a plan must know of them (tokens never above `max_seq_len`), `num_overlong` how many were dropped
-    or cut, `fingerprint` (hexadecimal) changes with anything that decides a plan, `types` are those of the data config.
-    `manifests` are the path of each record and the fields of its manifest (None: it has none).
-
-    `overlong` says what happens to items above `max_seq_len`: "error", "drop" or "truncate" (cuts the end off, which
-    may leave half an image). The index of a record is made in `cache_dir`, or found there.
-
-    Raises one ValueError with all that is wrong: overlong items, nothing left, empty, broken or missing records.
+    Attributes:
+        table: what the order of an epoch depends on; no length is above `max_seq_len`.
+        num_overlong: how many items were dropped or truncated.
+        fingerprint: hexadecimal, changes with anything that decides the order of an epoch.
+        types: the types of the data config, sorted.
+        manifests: for each record its path, and the fields of its manifest or None.
     """
 
     def __init__(
@@ -45,15 +43,18 @@ class TokenDataset:
         cache_dir: Path | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
-        if overlong not in OVERLONG_CHOICES:
-            raise ValueError(f"overlong must be one of {', '.join(OVERLONG_CHOICES)}, got {overlong!r}")
+        """`overlong`: whether items above `max_seq_len` are an error, or are dropped, or truncated at the end.
+
+        The index of each record is opened or built in `cache_dir`.
+        Raises one ValueError with all problems: overlong items, nothing left, empty, broken or missing records.
+        """
         self.max_seq_len = max_seq_len
-        self.cache_dir = cache_dir or node_cache_dir()
         self.num_ids: int | None = None
         self.begin_image_id: int | None = None
-        self._indices = _open_indices(sources, self.cache_dir, say)
+        self._indices = _open_indices(sources, cache_dir or node_cache_dir(), say)
+        self.num_overlong = self._count_overlong(overlong)
+        # Positions of the items that are kept in each record; None: all.
         self._kept = [self._fit(index, overlong) for index in self._indices]
-        self._refuse_overlong(overlong)
         sizes = [index.num_items if kept is None else len(kept) for index, kept in self._parts()]
         if not sum(sizes):
             shortest = min(int(index.lens.min()) for index in self._indices)
@@ -63,12 +64,17 @@ class TokenDataset:
             for source, index in zip(sources, self._indices, strict=True)
         ]
         self.types = types = sorted({source.type for source in sources})
+        lengths, image_lens = self._column("lens"), self._column("image_lens")
+        if self.num_overlong:
+            # A truncated item does not end in its image.
+            image_lens = np.where(lengths > max_seq_len, 0, image_lens)
+            lengths = np.minimum(lengths, max_seq_len)
         self.table = ItemTable(
-            lengths=self._lengths(),
+            lengths=lengths,
             source_starts=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
             type_of_source=np.array([types.index(source.type) for source in sources]),
             ratios=np.array([source.ratio for source in sources]),
-            image_lens=self._image_lens(),
+            image_lens=image_lens,
             ids=self._column("ids"),
         )
         identity = [
@@ -86,7 +92,7 @@ class TokenDataset:
         return any(bool(index.image_lens.any()) for index in self._indices)
 
     def use_vocabulary(self, num_ids: int, begin_image_id: int) -> None:
-        """From now on refuse items with ids outside of 0..num_ids-1, and images that do not begin with that token."""
+        """From now on reject items with ids outside of 0..num_ids-1, and images that do not begin with that token."""
         self.num_ids, self.begin_image_id = num_ids, begin_image_id
 
     def __getitem__(self, item: int) -> TokenItem:
@@ -95,7 +101,7 @@ class TokenDataset:
     def read(self, item: int, image_only: bool = False) -> TokenItem:
         """Item number `item`: token and label int32 [n], and id; with `image_only` only the image that ends it.
 
-        Raises ItemReadError, which names the file, if it cannot be read or is not what its record says.
+        Raises ItemReadError, with the name of the file, if it cannot be read or does not agree with its record.
         """
         index, position = self._find(item)
         path, offset, nbytes = index.place(position)
@@ -103,41 +109,40 @@ class TokenDataset:
         length = int(self.table.lengths[item])
         start = 0
         if image_only:
-            start = length - 1 - int(self.table.image_lens[item])
+            image_len = int(self.table.image_lens[item])
+            start = length - 1 - image_len
             if found.token[start] != self.begin_image_id:
                 raise ItemReadError(
-                    f"token file {path}: its record says that it ends in an image of "
-                    f"{int(self.table.image_lens[item])} tokens, but none begins there; merge the records again"
+                    f"token file {path}: its record says that it ends in an image of {image_len} tokens, but none "
+                    "begins there; merge the records again"
                 )
         return TokenItem(token=found.token[start:length], label=found.label[start:length], id=found.id)
 
     def place(self, item: int) -> str:
-        """Where the tokens of an item lie, for people: the file and, in a shard, the offset in bytes."""
+        """Where the tokens of an item are, for people: the file and, in a shard, the offset in bytes."""
         index, position = self._find(item)
         path, offset, _ = index.place(position)
         return path if offset is None else f"{path} at byte {offset}"
 
     def type_id(self, items: np.ndarray) -> int:
-        """Which of `types` these items [n] of one row are of; 0 for a row without any."""
+        """Index into `types` of the items [n] of one row; 0 for a row without items."""
         return int(self.table.type_of_source[self.table.source_ids(items[:1])].sum())
 
     def check_first_items(self, max_bad_items: int = 0) -> None:
-        """Read the first item of each record, so that a folder that was moved or is of another tokenizer is told early.
+        """Read the first item of each record, which fails for a moved folder or another tokenizer.
 
-        Up to `max_bad_items` that cannot be read are passed over in each. Raises what `read` raises.
+        Up to `max_bad_items` items of each that cannot be read are skipped. Raises what `read` raises.
         """
         for start, stop in pairwise(self.table.source_starts.tolist()):
             for number, item in enumerate(range(start, stop)):
                 try:
                     self.read(item)
+                    break
                 except ItemReadError:
                     if number >= max_bad_items:
                         raise
-                else:
-                    break
 
     def _parts(self) -> list[tuple[RecordIndex, np.ndarray | None]]:
-        """The index of each record, and the positions of its items that are kept; None: all of them."""
         return list(zip(self._indices, self._kept, strict=True))
 
     def _find(self, item: int) -> tuple[RecordIndex, int]:
@@ -148,38 +153,29 @@ class TokenDataset:
         return self._indices[source], position if kept is None else int(kept[position])
 
     def _fit(self, index: RecordIndex, overlong: str) -> np.ndarray | None:
-        """Positions of the items that are kept; None: all of them."""
         if overlong != "drop" or index.max_len <= self.max_seq_len:
             return None
         return np.flatnonzero(index.lens <= self.max_seq_len).astype(np.int32)
 
-    def _refuse_overlong(self, overlong: str) -> None:
+    def _count_overlong(self, overlong: str) -> int:
         too_long = [index for index in self._indices if index.max_len > self.max_seq_len]
-        self.num_overlong = sum(int((index.lens > self.max_seq_len).sum()) for index in too_long)
-        if self.num_overlong and overlong == "error":
+        num_overlong = sum(int((index.lens > self.max_seq_len).sum()) for index in too_long)
+        if num_overlong and overlong == "error":
             worst = max(too_long, key=lambda index: index.max_len)
             path = worst.place(int(worst.lens.argmax()))[0]
             num_items = sum(index.num_items for index in self._indices)
             raise ValueError(
-                f"{self.num_overlong} of {num_items} items are longer than --max_seq_len {self.max_seq_len}; the "
+                f"{num_overlong} of {num_items} items are longer than --max_seq_len {self.max_seq_len}; the "
                 f"longest has {worst.max_len} tokens ({path}). Train with --max_seq_len {worst.max_len}, or leave them "
                 "out (--overlong drop) or cut them (--overlong truncate)"
             )
+        return num_overlong
 
     def _column(self, name: str) -> np.ndarray:
-        """A column of all records together; that of a single whole record as it is mapped from disk."""
+        """A column of all records together; of a single whole record as it is mapped from disk."""
         columns = ((getattr(index, name), kept) for index, kept in self._parts())
         parts = [column if kept is None else column[kept] for column, kept in columns]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def _lengths(self) -> np.ndarray:
-        lengths = self._column("lens")
-        return np.minimum(lengths, self.max_seq_len) if self.num_overlong else lengths
-
-    def _image_lens(self) -> np.ndarray:
-        """Without those of items that are cut: their images are not whole."""
-        image_lens = self._column("image_lens")
-        return np.where(self._column("lens") > self.max_seq_len, 0, image_lens) if self.num_overlong else image_lens
 
 
 def _open_indices(sources: Sequence[DataSource], cache_dir: Path, say: Callable[[str], None]) -> list[RecordIndex]:
@@ -187,8 +183,6 @@ def _open_indices(sources: Sequence[DataSource], cache_dir: Path, say: Callable[
     for source in sources:
         try:
             indices.append(open_index(source.path, cache_dir, say))
-            if not indices[-1].num_items:
-                problems.append(f"record {source.path} has no items; tokenize its input, or list it no more")
         except (ValueError, OSError) as error:
             problems.append(str(error))
     if problems:

@@ -1,8 +1,7 @@
 """Streaming JSON: the values of a list, or of JSONL (one value per line), without holding the file in memory.
 
-Read by `pre_tokenize.py` (input) and by the readers of records. `json` decodes each value. `ijson` does not replace it:
-it rejects NaN and integers of more than 64 bits, turns half of a surrogate pair into "?", names no line, and takes
-memory quadratic in the depth of nesting.
+Called by `pre_tokenize.py` for its input and by the readers of records. `ijson` is no replacement: it rejects NaN and
+integers of more than 64 bits, turns half of a surrogate pair into "?", names no line, and is slower.
 """
 
 import json
@@ -22,7 +21,7 @@ _skip, _BEGIN, _EMPTY, _NEXT, _END = (
 
 
 def iter_json_values(path: str | os.PathLike, what: str = "file") -> Iterator[object]:
-    """The values of a JSON list or of JSONL, told apart by the first character, in order.
+    """The values of a JSON list (the first character is a bracket) or of JSONL, in order.
 
     Raises FileNotFoundError, or ValueError with the line at which the JSON breaks; `what` names the file in both.
     """
@@ -42,7 +41,8 @@ def iter_json_values(path: str | os.PathLike, what: str = "file") -> Iterator[ob
             f"{what} {path} is not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}; it must be a "
             "JSON list, or one JSON object per line (JSONL)"
         ) from None
-    except (RecursionError, ValueError) as error:  # nested thousands deep, a number of thousands of digits
+    # Nested thousands deep, or a number of thousands of digits.
+    except (RecursionError, ValueError) as error:
         raise ValueError(f"{what} {path} holds JSON that cannot be read: {error}") from None
 
 

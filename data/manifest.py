@@ -1,4 +1,7 @@
-"""`manifest.json` of an output folder: with what its items were tokenized, so that nothing else is mixed with them."""
+"""`manifest.json` of an output folder: the settings by which its items were tokenized, so that no others are mixed in.
+
+Written and compared by `pre_tokenize.py`; read by `concat_record.py`, the trainer and `inspect_record.py`.
+"""
 
 import json
 import math
@@ -9,16 +12,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data.file_lock import open_locked, replace_locked
 from data.messages import one_line
 from data.record import find_sub_records
+from data.whole_file import open_locked, replace_locked
 from data.worker_log import FILES_DIR
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 SHIPPED_PROCESSOR = "shipped"
 _WAY_OUT = "use another --out_dir, or --overwrite to begin this one again"
-_OURS = {  # by subfolder, what workers and concat_record.py write
+# By subfolder, the files of workers and concat_record.py.
+_OURS = {
     "": re.compile(r"(\d+-of-\d+-(record|failed|retried)\.jsonl(\.moved)?|record\.json)(\.partial)?"),
     FILES_DIR: re.compile(r"\d+\.pkl(\.partial)?"),
     "shards": re.compile(r"\d+-of-\d+-\d+\.pkls(\.partial)?"),
@@ -27,44 +31,52 @@ _OURS = {  # by subfolder, what workers and concat_record.py write
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that all workers of one output folder must agree upon."""
+    """The settings that all workers of one output folder share.
+
+    Attributes:
+        codebook_sha256: names the VQGAN whatever its file format; None in manifests of an older version.
+        seed: None if nothing is random.
+        max_seq_len: None without a limit.
+        num_items: of the whole input.
+        item_processor: SHA-256 of the source of an edited one.
+    """
 
     tokenizer_sha256: str
     vqgan_sha256: str
     vocab_size: int
     target_size: int
     crop: str
-    seed: int | None  # None if nothing is random
+    seed: int | None
     splits: int
-    num_items: int  # of the whole input
+    num_items: int
     input_sha256: str
     format_version: int = FORMAT_VERSION
-    max_seq_len: int | None = None  # None if nothing is too long
-    codebook_sha256: str | None = None  # names the VQGAN whatever its file format; None: of an older version
-    item_processor: str = SHIPPED_PROCESSOR  # an edited one: SHA-256 of its source
+    max_seq_len: int | None = None
+    codebook_sha256: str | None = None
+    item_processor: str = SHIPPED_PROCESSOR
 
 
 @contextmanager
 def settle_manifest(out_dir: str | os.PathLike, manifest: Manifest, overwrite: bool = False) -> Iterator[None]:
-    """Write the manifest, or compare it with the one that is there. While it is entered, other workers wait.
+    """Write the manifest, or compare it with the one in the folder; other workers wait while the block runs.
 
-    Enter it to open the log of a worker, so that no other worker finds the folder unused and clears it in between.
-    With `overwrite` a folder of another manifest is cleared, but none in which a worker runs: of several workers of
-    one manifest the first clears it, and the others find theirs. Raises ValueError with each field that differs.
+    Open the log of a worker inside the block, so that no other worker finds the folder unused and clears it.
+    With `overwrite` a folder of another manifest is cleared, unless a worker runs in it. Of several workers of one
+    manifest, the first clears the folder. Raises ValueError with each field that differs.
     """
     folder = Path(out_dir)
     path = folder / MANIFEST_NAME
     with ExitStack() as held:
         held.enter_context(open_locked(path, patience_s=math.inf))
         is_new = not path.stat().st_size
-        refusal = _foreign_records(folder) if is_new else _difference(folder, manifest)
-        if refusal and not overwrite:
+        problem = _foreign_records(folder) if is_new else _difference(folder, manifest)
+        if problem and not overwrite:
             if is_new:
                 path.unlink()
-            raise ValueError(refusal)
-        if refusal:
+            raise ValueError(problem)
+        if problem:
             _clear(folder)
-        if refusal or is_new:
+        if problem or is_new:
             held.enter_context(replace_locked(path, json.dumps(asdict(manifest), indent=2) + "\n"))
         yield
 
@@ -90,27 +102,25 @@ def find_manifest(record: Path, first_file: str | os.PathLike) -> dict | None:
 
 
 def _difference(folder: Path, manifest: Manifest) -> str:
-    """Why the manifest in the folder is not this one; nothing if it is. A field that it lacks is not compared."""
+    """The problem if the folder has another manifest, else "". A field that it lacks is not compared."""
     try:
         ours, theirs = asdict(manifest), load_manifest(folder)
     except ValueError as error:
         return str(error)
     differing = [key for key in ours if key in theirs and ours[key] != theirs[key]]
-    different = [f"{key} was {one_line(theirs[key])}, is now {one_line(ours[key])}" for key in differing]
-    return f"{folder} was begun with other settings: {'; '.join(different)}; {_WAY_OUT}" if different else ""
+    changes = [f"{key} was {one_line(theirs[key])}, is now {one_line(ours[key])}" for key in differing]
+    return f"{folder} was begun with other settings: {'; '.join(changes)}; {_WAY_OUT}" if changes else ""
 
 
 def _foreign_records(folder: Path) -> str:
-    """Why a folder without a manifest cannot be used; nothing if it can."""
+    """The problem if a folder without a manifest has records, else ""."""
     found = [path.name for path in find_sub_records(folder).values()]
-    return f"{folder} has {found[0]} but no {MANIFEST_NAME}, so nobody knows of what; {_WAY_OUT}" if found else ""
+    return f"{folder} has {found[0]} but no {MANIFEST_NAME}, so its settings are unknown; {_WAY_OUT}" if found else ""
 
 
 def _clear(folder: Path) -> None:
-    """Delete the workers' files and the merged record, nothing else. Raises ValueError if a worker runs in it.
-
-    The manifest is left, to be replaced after it: interrupted here, the folder is still that of the old manifest.
-    """
+    """Delete the files of workers and the merged record, nothing else. Raises ValueError if a worker runs."""
+    # The manifest is replaced afterwards: interrupted here, the folder still has the old one.
     with ExitStack() as held:
         for path in find_sub_records(folder).values():
             try:
@@ -121,6 +131,6 @@ def _clear(folder: Path) -> None:
                     "stop it first, or use another --out_dir"
                 ) from None
         for subfolder, pattern in _OURS.items():
-            if (folder / subfolder).is_dir():
-                for name in filter(pattern.fullmatch, os.listdir(folder / subfolder)):
-                    (folder / subfolder / name).unlink()
+            for path in list((folder / subfolder).glob("*")):
+                if pattern.fullmatch(path.name):
+                    path.unlink()

@@ -1,10 +1,11 @@
-"""Values of a user in messages: short and printable, whatever they hold (megabytes of base64, control characters)."""
+"""Values of a user in messages: short and printable, also if they are megabytes or control characters."""
 
 import reprlib
 
-MAX_VALUE = 60  # characters of a value in a message
-MAX_TEXT = 200  # of a path, or of the message of another library
-MAX_REASON = 500  # of the reason for which an item is rejected
+# Characters of a value in a message, of a path or another library's message, and of the reason of a rejected item.
+MAX_VALUE = 60
+MAX_TEXT = 200
+MAX_REASON = 500
 
 
 def brief(value: object) -> str:

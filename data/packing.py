@@ -1,11 +1,11 @@
-"""The epoch plan: which items share a row, and which rows share an optimizer step.
+"""The order of an epoch: which items share a row, and which rows share an optimizer step.
 
-A *unit* is the row that one rank takes through the model at once; a *step* is `units_per_step` (G) units. The plan is a
-pure function of lengths, types, ratios, options and epoch: it knows neither ranks nor files, so the k-th step of an
-epoch holds the same items on any number of ranks. Rank r of W takes units r, r + W, ... of a step. Numpy only.
+A *unit* is the row that one rank takes through the model at once; a *step* is `units_per_step` (G) units, and rank r of
+W takes units r, r + W, ... of a step. The order is a pure function of lengths, types, ratios, options and epoch: the
+k-th step of an epoch holds the same items on any number of ranks. `data/rows.py` reads the items.
 
-By default a unit is `batch_size` items of similar length, its row rounded up to one of few lengths. With `packing` it
-is a row of exactly `batch_size * max_seq_len` tokens, filled best-fit inside large shuffled windows.
+By default a unit is `batch_size` items of similar length, its row rounded up to one of few lengths. With `packing` a
+unit is a row of exactly `batch_size * max_seq_len` tokens, filled best-fit inside large shuffled windows.
 """
 
 from __future__ import annotations
@@ -15,17 +15,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.context_dropout import keeps_image_only, kept_lengths
+from data.context_dropout import keeps_image_only
 
-PACKING_WINDOW = 100_000  # items packed together; larger ones fill 0.1% more, but give the same rows in every epoch
-ROW_LENS_PER_OCTAVE = 16  # allowed row lengths between a power of two and the next: about 2% filler on average
-MIN_ROW_MULTIPLE = 16  # row lengths are multiples of this, as tensor cores want
-ITEMS_AT_ONCE = 1 << 20  # drawn for context dropout at once, to bound the memory of it
+# Items packed together. Larger windows fill 0.1% more, but give the same rows in every epoch.
+PACKING_WINDOW = 100_000
+# Allowed row lengths between a power of two and the next: about 2% filler on average.
+ROW_LENS_PER_OCTAVE = 16
+# Row lengths are multiples of this, as tensor cores want.
+MIN_ROW_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
-class PlanOptions:
-    """What decides a plan beside the data. `units_per_step` is G = accum_iter x ranks at the start of the run."""
+class OrderOptions:
+    """What decides the order of an epoch beside the data.
+
+    Attributes:
+        units_per_step: G = accum_iter x ranks at the start of the run.
+        context_dropout: probability that an item is shown as its generated image alone.
+    """
 
     batch_size: int
     max_seq_len: int
@@ -33,16 +40,7 @@ class PlanOptions:
     packing: bool = False
     length_clustering: bool = True
     seed: int = 0
-    context_dropout: float = 0.0  # probability that an item is shown as its generated image alone
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "max_seq_len", "units_per_step"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, got {self.seed}")
-        if not 0 <= self.context_dropout <= 1:
-            raise ValueError(f"context_dropout must lie between 0 and 1, got {self.context_dropout}")
+    context_dropout: float = 0.0
 
     @property
     def max_row_len(self) -> int:
@@ -52,11 +50,15 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class ItemTable:
-    """What a plan must know of all items. Source s has the items `source_starts[s]` to `source_starts[s + 1] - 1`.
+    """What the order of an epoch depends on, of N items in S sources.
 
-    `lengths` int32 [N] tokens; `source_starts` int64 [S + 1]; `type_of_source` int [S], types share no step; `ratios`
-    float [S]; and, for context dropout, `image_lens` int32 [N] tokens of the generated image that ends an item (0:
-    none) and `ids` int64 [N].
+    Attributes:
+        lengths: int32 [N] tokens.
+        source_starts: int64 [S + 1]; source s has the items `source_starts[s]` to `source_starts[s + 1] - 1`.
+        type_of_source: int [S]; types share no step.
+        ratios: float [S], how often each item of the source occurs in an epoch.
+        image_lens: int32 [N] tokens of the generated image that ends an item, 0: none; for context dropout.
+        ids: int64 [N]; for context dropout.
     """
 
     lengths: np.ndarray
@@ -70,11 +72,11 @@ class ItemTable:
         return len(self.lengths)
 
     def source_ids(self, items: np.ndarray) -> np.ndarray:
-        """The source of each of these items."""
+        """The source of each item, int64 [n]."""
         return np.searchsorted(self.source_starts, items, side="right") - 1
 
-    def image_only(self, items: np.ndarray, options: PlanOptions, epoch: int) -> np.ndarray:
-        """Bool [n]: those of these items that are shown as their image alone in `epoch`."""
+    def image_only(self, items: np.ndarray, options: OrderOptions, epoch: int) -> np.ndarray:
+        """Bool [n]: which of `items` are shown as their image alone in `epoch`."""
         if not options.context_dropout:
             return np.zeros(len(items), bool)
         where = self.ids[items], self.source_ids(items), self.image_lens[items]
@@ -83,25 +85,29 @@ class ItemTable:
 
 @dataclass(frozen=True)
 class Unit:
-    """One row: dataset indices `items` int32 [n] (n = 0: a row without targets) and its length in tokens, filler in."""
+    """One row: dataset indices `items` int32 [n], none for a row without targets, and its length with filler."""
 
     items: np.ndarray
     row_len: int
 
 
 @dataclass(frozen=True)
-class EpochPlan:
+class EpochOrder:
     """Units in the order in which an epoch takes them.
 
-    `items` int32 [M] dataset indices; unit u is `items[unit_offsets[u]:unit_offsets[u + 1]]` in a row of `row_lens[u]`
-    tokens; step k is the units `step_offsets[k]` to `step_offsets[k + 1]`, at most `units_per_step` of them.
+    Attributes:
+        items: int32 [M] dataset indices.
+        unit_offsets: int64 [U + 1]; unit u is `items[unit_offsets[u]:unit_offsets[u + 1]]`.
+        row_lens: int32 [U] tokens of each row.
+        step_offsets: int64 [K + 1]; step k is the units `step_offsets[k]` to `step_offsets[k + 1] - 1`.
+        num_tokens: of all items together.
     """
 
     items: np.ndarray
     unit_offsets: np.ndarray
     row_lens: np.ndarray
     step_offsets: np.ndarray
-    options: PlanOptions
+    options: OrderOptions
     epoch: int
     num_tokens: int
 
@@ -129,21 +135,16 @@ class EpochPlan:
 
     def units_of_step(self, step: int) -> list[Unit]:
         """The units of step `step` (from 0), at most G; fewer only where a type runs out of items."""
-        if not 0 <= step < self.num_steps:
-            raise ValueError(f"step {step} is outside this epoch's 0 to {self.num_steps - 1}")
         return [self.unit(u) for u in range(int(self.step_offsets[step]), int(self.step_offsets[step + 1]))]
 
 
-def plan_epoch(table: ItemTable, options: PlanOptions, epoch: int) -> EpochPlan:
-    """The plan of one epoch.
+def plan_epoch(table: ItemTable, options: OrderOptions, epoch: int) -> EpochOrder:
+    """The order of one epoch, in which no item is longer than `max_seq_len`.
 
-    A whole ratio r gives each item of the source r times, a fraction adds a sample without replacement, drawn afresh
+    A whole ratio r gives each item of the source r times. A fraction adds a sample without replacement, drawn afresh
     each epoch. Full steps come in random order, the short last step of each type at the end.
-
-    Raises ValueError for no items, an item longer than `max_seq_len` or arrays that do not fit together.
     """
-    _check_table(table, options)
-    lengths = planned_lengths(table, options, epoch)
+    lengths = shown_lengths(table, options, epoch)
     drawn = _draw_items(table, np.random.default_rng([options.seed, epoch, 0]))
     parts, full_steps, short_steps, num_units = [], [], [], 0
     for type_id in np.unique(table.type_of_source).tolist():
@@ -164,7 +165,7 @@ def plan_epoch(table: ItemTable, options: PlanOptions, epoch: int) -> EpochPlan:
     order = np.concatenate([steps.reshape(-1), *short_steps])
     items, sizes = _reorder(np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]), order)
     unit_offsets = _offsets(sizes)
-    return EpochPlan(
+    return EpochOrder(
         items=items,
         unit_offsets=unit_offsets,
         row_lens=_row_lens(lengths[items], unit_offsets, options),
@@ -175,38 +176,32 @@ def plan_epoch(table: ItemTable, options: PlanOptions, epoch: int) -> EpochPlan:
     )
 
 
-def planned_lengths(table: ItemTable, options: PlanOptions, epoch: int) -> np.ndarray:
-    """Tokens int32 [N] that each item has in `epoch`, after context dropout."""
+def shown_lengths(table: ItemTable, options: OrderOptions, epoch: int) -> np.ndarray:
+    """Tokens int32 [N] of each item in `epoch`: all, or after context dropout its image and the end of the turn."""
     if not options.context_dropout:
         return np.asarray(table.lengths)
-    lengths = np.array(table.lengths)
-    for start in range(0, len(lengths), ITEMS_AT_ONCE):
-        items = np.arange(start, min(start + ITEMS_AT_ONCE, len(lengths)))
-        image_only = table.image_only(items, options, epoch)
-        lengths[items] = kept_lengths(lengths[items], table.image_lens[items], image_only)
-    return lengths
+    image_only = table.image_only(np.arange(len(table)), options, epoch)
+    return np.where(image_only, table.image_lens + 1, table.lengths).astype(np.int32)
 
 
-def num_micro_steps(plan: EpochPlan, world_size: int) -> int:
+def num_micro_steps(order: EpochOrder, world_size: int) -> int:
     """Rows that every rank takes in every step: ceil(G / world_size)."""
-    return -(-plan.units_per_step // world_size)
+    return -(-order.units_per_step // world_size)
 
 
-def rank_units(plan: EpochPlan, step: int, rank: int, world_size: int) -> list[Unit]:
-    """The units of `rank` in `step`, always ceil(G / world_size); where there is none left, one without items.
+def rank_units(order: EpochOrder, step: int, rank: int, world_size: int) -> list[Unit]:
+    """The ceil(G / world_size) units of `rank` in `step`; missing ones are units without items.
 
     A unit without items is as long as the shortest row of the step, so that it costs little and is no new row length.
     """
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank must lie between 0 and world_size - 1 = {world_size - 1}, got {rank}")
-    units = plan.units_of_step(step)
+    units = order.units_of_step(step)
     blank = Unit(np.empty(0, np.int32), min(unit.row_len for unit in units))
-    mine = units[rank::world_size]
-    return mine + [blank] * (num_micro_steps(plan, world_size) - len(mine))
+    of_rank = units[rank::world_size]
+    return of_rank + [blank] * (num_micro_steps(order, world_size) - len(of_rank))
 
 
 def round_row_len(num_tokens: np.ndarray | int) -> np.ndarray:
-    """Rounds row lengths up to one of `ROW_LENS_PER_OCTAVE` values per power of two: few graphs are compiled."""
+    """Row lengths rounded up to one of few values, so that few graphs are compiled."""
     num_tokens = np.asarray(num_tokens, np.int64)
     octave = 2 ** (np.frexp(np.maximum(num_tokens, 1))[1].astype(np.int64) - 1)
     multiple = np.maximum(octave // ROW_LENS_PER_OCTAVE, MIN_ROW_MULTIPLE)
@@ -216,20 +211,21 @@ def round_row_len(num_tokens: np.ndarray | int) -> np.ndarray:
 def best_fit_rows(lengths: np.ndarray, row_len: int) -> tuple[np.ndarray, int]:
     """Best-fit-decreasing: each item, longest first, goes to the open row with the least space that still takes it.
 
-    Items of equal length are interchangeable and rows with equal space too, so whole groups are placed at once: a row
-    with space s, the tightest there is, takes s // L items of length L in a go (what is left of it stays the tightest).
-
     Takes `lengths` [n], none above `row_len`; returns the row of each item int64 [n] and the number of rows.
     """
+    # Items of equal length are interchangeable, and rows with equal space too: whole groups are placed at once. The
+    # tightest row, with space s, takes s // L items of length L, because it stays the tightest while they fit.
     order = np.argsort(-lengths.astype(np.int64), kind="stable")
     group_lens, group_sizes = np.unique(lengths, return_counts=True)
-    open_rows: dict[int, list[np.ndarray]] = {}  # space left -> batches of rows that have it
-    spaces: list[int] = []  # the keys of open_rows, ascending
+    # Space left -> batches of rows that have it; and its keys, ascending.
+    open_rows: dict[int, list[np.ndarray]] = {}
+    spaces: list[int] = []
     rows = np.empty(len(lengths), np.int64)
     num_rows, start = 0, 0
 
     def give_back(space: int, batch: np.ndarray) -> None:
-        if len(batch) and space >= group_lens[0]:  # else no item fits it any more
+        # Rows with less space than the shortest item are full.
+        if len(batch) and space >= group_lens[0]:
             if space not in open_rows:
                 open_rows[space] = []
                 insort(spaces, space)
@@ -260,29 +256,8 @@ def best_fit_rows(lengths: np.ndarray, row_len: int) -> tuple[np.ndarray, int]:
     return rows, num_rows
 
 
-def _check_table(table: ItemTable, options: PlanOptions) -> None:
-    lengths, num_sources = table.lengths, len(table.ratios)
-    if not len(lengths):
-        raise ValueError("there is no item to plan an epoch of")
-    if not num_sources == len(table.type_of_source) == len(table.source_starts) - 1:
-        raise ValueError(
-            f"there must be a ratio, a type and a start for each source, got {num_sources}, "
-            f"{len(table.type_of_source)} and {len(table.source_starts) - 1}"
-        )
-    if table.source_starts[0] != 0 or table.source_starts[-1] != len(lengths):
-        raise ValueError(f"the sources must cover the {len(lengths)} items, got {list(table.source_starts)}")
-    if min(table.ratios) <= 0:
-        raise ValueError(f"each source needs a ratio above 0, got {list(table.ratios)}")
-    if lengths.min() < 1 or lengths.max() > options.max_seq_len:
-        raise ValueError(
-            f"items must have 1 to max_seq_len = {options.max_seq_len} tokens, got {lengths.min()} to {lengths.max()}"
-        )
-    if options.context_dropout and (table.image_lens is None or table.ids is None):
-        raise ValueError("context dropout needs the image_lens and ids of the items")
-
-
 def _draw_items(table: ItemTable, rng: np.random.Generator) -> list[np.ndarray]:
-    """Per source, the indices int32 of the epoch's items, repeated or sampled according to its ratio."""
+    """Indices int32 of the epoch's items of each source, repeated or sampled according to its ratio."""
     drawn = []
     for source_id, ratio in enumerate(table.ratios):
         items = np.arange(table.source_starts[source_id], table.source_starts[source_id + 1], dtype=np.int32)
@@ -293,10 +268,10 @@ def _draw_items(table: ItemTable, rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def _batch_rows(
-    items: np.ndarray, lengths: np.ndarray, options: PlanOptions, rng: np.random.Generator
+    items: np.ndarray, lengths: np.ndarray, options: OrderOptions, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Items in units of `batch_size`: (items [M], unit sizes). What fills no whole step is drawn at random, not the
-    longest items, and comes last."""
+    """Items in units of `batch_size`: (items [M], unit sizes)."""
+    # What fills no whole step comes last, and is drawn at random: cut after sorting, it would be the longest items.
     step_size = options.batch_size * options.units_per_step
     num_full = len(items) // step_size * step_size
     if options.length_clustering:
@@ -309,13 +284,14 @@ def _batch_rows(
 
 
 def _cluster(lengths: np.ndarray, spread: int, rng: np.random.Generator) -> np.ndarray:
-    """Order int64 [n] by length in which an item strays up to `spread` places, or epochs would repeat their steps."""
+    """Order int64 [n] by length in which an item strays up to `spread` places."""
+    # Without straying, all epochs would have the same steps.
     by_length = np.argsort(lengths, kind="stable")
     return by_length[np.argsort(np.arange(len(lengths)) + rng.uniform(0, spread, len(lengths)))]
 
 
 def _pack_rows(
-    items: np.ndarray, lengths: np.ndarray, options: PlanOptions, rng: np.random.Generator
+    items: np.ndarray, lengths: np.ndarray, options: OrderOptions, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Shuffled items in best-fit rows, in random order: (items [M], unit sizes)."""
     packed, sizes = [], []
@@ -335,7 +311,7 @@ def _reorder(items: np.ndarray, sizes: np.ndarray, order: np.ndarray) -> tuple[n
     return items[source], new_sizes
 
 
-def _row_lens(item_lengths: np.ndarray, unit_offsets: np.ndarray, options: PlanOptions) -> np.ndarray:
+def _row_lens(item_lengths: np.ndarray, unit_offsets: np.ndarray, options: OrderOptions) -> np.ndarray:
     num_units = len(unit_offsets) - 1
     if options.packing:
         return np.full(num_units, options.max_row_len, np.int32)

@@ -1,7 +1,6 @@
 """Pickles as data and never as code: a pickle that names a class, a function or a persistent object is rejected.
 
-Called by `data/token_file.py` (items) and `data/record_list.py` (lists of items of the recipe). How many bytes a pickle
-may have is for the caller to bound.
+Called by `data/token_file.py` (items) and `data/record_list.py` (lists of items of the recipe), which bound the size.
 """
 
 import pickle
@@ -19,7 +18,7 @@ def load_plain(file: BinaryIO, name: str) -> object:
     """The value of the next pickle in a file, of any protocol. Raises ValueError, which begins with `name`."""
     try:
         return _PlainUnpickler(file).load()
-    # A damaged pickle can raise nearly anything; all of it means the same.
+    # A damaged pickle can raise nearly any error.
     except Exception as error:
         reason = "it ends too early" if isinstance(error, EOFError) else one_line(error) or type(error).__name__
         raise ValueError(f"{name} cannot be read: {reason}") from error

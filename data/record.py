@@ -1,9 +1,12 @@
-"""The record: which token files there are, and how long each is.
+"""The record: which token files there are, and how long each item is.
 
-A worker appends one JSON line per item to its sub-record `{rank}-of-{splits}-record.jsonl`: `{"file", "len", "id"}`
-and, where the item ends in a generated image, `"image_len"`. `record.json` is the JSON list of all of them, one item
-per line. `file` is relative to the folder of the record; absolute and cwd-relative ones of older datasets load too.
-Where the tokens of many items share a file, `"offset"` and `"nbytes"` say which bytes of it are this item's.
+A worker appends one JSON line per item to its sub-record `{rank}-of-{splits}-record.jsonl`; `record.json` is the JSON
+list of all items, one per line. An item in a file of its own, and one that ends in a generated image, in a shard:
+
+    {"file": "files/7.pkl", "len": 812, "id": 7}
+    {"file": "shards/0.pkls", "len": 2361, "id": 8, "image_len": 2356, "offset": 9120, "nbytes": 14180}
+
+`file` is relative to the folder of the record; absolute and cwd-relative ones of older datasets load too.
 """
 
 import json
@@ -19,23 +22,32 @@ from data.json_stream import iter_json_values
 from data.messages import brief
 from data.whole_file import open_whole
 
-MAX_LEN = 2**31 - 1  # of an item, in tokens: lengths are kept in 32 bits
-MAX_PLACE = 2**63 - 1  # a byte of a file, or an id
-MAX_PATH = 4096  # characters of a path; Linux opens none that is longer
+# Lengths are kept in 32 bits, ids and places in files in 64.
+MAX_LEN = 2**31 - 1
+MAX_PLACE = 2**63 - 1
+# Characters of a path; Linux opens no longer one.
+MAX_PATH = 4096
 
 _SUB_RECORD = re.compile(r"(\d+)-of-(\d+)-record\.jsonl")
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen: a frozen instance takes three times as long to make, and records have tens of millions.
+@dataclass(slots=True)
 class RecordEntry:
-    """One item of a record. `file` as written in the record, or resolved, as the function that returns it says."""
+    """One item of a record. `file` as written in the record, or resolved, as the function that returns it says.
+
+    Attributes:
+        len: tokens.
+        image_len: tokens of the generated image that ends the item; None without one.
+        offset, nbytes: bytes of the item in `file`; None if it has the file for itself.
+    """
 
     file: str
-    len: int  # tokens
+    len: int
     id: int | str
-    image_len: int | None = None  # tokens of the image that the item ends in
-    offset: int | None = None  # first byte of the item in `file`, if it shares it with others
-    nbytes: int | None = None  # its bytes there
+    image_len: int | None = None
+    offset: int | None = None
+    nbytes: int | None = None
 
     @property
     def is_sharded(self) -> bool:
@@ -57,9 +69,9 @@ def append_record_line(file: TextIO, entry: RecordEntry) -> None:
 def read_record(path: str | os.PathLike) -> Iterator[RecordEntry]:
     """Stream a `record.json` or a sub-record, `file` resolved to a path that opens from here. May be empty.
 
-    Relative files are looked for beside the record, then beside the file that it is a link to, then from the working
+    Relative files are looked for beside the record, then beside the target of a linked record, then from the working
     directory; the first entry decides for all.
-    Raises FileNotFoundError, or ValueError naming the line that is no record entry.
+    Raises FileNotFoundError, or ValueError with the number of the wrong entry.
     """
     base: str | None = None
     for entry in read_raw_record(path):
@@ -71,16 +83,16 @@ def read_record(path: str | os.PathLike) -> Iterator[RecordEntry]:
 
 
 def resolve_base(path: str | os.PathLike, first_file: str) -> str:
-    """The folder of the relative files of a record, of which `first_file` is the first, or "", from here."""
+    """The folder, from here, of the relative files of a record whose first one is `first_file`; may be ""."""
     folder = os.path.dirname(path)
     folders = (folder, os.path.dirname(os.path.realpath(path)), "")
     return next((base for base in folders if os.path.exists(os.path.join(base, first_file))), folder)
 
 
 def relative_file(file: str, folder: str | os.PathLike) -> str:
-    """A file, as it opens from here, relative to the folder of a record that is read by its own path or through links.
+    """A file that opens from here, relative to the folder of a record.
 
-    The way out of a folder starts at its real place: there `..` leads, even where the folder is opened through a link.
+    `..` leads out of the real place of a folder, also where the folder is opened through a link.
     """
     relative = os.path.relpath(file, folder)
     if relative.split(os.sep, 1)[0] != os.pardir:
@@ -90,67 +102,61 @@ def relative_file(file: str, folder: str | os.PathLike) -> str:
     return os.path.join(os.path.relpath(stop, start), os.path.basename(file))
 
 
-@cache  # of few folders, each that of many files
+# Few folders hold many files.
+@cache
 def _real_path(path: str) -> str:
     return os.path.realpath(path)
 
 
 def read_raw_record(path: str | os.PathLike) -> Iterator[RecordEntry]:
-    """The same with `file` as it is written in the record."""
+    """Like `read_record`, with `file` as written in the record."""
     for number, value in enumerate(iter_json_values(path, what="record"), start=1):
         yield check_entry(value, path, number)
 
 
 def check_entry(value: object, path: str | os.PathLike, number: int) -> RecordEntry:
     """The entry of a record's JSON value, its `number`-th from 1. Raises ValueError with what is wrong with it."""
-    if not isinstance(value, dict) or not isinstance(value.get("file"), str) or not _is_within(value.get("len"), 1):
-        raise ValueError(
-            f'record {path}: entry {number} must be {{"file": path, "len": number of tokens, "id": ...}}, '
-            f"got {brief(value)}"
-        )
-    file, num_tokens, item_id = value["file"], value["len"], value.get("id", number - 1)
-    image_len, offset, nbytes = (value.get(name) for name in ("image_len", "offset", "nbytes"))
-    problem = None
-    if not _is_path(file):
+    try:
+        file, num_tokens, item_id = value["file"], value["len"], value.get("id", number - 1)
+        image_len, offset, nbytes = value.get("image_len"), value.get("offset"), value.get("nbytes")
+    except (AttributeError, KeyError, TypeError):
+        file = num_tokens = None
+    if type(file) is not str or type(num_tokens) is not int or num_tokens < 1:
+        problem = f'must be {{"file": path, "len": number of tokens, "id": ...}}, got {brief(value)}'
+    elif not _is_path(file):
         problem = f"has file {brief(file)}, which cannot be the path of a file"
     elif num_tokens > MAX_LEN:
         problem = f"has len {brief(num_tokens)}, but no item has more than {MAX_LEN} tokens"
-    elif not isinstance(item_id, str) and not _is_within(item_id, -MAX_PLACE, MAX_PLACE):
+    elif type(item_id) is not str and not (type(item_id) is int and -MAX_PLACE <= item_id <= MAX_PLACE):
         problem = f"has id {brief(item_id)}, which must be an integer of 64 bits or a string"
-    elif image_len is not None and not _is_within(image_len, 1, num_tokens - 1):
-        problem = (
-            f"has image_len {brief(image_len)}, which must be an integer from 1, below len ({num_tokens}), or absent"
-        )
-    elif (offset, nbytes) != (None, None) and not (_is_within(nbytes, 1) and _is_within(offset, 0, MAX_PLACE - nbytes)):
+    elif image_len is not None and not (type(image_len) is int and 1 <= image_len < num_tokens):
+        problem = f"has image_len {brief(image_len)}, which must be an integer from 1, below len ({num_tokens})"
+    elif not (offset is nbytes is None) and not (
+        type(offset) is type(nbytes) is int and offset >= 0 and 1 <= nbytes <= MAX_PLACE - offset
+    ):
         problem = (
             f"has offset {brief(offset)} and nbytes {brief(nbytes)}, which must be two integers, from 0 and from 1, "
             "that together stay below 2^63, or both be absent"
         )
-    if problem:
-        raise ValueError(f"record {path}: entry {number} {problem}")
-    return RecordEntry(file, num_tokens, item_id, image_len, offset, nbytes)
+    else:
+        return RecordEntry(file, num_tokens, item_id, image_len, offset, nbytes)
+    raise ValueError(f"record {path}: entry {number} {problem}")
 
 
-def write_merged(entries: Iterable[RecordEntry], path: str | os.PathLike) -> int:
-    """Write a `record.json`, one item per line, `file` as given; it appears whole. Returns the number of entries."""
-    count = 0
+def write_merged(entries: Iterable[RecordEntry], path: str | os.PathLike) -> None:
+    """Write a `record.json` atomically, one item per line, `file` as given."""
     with open_whole(path) as file:
         file.write(b"[")
-        for entry in entries:
-            file.write(("," if count else "").encode() + b"\n" + entry.to_json().encode())
-            count += 1
+        for number, entry in enumerate(entries):
+            file.write((b",\n" if number else b"\n") + entry.to_json().encode())
         file.write(b"\n]\n")
-    return count
 
 
-def write_sub_record(entries: Iterable[RecordEntry], path: str | os.PathLike) -> int:
-    """Write a whole sub-record anew, `file` as given; it appears whole. Returns the number of entries."""
-    count = 0
+def write_sub_record(entries: Iterable[RecordEntry], path: str | os.PathLike) -> None:
+    """Write a new sub-record atomically, `file` as given."""
     with open_whole(path) as file:
         for entry in entries:
             file.write(entry.to_json().encode() + b"\n")
-            count += 1
-    return count
 
 
 def sub_record_name(rank: int, splits: int) -> str:
@@ -169,9 +175,5 @@ def find_sub_records(folder: str | os.PathLike) -> dict[tuple[int, int], Path]:
 def _is_path(file: str) -> bool:
     try:
         return 0 < len(file) <= MAX_PATH and b"\0" not in os.fsencode(file)
-    except UnicodeEncodeError:  # half of a surrogate pair
+    except UnicodeEncodeError:
         return False
-
-
-def _is_within(value: object, low: int, high: int | None = None) -> bool:
-    return type(value) is int and value >= low and (high is None or value <= high)

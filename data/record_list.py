@@ -1,13 +1,11 @@
 """The lists of items that the recipe writes beside JSON: `.pkl` (pickle) and `.pth` (`torch.save`).
 
-Each is a list of dicts, which say where an item lies as a record does (`file`, `len`, ...) or hold it (`token`,
-`label`). They are read as plain data (data/plain_pickle.py), without torch; a list of tensors is refused.
-Stands between these files and `data/record_index.py`.
+A list of dicts, each with the place of an item as in a record (`file`, `len`, ...) or with the item itself (`token`,
+`label`). `data/record_index.py` reads them as plain data, without torch; a list of tensors is rejected.
 """
 
 import os
 import pickle
-import stat
 import zipfile
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -15,17 +13,18 @@ from typing import BinaryIO
 from data.plain_pickle import load_plain
 
 LIST_SUFFIXES = (".pkl", ".pth")
-# What `torch.save` wrote before it wrote zip files: these two, a dict about the machine, the value, a list of tensors.
+# The old format of `torch.save`: these two pickles, a dict about the machine, the value, a list of tensors.
 _OLD_TORCH_HEAD = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2) + pickle.dumps(1001, protocol=2)
 
 
 def iter_list_file(path: str | os.PathLike) -> Iterator[dict]:
     """The entries of a `.pkl` or `.pth` list, in order and not yet checked. All of them are in memory at once.
 
-    Raises FileNotFoundError, or ValueError with the file and what is wrong in it.
+    Raises ValueError with the file and what is wrong in it. No bound on the size: a user has chosen the list.
     """
     name = f"record {path}"
-    values = _load_list(path, name)
+    with open(path, "rb") as file:
+        values = _load_list(file, name)
     if not isinstance(values, list):
         raise ValueError(f"{name} must hold a list of dicts, got {type(values).__name__}")
     for number, value in enumerate(values, start=1):
@@ -39,33 +38,18 @@ def is_inline(entry: dict) -> bool:
     return "token" in entry and "label" in entry
 
 
-def _load_list(path: str | os.PathLike, name: str) -> object:
-    """No bound on the size: a list is chosen by its user, and as large as its file."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError(f"{name} is no regular file")
-        with open(path, "rb") as file:
-            if file.peek(4).startswith(b"PK\x03\x04"):
-                return _load_zip(file, name)
-            if file.read(len(_OLD_TORCH_HEAD)) == _OLD_TORCH_HEAD:
-                load_plain(file, name)
-            else:
-                file.seek(0)
-            return load_plain(file, name)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{name} does not exist") from None
-    except OSError as error:
-        raise ValueError(f"{name} cannot be read: {error.strerror or error}") from error
-
-
-def _load_zip(file: BinaryIO, name: str) -> object:
-    """The value of the pickle inside of the zip file that `torch.save` writes."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            found = [info for info in archive.infolist() if info.filename.rpartition("/")[2] == "data.pkl"]
-            if len(found) != 1:
-                raise ValueError(f"{name} is a zip file with {len(found)} data.pkl; torch.save writes one")
-            with archive.open(found[0]) as data:
-                return load_plain(data, name)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"{name} cannot be read: {error}") from error
+def _load_list(file: BinaryIO, name: str) -> object:
+    if zipfile.is_zipfile(file):
+        try:
+            with zipfile.ZipFile(file) as archive:
+                (member,) = (found for found in archive.namelist() if found.rpartition("/")[2] == "data.pkl")
+                with archive.open(member) as data:
+                    return load_plain(data, name)
+        except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+            raise ValueError(f"{name} cannot be read: {error}") from error
+    file.seek(0)
+    if file.read(len(_OLD_TORCH_HEAD)) == _OLD_TORCH_HEAD:
+        load_plain(file, name)
+    else:
+        file.seek(0)
+    return load_plain(file, name)

@@ -1,6 +1,6 @@
 """The rows of one rank in one epoch, and their loader: items of a unit one after the other, then filler.
 
-Stands between the plan (data/packing.py) and the training step, which takes one row per micro-step.
+Stands between the order of the epoch (data/packing.py) and the training step, which takes one row per micro-step.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data.dataset import TokenDataset
-from data.packing import EpochPlan, Unit, num_micro_steps, rank_units
+from data.packing import EpochOrder, Unit, num_micro_steps, rank_units
 from data.token_file import ItemReadError, TokenItem
 from data.vocab import IGNORE_INDEX
 
-PARENT_CHECK_S = 1.0  # how often a loader worker looks whether its rank still lives
+# How often a loader worker checks that its rank is alive.
+PARENT_CHECK_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -39,34 +40,43 @@ class EpochRows(Dataset):
     Every rank has the same number of rows. Row i depends on nothing but i, so any loader gives the same ones.
     """
 
-    def __init__(self, dataset: TokenDataset, plan: EpochPlan, rank: int, world_size: int, pad_id: int) -> None:
-        self.dataset, self.plan, self.rank, self.world_size, self.pad_id = dataset, plan, rank, world_size, pad_id
-        self.micro_steps = num_micro_steps(plan, world_size)
+    def __init__(self, dataset: TokenDataset, order: EpochOrder, rank: int, world_size: int, pad_id: int) -> None:
+        self.dataset, self.order, self.rank, self.world_size, self.pad_id = dataset, order, rank, world_size, pad_id
+        self.micro_steps = num_micro_steps(order, world_size)
 
     def __len__(self) -> int:
-        return self.plan.num_steps * self.micro_steps
+        return self.order.num_steps * self.micro_steps
 
     def unit(self, index: int) -> Unit:
-        """The unit of row `index`: which items, and how long the row is."""
+        """The items of row `index`, and the length of the row."""
         step, micro_step = divmod(index, self.micro_steps)
-        return rank_units(self.plan, step, self.rank, self.world_size)[micro_step]
+        return rank_units(self.order, step, self.rank, self.world_size)[micro_step]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """What `collate_row` returns and, of that row, `step`, `micro_step`, `type_id` (into `dataset.types`),
-        `item_indices` (into the dataset) and `bad_items`, those that could not be read; filler is in their place."""
+        """What `collate_row` returns, and:
+
+        step, micro_step: place of the row in the epoch.
+        type_id: index into `dataset.types`.
+        item_indices: list of int, indices into the dataset.
+        bad_items: list of BadItem, which could not be read; the row has filler instead.
+        """
         unit = self.unit(index)
-        image_only = self.dataset.table.image_only(unit.items, self.plan.options, self.plan.epoch)
+        image_only = self.dataset.table.image_only(unit.items, self.order.options, self.order.epoch)
         items, bad_items = [], []
         for item_index, is_image_only in zip(unit.items.tolist(), image_only.tolist(), strict=True):
             try:
                 items.append(self.dataset.read(item_index, is_image_only))
             except ItemReadError as error:
                 bad_items.append(BadItem(self.dataset.place(item_index), str(error)))
-        row = collate_row(items, unit.row_len, self.pad_id, self.dataset.max_seq_len)
         step, micro_step = divmod(index, self.micro_steps)
-        place = {"step": step, "micro_step": micro_step, "item_indices": unit.items.tolist()}
-        place["type_id"] = self.dataset.type_id(unit.items)
-        return {**row, **place, "bad_items": bad_items}
+        return {
+            **collate_row(items, unit.row_len, self.pad_id, self.dataset.max_seq_len),
+            "step": step,
+            "micro_step": micro_step,
+            "type_id": self.dataset.type_id(unit.items),
+            "item_indices": unit.items.tolist(),
+            "bad_items": bad_items,
+        }
 
 
 def collate_row(
@@ -74,11 +84,15 @@ def collate_row(
 ) -> dict[str, Any]:
     """One row: the items as documents one after the other, then filler.
 
-    Returns `input_ids`, `labels`, `position_ids` int64 [1, row_len]; `cu_seqlens` int32 [num_documents + 1], where each
-    document starts and where the last ends; `num_valid_tokens` (targets) and `num_tokens` (of items).
-    Labels are not shifted: `labels[t]` is the token at t or IGNORE_INDEX. A document's first token is never a target.
-    Positions restart with each document. Filler is documents of its own at the end, of at most `max_document_len`
-    tokens (default: a single one), so that `cu_seqlens[-1] == row_len`.
+    Filler is documents of its own, of at most `max_document_len` tokens (default: a single one).
+
+    Returns:
+        input_ids: int64 [1, row_len].
+        labels: int64 [1, row_len], not shifted: the token at t or IGNORE_INDEX, as for the first token of a document.
+        position_ids: int64 [1, row_len]; positions restart with each document.
+        cu_seqlens: int32 [num_documents + 1], where each document starts; the last is `row_len`.
+        num_valid_tokens: targets.
+        num_tokens: of items.
 
     Raises ValueError if the items do not fit.
     """
@@ -112,22 +126,19 @@ def build_loader(
 ) -> DataLoader[Mapping[str, Any]]:
     """A loader of the rows from `start_step` on, in order; it reads nothing of the steps before.
 
-    Its workers send arrays through a pipe, so that no row needs /dev/shm, of which a container may have little. Without
-    CUDA, `pin_memory` is ignored. Workers ignore the signals that are meant for the rank, and end with it.
-
-    Raises ValueError if `start_step` lies outside the epoch (its end is allowed: a loader without rows).
+    Workers send arrays through a pipe, so that no row needs /dev/shm, which is small in containers. They ignore the
+    signals that are meant for the rank, and end with it. Without CUDA, `pin_memory` is ignored.
     """
-    if not 0 <= start_step <= rows.plan.num_steps:
-        raise ValueError(f"start_step {start_step} is outside this epoch's 0 to {rows.plan.num_steps}")
     return _RowLoader(
         rows,
         pins=pin_memory and torch.cuda.is_available(),
         batch_size=None,
-        sampler=_RowOrder(start_step * rows.micro_steps, len(rows)),
+        sampler=range(start_step * rows.micro_steps, len(rows)),
         num_workers=num_workers,
         collate_fn=_to_arrays,
         worker_init_fn=_init_worker if num_workers else None,
-        multiprocessing_context="fork" if num_workers else None,  # shares the dataset's arrays with the rank
+        # A forked worker shares the dataset's arrays with the rank.
+        multiprocessing_context="fork" if num_workers else None,
     )
 
 
@@ -148,37 +159,23 @@ class _RowLoader(DataLoader):
 
 
 def _to_arrays(row: Mapping[str, Any]) -> dict[str, Any]:
+    # torch sends a tensor through shared memory, but an array as bytes.
     return {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in row.items()}
 
 
-class _RowOrder(torch.utils.data.Sampler[int]):
-    """Row indices from `start` to `stop`, in order."""
-
-    def __init__(self, start: int, stop: int) -> None:
-        self.indices = range(start, stop)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-
 def _init_worker(worker_id: int) -> None:
-    """Makes a loader worker deaf to the signals that a launcher sends to the whole process group.
-
-    A rank answers them by finishing its step and saving, for which it still needs its rows. Only the rank itself can
-    terminate its workers: a thread takes SIGTERM, looks who sent it, and also ends a worker whose rank is gone.
-    """
     torch.set_num_threads(1)
+    # Launchers signal the whole process group. A rank answers by finishing its step and saving, and needs its rows.
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    # SIGTERM counts only from the rank itself, which ends its workers with it. A handler would not know the sender.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     rank_process = multiprocessing.parent_process()
     threading.Thread(target=_end_with_rank, args=(rank_process.pid,), daemon=True).start()
 
 
 def _end_with_rank(rank_pid: int) -> None:
+    # The watchdog of torch does not end a worker that waits to send a row.
     while os.getppid() == rank_pid:
         received = signal.sigtimedwait({signal.SIGTERM}, PARENT_CHECK_S)
         if received is not None and received.si_pid == rank_pid:

@@ -1,8 +1,8 @@
 """The token file, `out_dir/files/{id}.pkl`: a pickle of `{"token": list[int], "label": list[int], "id": int}`.
 
-A shard is a file of many such pickles, one after the other; a record says which bytes of it are an item's.
-Both are read as plain data (data/plain_pickle.py): a pickle from elsewhere is never code. A bound on the bytes per
-token keeps its memory small. Whatever is wrong with a file is an ItemReadError, so that one bad file costs one item.
+A shard is a file of many such pickles, one after the other; a record has the place of each. Both are read as plain
+data (data/plain_pickle.py): a pickle from elsewhere is never code. Every error of a file is an ItemReadError, so that
+one bad file costs one item.
 """
 
 import io
@@ -12,7 +12,6 @@ import stat
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import BinaryIO
 
 import numpy as np
 
@@ -21,17 +20,16 @@ from data.vocab import IGNORE_INDEX
 from data.whole_file import open_whole
 
 MAX_ID = np.iinfo(np.int32).max
-MAX_BYTES_PER_TOKEN = 40  # of token and label together; 10 in our files, 16 in text (protocol 0)
-MAX_OTHER_BYTES = 4096  # of the rest of an item
-MAX_ITEM_BYTES = 64 << 20  # where no record says how long an item is: 1.6 million tokens
+# Of token and label together; 10 in our files, 16 in a text pickle (protocol 0).
+MAX_BYTES_PER_TOKEN = 40
+# All of an item but its tokens and labels.
+MAX_OTHER_BYTES = 4096
+# Where the length of an item is unknown: 1.6 million tokens.
+MAX_ITEM_BYTES = 64 << 20
 
 
 class ItemReadError(ValueError):
-    """An item that cannot be read, whatever the reason; the message names its file and the reason."""
-
-
-class MissingTokenFileError(ItemReadError, FileNotFoundError):
-    """The file is not there."""
+    """An item that cannot be read; the message names its file and the reason."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,16 +49,15 @@ def token_bytes(token: Sequence[int], label: Sequence[int], id: int | str) -> by
 
 
 def save_token_file(path: str | os.PathLike, token: Sequence[int], label: Sequence[int], id: int) -> None:
-    """Write one item; the file appears whole or not at all. Raises ValueError if the lengths differ."""
+    """Write one item atomically. Raises ValueError if the lengths differ."""
     payload = token_bytes(token, label, id)
-    partial = f"{os.fspath(path)}.partial"
-    with open(partial, "wb") as file:
+    # A power failure may cost items; to wait for the disk at each item would cost more.
+    with open_whole(path, sync=False) as file:
         file.write(payload)
-    os.replace(partial, path)
 
 
 def write_shard(path: str | os.PathLike, payloads: Iterable[bytes]) -> list[tuple[int, int]]:
-    """Write the pickles of many items into one file, which appears whole. Returns (offset, nbytes) of each."""
+    """Write the pickles of many items into one file, atomically. Returns (offset, nbytes) of each."""
     places, offset = [], 0
     with open_whole(path) as file:
         for payload in payloads:
@@ -79,8 +76,8 @@ def load_token_file(
 ) -> TokenItem:
     """Read one item: the whole file, or of a shard the `nbytes` bytes from `offset`.
 
-    With `expected_len`, what its record says, and `num_ids`, the size of the vocabulary, these are checked too.
-    Raises ItemReadError with the file and what is wrong with it; it is a FileNotFoundError as well if there is none.
+    Checks `expected_len`, the length in the record, and `num_ids`, the size of the vocabulary, if given.
+    Raises ItemReadError with the file and what is wrong with it.
     """
     item = parse_token_bytes(read_token_bytes(path, offset, nbytes, expected_len), path)
     if expected_len is not None and len(item.token) != expected_len:
@@ -89,7 +86,7 @@ def load_token_file(
             f"another run; pre-tokenize again or merge the records again"
         )
     if num_ids is not None:
-        check_tokens(item.token, item.label, num_ids, f"token file {path}")
+        check_tokens(item, num_ids, f"token file {path}")
     return item
 
 
@@ -100,16 +97,28 @@ def read_token_bytes(
 
     Raises ItemReadError for a file that is missing, too short, too large, no regular file or not readable.
     """
+    allowed = MAX_ITEM_BYTES if expected_len is None else MAX_OTHER_BYTES + MAX_BYTES_PER_TOKEN * expected_len
     try:
-        # Opening a pipe would wait for its writer; for a file, O_NONBLOCK means nothing.
+        # Without O_NONBLOCK, opening a pipe would wait for its writer.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            return _read_checked(file, path, offset, nbytes, expected_len)
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ItemReadError(f"token file {path} is no regular file")
+            start, size = (0, status.st_size) if offset is None else (offset, nbytes)
+            if size > allowed:
+                raise ItemReadError(
+                    f"token file {path} cannot be read: {size} bytes are more than its item can take ({allowed}); it "
+                    "is no token file, or not the one of its record"
+                )
+            file.seek(start)
+            payload = file.read(size)
     except FileNotFoundError:
-        raise MissingTokenFileError(
-            f"token file {path} does not exist; was the output folder moved without it?"
-        ) from None
+        raise ItemReadError(f"token file {path} does not exist; was the output folder moved without it?") from None
     except OSError as error:
         raise ItemReadError(f"token file {path} cannot be read: {error.strerror or error}") from error
+    if len(payload) < size:
+        raise ItemReadError(f"token file {path} ends before byte {start + size}, the end of an item of its record")
+    return payload
 
 
 def parse_token_bytes(payload: bytes, path: str | os.PathLike) -> TokenItem:
@@ -132,12 +141,10 @@ def build_item(value: object, name: str) -> TokenItem:
     return TokenItem(token, label, item_id if isinstance(item_id, int | str) else -1)
 
 
-def check_tokens(token: np.ndarray, label: np.ndarray, num_ids: int, name: str = "the item") -> None:
-    """Check an item against a vocabulary of `num_ids`: ids are below it, labels too or IGNORE_INDEX.
-
-    Raises ItemReadError, which begins with `name`.
-    """
-    if not ((token >= 0) & (token < num_ids)).all():
+def check_tokens(item: TokenItem, num_ids: int, name: str) -> None:
+    """Check that the ids of an item are below `num_ids`, and its labels too or IGNORE_INDEX. Raises ItemReadError."""
+    token, label = item.token, item.label
+    if token.min() < 0 or token.max() >= num_ids:
         raise ItemReadError(
             f"{name} holds ids from {token.min()} to {token.max()}, but the model has {num_ids}: train with the "
             "tokenizer that made it, or pre-tokenize again"
@@ -151,33 +158,11 @@ def check_tokens(token: np.ndarray, label: np.ndarray, num_ids: int, name: str =
         )
 
 
-def _read_checked(
-    file: BinaryIO, path: str | os.PathLike, offset: int | None, nbytes: int | None, expected_len: int | None
-) -> bytes:
-    status = os.fstat(file.fileno())
-    if not stat.S_ISREG(status.st_mode):
-        raise ItemReadError(f"token file {path} is no regular file")
-    start, size = (0, status.st_size) if offset is None else (offset, nbytes)
-    allowed = MAX_ITEM_BYTES if expected_len is None else MAX_OTHER_BYTES + MAX_BYTES_PER_TOKEN * expected_len
-    if size > allowed:
-        of_length = "" if expected_len is None else f" of {expected_len} tokens"
-        raise ItemReadError(
-            f"token file {path} cannot be read: {size} bytes are more than an item{of_length} can take ({allowed}); "
-            "it is no token file, or not the one of its record"
-        )
-    if start + size <= status.st_size:
-        file.seek(start)
-        payload = file.read(size)
-        if len(payload) == size:
-            return payload
-    raise ItemReadError(f"token file {path} ends before byte {start + size}, the end of an item of its record")
-
-
 def _as_ids(values: object, name: str, key: str) -> np.ndarray:
-    ids = None
+    ids = np.empty(0, np.int64)
     if isinstance(values, list) and set(map(type, values)) == {int}:
         with suppress(OverflowError):
             ids = np.fromiter(values, np.int64, len(values))
-    if ids is None or ids.min() < -MAX_ID or ids.max() > MAX_ID:
+    if not len(ids) or ids.min() < -MAX_ID or ids.max() > MAX_ID:
         raise ItemReadError(f"{name}: '{key}' must be a list of integers of 32 bits that is not empty")
     return ids.astype(np.int32)

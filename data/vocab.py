@@ -11,16 +11,20 @@ from functools import cached_property
 
 import numpy as np
 
-IGNORE_INDEX = -100  # the label of a token that is not predicted
-IMAGE_SYMBOL = "<|image|>"  # stands for one image in the text of a turn
-GRID_PIXELS = 32  # sides of images are counted in grids of this many pixels
-CODE_PIXELS = 16  # one code of the VQGAN covers this many pixels along each side
+# The label of a token that is not predicted.
+IGNORE_INDEX = -100
+# One image in the text of a turn.
+IMAGE_SYMBOL = "<|image|>"
+# Pixels along each side: of a grid, in which sides of images are counted, and of one VQGAN code.
+GRID_PIXELS = 32
+CODE_PIXELS = 16
 CODES_PER_GRID = GRID_PIXELS // CODE_PIXELS
 
 BOS, PAD, EOS = "<s>", "<pad>", "</s>"
 BEGIN_IMAGE, END_IMAGE = "<racm3:break>", "<eoss>"
 NEW_LINE, END_OF_TURN = "<reserved08799>", "<reserved08706>"
-FIRST_GRID_SIZE = 8800  # `<reserved08800>` would be zero grids; size n is 8800 + n
+# A side of n grids is `<reserved{8800 + n}>`.
+FIRST_GRID_SIZE = 8800
 
 _IMAGE_CODE = re.compile(r"IMGIMG([A-J]+)Z")
 _RESERVED = re.compile(r"<reserved(\d{5})>")
@@ -29,7 +33,13 @@ _LETTERS_TO_DIGITS = str.maketrans("ABCDEFGHIJ", "0123456789")
 
 @dataclass(frozen=True, eq=False)
 class ChameleonVocab:
-    """The ids that sequences are built from. Build it with `from_tokenizer` or `from_mapping`."""
+    """The ids that sequences are built from. Build it with `from_tokenizer` or `from_mapping`.
+
+    Attributes:
+        image_token_ids: int64 [num_codes], VQGAN code -> token id.
+        grid_size_ids: side in 32-pixel grids -> token id.
+        vocab_size: the largest id plus one.
+    """
 
     bos_id: int
     pad_id: int
@@ -38,13 +48,13 @@ class ChameleonVocab:
     end_image_id: int
     new_line_id: int
     end_of_turn_id: int
-    image_token_ids: np.ndarray  # int64 [num_codes]: VQGAN code -> token id
-    grid_size_ids: Mapping[int, int]  # side in 32-pixel grids -> token id
-    vocab_size: int  # the largest id plus one
+    image_token_ids: np.ndarray
+    grid_size_ids: Mapping[int, int]
+    vocab_size: int
 
     @classmethod
     def from_mapping(cls, name_to_id: Mapping[str, int]) -> "ChameleonVocab":
-        """Look every id up in a vocabulary {token: id}. Raises ValueError naming the tokens that it lacks."""
+        """Look up every id in a vocabulary {token: id}. Raises ValueError with the tokens that it lacks."""
         needed = (BOS, PAD, BEGIN_IMAGE, END_IMAGE, NEW_LINE, END_OF_TURN)
         codes, grid_sizes = {}, {}
         for name, token_id in name_to_id.items():
@@ -53,15 +63,15 @@ class ChameleonVocab:
             elif (match := _RESERVED.fullmatch(name)) and int(match[1]) > FIRST_GRID_SIZE:
                 grid_sizes[int(match[1]) - FIRST_GRID_SIZE] = token_id
         missing = [name for name in needed if name not in name_to_id]
-        missing += [] if codes else ["IMGIMG...Z (image codes)"]
-        missing += [] if grid_sizes else [f"<reserved{FIRST_GRID_SIZE + 1:05d}> (grid sizes)"]
+        if sorted(codes) != list(range(len(codes))) or not codes:
+            missing.append("IMGIMG...Z (image codes, without a gap)")
+        if not grid_sizes:
+            missing.append(f"<reserved{FIRST_GRID_SIZE + 1:05d}> (grid sizes)")
         if missing:
             raise ValueError(
                 f"the tokenizer has not Chameleon's vocabulary: it lacks {', '.join(missing)}; "
                 "give the tokenizer of a Chameleon or Lumina-mGPT model"
             )
-        if max(codes) != len(codes) - 1:
-            raise ValueError(f"the tokenizer has {len(codes)} image codes, but their numbers go up to {max(codes)}")
         return cls(
             bos_id=name_to_id[BOS],
             pad_id=name_to_id[PAD],
@@ -77,7 +87,7 @@ class ChameleonVocab:
 
     @classmethod
     def from_tokenizer(cls, tokenizer) -> "ChameleonVocab":
-        """The same, of a Hugging Face tokenizer (anything with `get_vocab()`)."""
+        """Look up every id in a Hugging Face tokenizer (anything with `get_vocab()`)."""
         return cls.from_mapping(tokenizer.get_vocab())
 
     @property
@@ -89,21 +99,19 @@ class ChameleonVocab:
 
         Raises ValueError for a code or a size that the vocabulary has no token for.
         """
-        codes = np.asarray(codes)
-        if codes.ndim != 2 or not codes.size:
-            raise ValueError(f"codes of an image must be an array [h, w], got the shape {list(codes.shape)}")
+        height, width = codes.shape
+        self.check_image_size(width * CODE_PIXELS, height * CODE_PIXELS)
         if codes.min() < 0 or codes.max() >= self.num_codes:
             raise ValueError(f"codes must lie in 0..{self.num_codes - 1}, got {codes.min()}..{codes.max()}")
-        height, width = codes.shape
-        header = [self.begin_image_id, self._grid_size_id(height), self._grid_size_id(width)]
+        sides = [self.grid_size_ids[side // CODES_PER_GRID] for side in (height, width)]
         rows = np.full((height, width + 1), self.new_line_id, dtype=np.int64)
         rows[:, :-1] = self.image_token_ids[codes]
-        return [*header, *rows.ravel().tolist(), self.end_image_id]
+        return [self.begin_image_id, *sides, *rows.ravel().tolist(), self.end_image_id]
 
     def tokens_to_codes(self, tokens: Sequence[int]) -> np.ndarray:
         """Codes, int64 [h, w], of one whole span, begin to end: the inverse of `image_to_tokens`.
 
-        Raises ValueError that says where the span departs from the layout.
+        Raises ValueError with the place where the span departs from the layout.
         """
         span = np.asarray(tokens, dtype=np.int64)
         if self._image_stop(span, 0) != len(span):
@@ -113,10 +121,9 @@ class ChameleonVocab:
         if (rows[:, -1] != self.new_line_id).any():
             raise ValueError(f"row {int((rows[:, -1] != self.new_line_id).argmax())} of the image is not closed")
         body = rows[:, :-1]
-        codes = self._code_of_token[np.clip(body, 0, self.vocab_size - 1)]
-        if (codes < 0).any() or (body >= self.vocab_size).any() or (body < 0).any():
+        if not np.isin(body, self.image_token_ids).all():
             raise ValueError("a token inside the rows of the image is not an image code")
-        return codes
+        return self._code_of_token[body]
 
     def find_images(self, tokens: Sequence[int]) -> list[tuple[int, int]]:
         """(start, stop) of every image span in a sequence. Raises ValueError for one that is cut off or malformed."""
@@ -128,11 +135,11 @@ class ChameleonVocab:
         return spans
 
     def num_image_tokens(self, width: int, height: int) -> int:
-        """Length of the span of a picture of width x height pixels."""
+        """Length of the span of an image of width x height pixels."""
         return 4 + (height // CODE_PIXELS) * (width // CODE_PIXELS + 1)
 
     def check_image_size(self, width: int, height: int) -> None:
-        """Raises ValueError if there are no grid size tokens for a picture of width x height pixels."""
+        """Raises ValueError if there are no grid size tokens for an image of width x height pixels."""
         for side in (width, height):
             if side % GRID_PIXELS or side // GRID_PIXELS not in self.grid_size_ids:
                 raise ValueError(
@@ -142,23 +149,14 @@ class ChameleonVocab:
 
     @cached_property
     def _code_of_token(self) -> np.ndarray:
-        """int64 [vocab_size]: token id -> VQGAN code, -1 where the token is none."""
-        inverse = np.full(self.vocab_size, -1, dtype=np.int64)
+        """int64 [vocab_size]: token id -> VQGAN code; other tokens have no meaning."""
+        inverse = np.zeros(self.vocab_size, dtype=np.int64)
         inverse[self.image_token_ids] = np.arange(self.num_codes)
         return inverse
 
     @cached_property
     def _grids_of_token(self) -> dict[int, int]:
         return {token_id: grids for grids, token_id in self.grid_size_ids.items()}
-
-    def _grid_size_id(self, num_codes: int) -> int:
-        grids, rest = divmod(num_codes, CODES_PER_GRID)
-        if rest or grids not in self.grid_size_ids:
-            raise ValueError(
-                f"no grid size token for a side of {num_codes * CODE_PIXELS} pixels; "
-                f"it must be a multiple of {GRID_PIXELS}"
-            )
-        return self.grid_size_ids[grids]
 
     def _latent_grid(self, tokens: np.ndarray, start: int) -> tuple[int, int]:
         """(h, w) in codes of the image that begins at `start`."""
@@ -181,6 +179,6 @@ class ChameleonVocab:
 
 
 def is_control_token(name: str) -> bool:
-    """Whether a token of this name is one that sequences are built from, so that no user's text may produce it."""
+    """Whether sequences are built from a token of this name, so that no user's text may produce it."""
     fixed = (BOS, PAD, EOS, BEGIN_IMAGE, END_IMAGE)
     return name in fixed or bool(_IMAGE_CODE.fullmatch(name) or _RESERVED.fullmatch(name))

@@ -17,10 +17,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TextIO
 
-from data.file_lock import open_locked, replace_locked
 from data.messages import MAX_REASON, one_line
 from data.record import RecordEntry, append_record_line, sub_record_name
 from data.token_file import save_token_file
+from data.whole_file import open_locked, replace_locked
 
 FILES_DIR = "files"
 

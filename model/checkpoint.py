@@ -31,8 +31,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from data.file_lock import open_locked
-from data.whole_file import sync_path
+from data.whole_file import open_locked, sync_path
 from model.adapter_folder import NOTE_NAME
 from model.hf_folder import name_checkpoints_in
 from model.optim import ADAMW_8BIT

@@ -33,7 +33,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from data.data_config import load_data_config
 from data.dataset import TokenDataset
 from data.item_processor import load_text_tokenizer
-from data.packing import PlanOptions, plan_epoch, round_row_len
+from data.packing import OrderOptions, plan_epoch, round_row_len
 from model.attention import as_on_cuda
 from model.convert import load_config
 from model.decoder.chameleon import IMAGE_TOKEN_PREFIX, ChameleonXLLMXConfig, build_config, build_model, grow_positions
@@ -189,7 +189,7 @@ def size_epoch(options: Options, world_size: int) -> EpochSize:
     if data.data_config is None:
         raise ValueError("no --data_config was given")
     dataset = TokenDataset(load_data_config(data.data_config), data.max_seq_len, data.overlong, say=lambda line: None)
-    planned = PlanOptions(
+    planned = OrderOptions(
         batch_size=data.batch_size,
         max_seq_len=data.max_seq_len,
         units_per_step=data.accum_iter * world_size,

@@ -21,8 +21,8 @@ import numpy as np
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.file_lock import is_locked  # noqa: E402
 from data.html_page import write_page  # noqa: E402
+from data.whole_file import is_locked  # noqa: E402
 from model.bad_data import BAD_ITEMS_NAME, BAD_STEPS_NAME  # noqa: E402
 from model.checkpoint import LOCK_NAME, STATE_NAME, TrainerState, find_newest, read_state  # noqa: E402
 from model.metrics import METRICS_NAME, describe_damage, has_step, read_metrics  # noqa: E402

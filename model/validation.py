@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from data.dataset import TokenDataset
-from data.packing import PlanOptions, plan_epoch
+from data.packing import OrderOptions, plan_epoch
 from data.rows import BadItem, EpochRows, build_loader
 from model.distributed import gather_lists, sum_counts, sum_over_ranks
 from model.metrics import MetricSums, summarize
@@ -47,7 +47,7 @@ class Validator:
     def __init__(
         self,
         dataset: TokenDataset,
-        plan_options: PlanOptions,
+        plan_options: OrderOptions,
         rank: int,
         world_size: int,
         pad_id: int,
@@ -85,7 +85,7 @@ class Validator:
         return figures | {"val_s": round(time.perf_counter() - started, 3)}, bad_items
 
 
-def build_rows(dataset: TokenDataset, plan_options: PlanOptions, rank: int, world_size: int, pad_id: int) -> EpochRows:
+def build_rows(dataset: TokenDataset, plan_options: OrderOptions, rank: int, world_size: int, pad_id: int) -> EpochRows:
     """The rows of one rank: of all rows in their order, every `world_size`-th; where there is none left, an empty one.
 
     Items are those of a first epoch under seed 0: a ratio below 1 takes the same sample each time.

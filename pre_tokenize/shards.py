@@ -15,9 +15,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from data.file_lock import open_locked
 from data.record import RecordEntry, read_raw_record, read_record, relative_file, write_sub_record
 from data.token_file import parse_token_bytes, read_token_bytes, write_shard
+from data.whole_file import open_locked
 
 SHARDS_DIR = "shards"
 MOVED_SUFFIX = ".moved"

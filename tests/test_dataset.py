@@ -1,4 +1,4 @@
-"""Items from token files, rows of documents, and loaders that give the same rows however they run."""
+"""Items of all records: read from files and shards, limited in length, checked against record and vocabulary."""
 
 from pathlib import Path
 
@@ -7,14 +7,9 @@ import pytest
 
 from data.data_config import DataSource
 from data.dataset import TokenDataset
-from data.packing import PlanOptions
 from data.record import RecordEntry, write_merged
 from data.token_file import ItemReadError, save_token_file, write_shard
 from data.vocab import IGNORE_INDEX
-
-PAD_ID = 7
-OPTIONS = PlanOptions(batch_size=2, max_seq_len=64, units_per_step=4, seed=3)
-
 
 def write_source(folder: Path, lengths, type_name="default", ratio=1.0, image_lens=None) -> DataSource:
     """Token files in which token t of item i is 1000 * i + t, every other one a target."""
@@ -39,7 +34,7 @@ def test_items_of_all_sources(tmp_path):
     assert table.lengths.tolist() == [3, 5, 4] and table.lengths.dtype == np.int32
     assert table.image_lens.tolist() == [0, 4, 0] and dataset.has_images
     assert table.source_ids(np.arange(3)).tolist() == [0, 0, 1] and table.ratios.tolist() == [1.0, 2.0]
-    assert table.type_of_source.tolist() == [1, 0]  # sorted by name
+    assert table.type_of_source.tolist() == [1, 0]
     assert len(dataset) == 3 and dataset.num_overlong == 0
     assert dataset[1].token.tolist() == [1000, 1001, 1002, 1003, 1004] and dataset[1].id == 1
     assert dataset[2].label.tolist() == [IGNORE_INDEX, 1, IGNORE_INDEX, 3]
@@ -66,75 +61,40 @@ def test_items_of_shards_and_of_files_are_the_same(tmp_path):
     assert [dropped[i].id for i in range(2)] == [0, 2]
 
 
-def test_overlong_is_an_error_that_names_the_way_out(tmp_path):
-    source = write_source(tmp_path, [10, 70, 65])
+def test_overlong_items_are_an_error_or_dropped_or_truncated(tmp_path):
+    source = write_source(tmp_path, [10, 70, 65], image_lens=[5, 20, 20])
     with pytest.raises(ValueError, match=r"2 of 3 items .*max_seq_len 64; .*70 tokens .*1\.pkl.*--max_seq_len 70"):
         TokenDataset([source], max_seq_len=64)
     assert len(TokenDataset([source], max_seq_len=70)) == 3
+    dropped = TokenDataset([source], 65, overlong="drop")
+    assert dropped.table.lengths.tolist() == [10, 65] and dropped.num_overlong == 1
+    assert [dropped[i].id for i in range(2)] == [0, 2]
+    truncated = TokenDataset([source], 64, overlong="truncate")
+    assert truncated.table.lengths.tolist() == [10, 64, 64] and truncated.num_overlong == 2
+    assert truncated[1].token.tolist() == list(range(1000, 1064)) and len(truncated[1].label) == 64
+    # A truncated item does not end in its image.
+    assert truncated.table.image_lens.tolist() == [5, 0, 0]
+    with pytest.raises(ValueError, match="the shortest: 10"):
+        TokenDataset([source], 9, overlong="drop")
 
 
-def test_overlong_drop(tmp_path):
-    dataset = TokenDataset([write_source(tmp_path, [70, 10, 65, 64])], 64, overlong="drop")
-    assert dataset.table.lengths.tolist() == [10, 64] and dataset.num_overlong == 2
-    assert [dataset[i].id for i in range(2)] == [1, 3]
-
-
-def test_overlong_truncate(tmp_path):
-    dataset = TokenDataset([write_source(tmp_path, [70, 10], image_lens=[20, 5])], 64, overlong="truncate")
-    assert dataset.table.lengths.tolist() == [64, 10] and dataset.num_overlong == 1
-    assert dataset[0].token.tolist() == list(range(64)) and len(dataset[0].label) == 64
-    assert dataset.table.image_lens.tolist() == [0, 5]  # the cut item no longer ends in its image
-
-
-def test_overlong_that_leaves_nothing_or_is_unknown(tmp_path):
-    source = write_source(tmp_path, [70, 65])
-    with pytest.raises(ValueError, match="the shortest: 65"):
-        TokenDataset([source], 64, overlong="drop")
-    with pytest.raises(ValueError, match="overlong must be one of error, drop, truncate, got 'cut'"):
-        TokenDataset([source], 64, overlong="cut")
-
-
-def test_record_without_items(tmp_path):
-    write_merged([], tmp_path / "record.json")
-    with pytest.raises(ValueError, match="record.json has no items"):
-        TokenDataset([DataSource(tmp_path / "record.json")], 64)
-
-
-def test_file_that_is_not_what_its_record_says(tmp_path):
-    dataset = TokenDataset([write_source(tmp_path, [10])], 64)
-    save_token_file(tmp_path / "files/0.pkl", [1, 2], [1, 2], 0)
-    with pytest.raises(ItemReadError, match=r"files/0\.pkl has 2 tokens, but its record says 10"):
-        dataset[0]
-    (tmp_path / "files/0.pkl").unlink()
-    with pytest.raises(ItemReadError, match=r"files/0\.pkl"):
-        dataset[0]
-
-
-def test_ids_outside_of_the_vocabulary_are_refused(tmp_path):
+def test_ids_outside_of_the_vocabulary_are_rejected(tmp_path):
     dataset = TokenDataset([write_source(tmp_path, [5, 5])], 64)
     assert len(dataset[1].token) == 5
     dataset.use_vocabulary(1000, begin_image_id=3)
     assert len(dataset[0].token) == 5
     with pytest.raises(ItemReadError, match=r"files/1\.pkl.*1000"):
         dataset[1]
-    dataset.use_vocabulary(2000, begin_image_id=3)
-    save_token_file(tmp_path / "files/1.pkl", [1, 2, 3, 4, 5], [-100, -77, 3, 4, 5], 1)
-    with pytest.raises(ItemReadError, match=r"files/1\.pkl.*-77"):
-        dataset[1]
 
 
 def test_the_image_alone_is_the_end_of_the_item(tmp_path):
     dataset = TokenDataset([write_source(tmp_path, [9, 6], image_lens=[4, 4])], 64)
-    dataset.use_vocabulary(5000, begin_image_id=4)  # the token of item 0 at 9 - 1 - 4
+    # The token of item 0 at 9 - 1 - 4.
+    dataset.use_vocabulary(5000, begin_image_id=4)
     alone = dataset.read(0, image_only=True)
     assert alone.token.tolist() == [4, 5, 6, 7, 8] and alone.label.tolist() == dataset[0].label[4:].tolist()
     with pytest.raises(ItemReadError, match=r"files/1\.pkl.*an image of 4 tokens, but none begins there"):
         dataset.read(1, image_only=True)
-
-
-def test_items_that_are_cut_have_no_image(tmp_path):
-    source = write_source(tmp_path, [70, 10], image_lens=[20, 5])
-    assert TokenDataset([source], 64, overlong="truncate").table.image_lens.tolist() == [0, 5]
 
 
 def test_first_items_may_be_bad_if_that_is_allowed(tmp_path):
@@ -147,10 +107,11 @@ def test_first_items_may_be_bad_if_that_is_allowed(tmp_path):
         dataset.check_first_items(max_bad_items=1)
 
 
-def test_the_fingerprint_is_of_what_decides_a_plan(tmp_path):
+def test_the_fingerprint_changes_with_all_that_decides_the_order(tmp_path):
     sources = [write_source(tmp_path / name, [10, 20], image_lens=[None, 4]) for name in "abc"]
     first = TokenDataset(sources[:1], 64).fingerprint
-    assert TokenDataset(sources[1:2], 64).fingerprint == first  # the same items in another folder
+    # The same items in another folder.
+    assert TokenDataset(sources[1:2], 64).fingerprint == first
     others = [
         TokenDataset(sources[:2], 64),
         TokenDataset([DataSource(sources[0].path, 2.0)], 64),
@@ -162,7 +123,7 @@ def test_the_fingerprint_is_of_what_decides_a_plan(tmp_path):
     assert len({first, *(other.fingerprint for other in others)}) == 7
 
 
-def test_all_that_is_wrong_with_the_records_is_told_at_once(tmp_path):
+def test_all_problems_of_the_records_are_in_one_error(tmp_path):
     good, empty = write_source(tmp_path / "good", [5]), tmp_path / "empty.json"
     empty.write_text("[]")
     broken = tmp_path / "broken.json"

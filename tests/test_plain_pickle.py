@@ -1,6 +1,5 @@
-"""Plain pickles: what was pickled is read, code and damage are rejected by name."""
+"""Plain pickles: what was pickled is read; code and damage are rejected with the reason."""
 
-import copyreg
 import io
 import pickle
 
@@ -17,16 +16,15 @@ PLAIN = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
-@given(PLAIN, st.integers(0, 5), st.sampled_from([io.BytesIO, lambda data: io.BufferedReader(io.BytesIO(data))]))
-def test_what_was_pickled_is_read_and_the_next_one_after_it(value, protocol, open_file):
-    payload = pickle.dumps(value, protocol)
-    file = open_file(payload + payload)
+@settings(max_examples=50, deadline=None)
+@given(PLAIN, st.integers(0, 5))
+def test_what_was_pickled_is_read_and_the_next_one_after_it(value, protocol):
+    file = io.BytesIO(pickle.dumps(value, protocol) * 2)
     for _ in range(2):
         assert repr(load_plain(file, "x")) == repr(value)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_a_damaged_pickle_is_a_value_error(data):
     payload = bytearray(pickle.dumps(data.draw(PLAIN), data.draw(st.integers(0, 5))))
@@ -51,25 +49,14 @@ class Evil:
         (pickle.dumps(Evil()), "refers to builtins.print"),
         (pickle.dumps(Evil(), 0), "refers to __builtin__.print"),
         (b"\x80\x04cposix\nsystem\n(\x8c\x06ls > aR.", "refers to posix.system"),
+        (b"c" + b"m" * 10**6 + b"\nname\n.", "refers to mmm"),
         (b"Pid\n.", "persistent"),
-        (b"K\x01Q.", "persistent"),
-        (b"\x82\xfe.", "unregistered extension|refers to"),
+        (b"\x82\xfe.", "unregistered extension"),
         (b"", "ends too early"),
         (pickle.dumps([1])[:-1], "ends too early|truncated"),
-        (b"]K\x01", "ends too early"),
-        (b"a.", "stack underflow"),
     ],
 )
 def test_the_reason_is_named(payload, reason, capsys):
-    with pytest.raises(ValueError, match=rf"^the file cannot be read: .*({reason})"):
+    with pytest.raises(ValueError, match=rf"^the file cannot be read: .*({reason})") as error:
         load_plain(io.BytesIO(payload), "the file")
-    assert not capsys.readouterr().out
-
-
-def test_a_registered_extension_is_code_too(capsys):
-    copyreg.add_extension("builtins", "print", 0xFE)
-    try:
-        with pytest.raises(ValueError, match=r"refers to builtins\.print"):
-            load_plain(io.BytesIO(b"\x80\x02\x82\xfe)R."), "the file")
-    finally:
-        copyreg.remove_extension("builtins", "print", 0xFE)
+    assert not capsys.readouterr().out and len(str(error.value)) < 300

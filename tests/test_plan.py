@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, record_function
 
 from data.data_config import load_data_config
 from data.dataset import TokenDataset
-from data.packing import PlanOptions, plan_epoch
+from data.packing import OrderOptions, plan_epoch
 from exps import plan_table
 from model import storage_tracker
 from model.adapter_folder import NOTE_NAME, BaseWeights
@@ -256,7 +256,7 @@ def test_steps_and_tokens_are_those_of_the_data(small_task, tmp_path, capsys):
     assert code == 0, said
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     dataset = TokenDataset(load_data_config(small_task / "data.yaml"), 64)
-    expected = plan_epoch(dataset.table, PlanOptions(batch_size=2, max_seq_len=64, units_per_step=4), 0)
+    expected = plan_epoch(dataset.table, OrderOptions(batch_size=2, max_seq_len=64, units_per_step=4), 0)
     assert figures["steps_per_epoch"] == expected.num_steps
     assert figures["tokens_per_epoch"] == expected.num_tokens
     assert expected.row_lens.max() <= figures["row_tokens"] <= 2 * 64

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-import data.file_lock
-from data.file_lock import open_locked
+import data.whole_file
 from data.manifest import Manifest, settle_manifest
 from data.record import read_record
 from data.token_file import load_token_file
+from data.whole_file import open_locked
 from data.worker_log import WorkerLog, read_failed
 from pre_tokenize.concat_record import main as concat
 from pre_tokenize.pre_tokenize import main as pre_tokenize
@@ -181,7 +181,7 @@ def test_an_interrupted_merge_is_done_again(mended, monkeypatch, num_replaced):
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(data.file_lock.os, "replace", interrupted)
+        patch.setattr(data.whole_file.os, "replace", interrupted)
         with pytest.raises(SystemExit):
             pre_tokenize(arguments(mended, mended / "out", "--retry_failed"))
     assert (mended / "out" / "0-of-1-retried.jsonl").exists()
@@ -304,7 +304,7 @@ def test_many_settling_at_once_clear_the_folder_once(tmp_path):
 def test_a_lock_follows_the_file_that_takes_its_place(tmp_path):
     path = tmp_path / "log"
     first = open_locked(path)
-    second = data.file_lock.replace_locked(path, ["new\n"])
+    second = data.whole_file.replace_locked(path, ["new\n"])
     first.close()
     with pytest.raises(BlockingIOError):
         open_locked(path)
@@ -328,9 +328,9 @@ def test_a_lock_is_not_shared_by_a_forked_child(tmp_path):
         first.close()
         os._exit(0)
     os.read(is_forked, 1)
-    assert data.file_lock.is_locked(path)
+    assert data.whole_file.is_locked(path)
     first.close()
-    assert not data.file_lock.is_locked(path)
+    assert not data.whole_file.is_locked(path)
     open_locked(path).close()
     os.close(over_end)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

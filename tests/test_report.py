@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.file_lock import is_locked
+from data.whole_file import is_locked
 from model.charts import MAX_POINTS, log_ticks, nice_ticks, smooth, thin, tick_label
 from model.checkpoint import find_newest, lock_output_dir, read_state
 from model.options import build_parser

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data.dataset import TokenDataset
-from data.packing import PlanOptions, plan_epoch
+from data.packing import OrderOptions, plan_epoch
 from data.rows import EpochRows, build_loader, collate_row
 from data.token_file import TokenItem
 from data.vocab import IGNORE_INDEX
@@ -19,7 +19,7 @@ from tests import forked
 from tests.test_dataset import write_source
 
 PAD_ID = 7
-OPTIONS = PlanOptions(batch_size=2, max_seq_len=64, units_per_step=4, seed=3)
+OPTIONS = OrderOptions(batch_size=2, max_seq_len=64, units_per_step=4, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_collate_row_that_overflows():
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_rows_of_an_epoch_hold_every_item_once(dataset, packing):
-    options = PlanOptions(batch_size=2, max_seq_len=64, units_per_step=4, packing=packing)
+    options = OrderOptions(batch_size=2, max_seq_len=64, units_per_step=4, packing=packing)
     rows = make_rows(dataset, options=options)
     drawn = np.bincount([i for k in range(len(rows)) for i in rows[k]["item_indices"]], minlength=len(dataset))
     assert drawn[:31].tolist() == [1] * 31 and drawn[31:].sum() == 11 and drawn.max() == 1
@@ -156,10 +156,10 @@ from data.data_config import DataSource
 from data.dataset import TokenDataset
 from data.packing import plan_epoch
 from data.rows import EpochRows, build_loader
-from data.packing import PlanOptions
+from data.packing import OrderOptions
 
 dataset = TokenDataset([DataSource(Path(sys.argv[1]))], 64, say=lambda message: None)
-rows = EpochRows(dataset, plan_epoch(dataset.table, PlanOptions(1, 64, 1), 0), 0, 1, 0)
+rows = EpochRows(dataset, plan_epoch(dataset.table, OrderOptions(1, 64, 1), 0), 0, 1, 0)
 loader = iter(build_loader(rows, num_workers=2))
 seen = [next(loader), next(loader)]  # one of each worker, so that both are up
 print(*(child.pid for child in multiprocessing.active_children()), flush=True)
@@ -245,7 +245,7 @@ def test_items_of_a_step_do_not_depend_on_ranks_workers_or_resuming(
     images, monkeypatch, packing, epoch, context_dropout
 ):
     monkeypatch.setattr(images, "begin_image_id", AnyId())
-    options = PlanOptions(2, 64, units_per_step=8, packing=packing, seed=1, context_dropout=context_dropout)
+    options = OrderOptions(2, 64, units_per_step=8, packing=packing, seed=1, context_dropout=context_dropout)
     expected = occurrences(images, options, epoch, world_size=1)
     assert len(expected) == len(images)
     for world_size in (2, 3, 4, 8):
@@ -268,7 +268,7 @@ class AnyId:
 
 def test_context_dropout_leaves_images_and_draws_anew_each_epoch(images, monkeypatch):
     monkeypatch.setattr(images, "begin_image_id", AnyId())
-    options = PlanOptions(2, 64, units_per_step=4, context_dropout=0.5)
+    options = OrderOptions(2, 64, units_per_step=4, context_dropout=0.5)
     lengths, image_lens = images.table.lengths, images.table.image_lens
     draws = []
     for epoch in range(2):
@@ -285,7 +285,7 @@ def test_context_dropout_leaves_images_and_draws_anew_each_epoch(images, monkeyp
 
 def test_the_first_token_of_an_image_alone_is_no_target(images, monkeypatch):
     monkeypatch.setattr(images, "begin_image_id", AnyId())
-    options = PlanOptions(1, 64, units_per_step=1, context_dropout=1.0)
+    options = OrderOptions(1, 64, units_per_step=1, context_dropout=1.0)
     for row in build_loader(make_rows(images, options=options)):
         assert row["labels"][0, row["cu_seqlens"][:-1]].eq(IGNORE_INDEX).all()
         assert row["num_valid_tokens"] > 0

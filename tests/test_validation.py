@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from data.data_config import load_data_config
 from data.dataset import TokenDataset
-from data.packing import PlanOptions
+from data.packing import OrderOptions
 from model.convert import load_pretrained
 from model.distributed import Launch, process_group
 from model.parallelize import ParallelOptions, build_mesh, parallelize
@@ -77,8 +77,8 @@ def test_rows_are_the_same_whoever_takes_them(two_types, world_size):
         units = [rows.unit(index).items.tolist() for index in range(len(dealt[0])) for rows in dealt]
         return [items for items in units if items]
 
-    options = PlanOptions(batch_size=5, max_seq_len=64, units_per_step=4, seed=3, context_dropout=0.5)
-    expected = rows_of(PlanOptions(batch_size=5, max_seq_len=64, units_per_step=1), 1)
+    options = OrderOptions(batch_size=5, max_seq_len=64, units_per_step=4, seed=3, context_dropout=0.5)
+    expected = rows_of(OrderOptions(batch_size=5, max_seq_len=64, units_per_step=1), 1)
     assert rows_of(options, world_size) == expected
     assert sorted(item for items in expected for item in items) == list(range(24))
 
@@ -134,7 +134,7 @@ def test_gathered_weights_are_let_go_of(two_types, data_parallel):
     with process_group(Launch(), "cpu", timeout_s=60) as device:
         model = load_pretrained(two_types / "init").train()
         model = parallelize(model, build_mesh(options, "cpu", 1), options)
-        plan_options = PlanOptions(batch_size=5, max_seq_len=64, units_per_step=1)
+        plan_options = OrderOptions(batch_size=5, max_seq_len=64, units_per_step=1)
         Validator(dataset, plan_options, 0, 1, 0, device, z_loss_weight=0.0).run(model)
         groups = [part._get_fsdp_state()._fsdp_param_group for part in model.modules() if isinstance(part, FSDPModule)]
     is_gathered = [group.is_unsharded for group in groups if group is not None]

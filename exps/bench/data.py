@@ -32,8 +32,7 @@ from torch.utils.data import DataLoader, Dataset  # noqa: E402
 
 from data.data_config import DataSource  # noqa: E402
 from data.dataset import TokenDataset  # noqa: E402
-from data.packing import PlanOptions, plan_epoch  # noqa: E402
-from data.plan_cache import load_plan, save_plan  # noqa: E402
+from data.packing import OrderOptions, plan_epoch  # noqa: E402
 from data.record_index import open_index  # noqa: E402
 from data.rows import EpochRows, build_loader  # noqa: E402
 from data.vocab import IGNORE_INDEX  # noqa: E402
@@ -89,18 +88,13 @@ def measure_row(num_items: int, work_dir: Path, args: argparse.Namespace) -> dic
 
 
 def measure_plan(case: dict) -> dict[str, dict]:
-    """Seconds and peak memory to build the index and the plans of an epoch, whose fill is told too.
-
-    The plan without packing is kept for `measure_read`.
-    """
+    """Seconds and peak memory to build the index and the orders of an epoch, and the fill of each order."""
     found = {"build": cost_of(lambda: open_index(case["record"], case["cache_dir"], say=lambda line: None))[1]}
     table = open_dataset(case).table
     for name, batch_size in (("packing", 1), ("plan", case["batch_size"])):
-        is_packed, num_ranks = name == "packing", case["num_ranks"]
-        options = PlanOptions(batch_size, case["max_seq_len"], units_per_step=num_ranks, packing=is_packed)
+        options = OrderOptions(batch_size, case["max_seq_len"], case["num_ranks"], packing=name == "packing")
         plan, cost = cost_of(lambda options=options: plan_epoch(table, options, epoch=0))
         found[name] = {**cost, "fill": plan.fill}
-    save_plan(plan, Path(case["cache_dir"]) / "plan")
     return found
 
 
@@ -109,9 +103,9 @@ def measure_read(case: dict) -> dict:
     private_mib = resident_mib("RssAnon")
     dataset, open_cost = cost_of(lambda: open_dataset(case))
     dataset.use_vocabulary(VOCAB_SIZE, begin_image_id=0)
-    rows = EpochRows(
-        dataset, load_plan(Path(case["cache_dir"]) / "plan"), rank=0, world_size=case["num_ranks"], pad_id=1
-    )
+    options = OrderOptions(case["batch_size"], case["max_seq_len"], case["num_ranks"])
+    order = plan_epoch(dataset.table, options, epoch=0)
+    rows = EpochRows(dataset, order, rank=0, world_size=case["num_ranks"], pad_id=1)
     read = read_rates(case, lambda num_workers: (row["num_tokens"] for row in build_loader(rows, num_workers)))
     return {"open": open_cost, **read, "private_mib": resident_mib("RssAnon") - private_mib}
 
