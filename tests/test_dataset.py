@@ -11,6 +11,7 @@ from data.record import RecordEntry, write_merged
 from data.token_file import ItemReadError, save_token_file, write_shard
 from data.vocab import IGNORE_INDEX
 
+
 def write_source(folder: Path, lengths, type_name="default", ratio=1.0, image_lens=None) -> DataSource:
     """Token files in which token t of item i is 1000 * i + t, every other one a target."""
     (folder / "files").mkdir(parents=True)
