@@ -32,7 +32,7 @@ _SUB_RECORD = re.compile(r"(\d+)-of-(\d+)-record\.jsonl")
 
 
 # Not frozen: a frozen instance takes three times as long to make, and records have tens of millions.
-@dataclass(slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class RecordEntry:
     """One item of a record. `file` as written in the record, or resolved, as the function that returns it says.
 
