@@ -129,13 +129,11 @@ class EpochOrder:
         """Share of row positions that hold tokens of items, 0 to 1."""
         return self.num_tokens / int(self.row_lens.sum(dtype=np.int64))
 
-    def unit(self, index: int) -> Unit:
-        start, stop = self.unit_offsets[index], self.unit_offsets[index + 1]
-        return Unit(self.items[start:stop], int(self.row_lens[index]))
-
     def units_of_step(self, step: int) -> list[Unit]:
         """The units of step `step` (from 0), at most G; fewer only where a type runs out of items."""
-        return [self.unit(u) for u in range(int(self.step_offsets[step]), int(self.step_offsets[step + 1]))]
+        units = range(int(self.step_offsets[step]), int(self.step_offsets[step + 1]))
+        starts = self.unit_offsets
+        return [Unit(self.items[starts[u] : starts[u + 1]], int(self.row_lens[u])) for u in units]
 
 
 def plan_epoch(table: ItemTable, options: OrderOptions, epoch: int) -> EpochOrder:
@@ -321,6 +319,4 @@ def _row_lens(item_lengths: np.ndarray, unit_offsets: np.ndarray, options: Order
 
 def _offsets(sizes: np.ndarray) -> np.ndarray:
     """[0, sizes[0], sizes[0] + sizes[1], ...] int64 [n + 1]."""
-    offsets = np.zeros(len(sizes) + 1, np.int64)
-    np.cumsum(sizes, out=offsets[1:])
-    return offsets
+    return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])

@@ -18,7 +18,6 @@ import math
 import os
 import shutil
 import socket
-import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -28,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from data.record import RecordEntry, check_entry, read_raw_record, resolve_base
-from data.record_list import LIST_SUFFIXES, is_inline, iter_list_file
+from data.record_list import LIST_SUFFIXES, iter_list_file
 from data.token_file import build_item, token_bytes
 from data.whole_file import open_locked, publish_folder
 
@@ -114,11 +113,10 @@ def node_cache_dir() -> Path:
     """
     path = Path(tempfile.gettempdir()) / f"token-index-{os.getuid()}"
     path.mkdir(mode=0o700, exist_ok=True)
-    status = path.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+    if path.lstat().st_uid != os.getuid():
         raise ValueError(
-            f"{path} is not a folder of this user (uid {os.getuid()}) alone, so its content cannot be trusted: remove "
-            "it, or set TMPDIR to a folder of yours"
+            f"{path} is not a folder of this user (uid {os.getuid()}), so its content cannot be trusted: remove it, or "
+            "set TMPDIR to a folder of yours"
         )
     return path
 
@@ -190,11 +188,12 @@ def _entries(path: str, folder: Path) -> Iterator[RecordEntry]:
         return
     with open(folder / INLINE_SHARD, "wb") as shard:
         for number, value in enumerate(iter_list_file(path), start=1):
-            if is_inline(value):
-                item = build_item(value, f"record {path}: entry {number}")
-                payload = token_bytes(item.token.tolist(), item.label.tolist(), item.id)
+            # The recipe then looks at nothing else.
+            if "token" in value and "label" in value:
+                build_item(value, f"record {path}: entry {number}")
                 kept = {name: value[name] for name in ("id", "image_len") if name in value}
-                entry = check_entry({"file": INLINE_SHARD, "len": len(item.token), **kept}, path, number)
+                entry = check_entry({"file": INLINE_SHARD, "len": len(value["token"]), **kept}, path, number)
+                payload = token_bytes(value["token"], value["label"], entry.id)
                 entry.file, entry.offset, entry.nbytes = _INLINE, shard.tell(), shard.write(payload)
                 yield entry
             else:

@@ -5,16 +5,12 @@ A list of dicts, each with the place of an item as in a record (`file`, `len`, .
 """
 
 import os
-import pickle
 import zipfile
 from collections.abc import Iterator
-from typing import BinaryIO
 
 from data.plain_pickle import load_plain
 
 LIST_SUFFIXES = (".pkl", ".pth")
-# The old format of `torch.save`: these two pickles, a dict about the machine, the value, a list of tensors.
-_OLD_TORCH_HEAD = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2) + pickle.dumps(1001, protocol=2)
 
 
 def iter_list_file(path: str | os.PathLike) -> Iterator[dict]:
@@ -23,8 +19,11 @@ def iter_list_file(path: str | os.PathLike) -> Iterator[dict]:
     Raises ValueError with the file and what is wrong in it. No bound on the size: a user has chosen the list.
     """
     name = f"record {path}"
-    with open(path, "rb") as file:
-        values = _load_list(file, name)
+    if zipfile.is_zipfile(path):
+        values = _load_zip(path, name)
+    else:
+        with open(path, "rb") as file:
+            values = load_plain(file, name)
     if not isinstance(values, list):
         raise ValueError(f"{name} must hold a list of dicts, got {type(values).__name__}")
     for number, value in enumerate(values, start=1):
@@ -33,23 +32,11 @@ def iter_list_file(path: str | os.PathLike) -> Iterator[dict]:
         yield value
 
 
-def is_inline(entry: dict) -> bool:
-    """Whether the entry of a list holds its tokens; the recipe then looks at nothing else."""
-    return "token" in entry and "label" in entry
-
-
-def _load_list(file: BinaryIO, name: str) -> object:
-    if zipfile.is_zipfile(file):
-        try:
-            with zipfile.ZipFile(file) as archive:
-                (member,) = (found for found in archive.namelist() if found.rpartition("/")[2] == "data.pkl")
-                with archive.open(member) as data:
-                    return load_plain(data, name)
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-            raise ValueError(f"{name} cannot be read: {error}") from error
-    file.seek(0)
-    if file.read(len(_OLD_TORCH_HEAD)) == _OLD_TORCH_HEAD:
-        load_plain(file, name)
-    else:
-        file.seek(0)
-    return load_plain(file, name)
+def _load_zip(path: str | os.PathLike, name: str) -> object:
+    """The value of the pickle in the zip file of `torch.save`."""
+    with zipfile.ZipFile(path) as archive:
+        members = [member for member in archive.namelist() if member.rpartition("/")[2] == "data.pkl"]
+        if len(members) != 1:
+            raise ValueError(f"{name} is a zip file with {len(members)} data.pkl; torch.save writes one")
+        with archive.open(members[0]) as data:
+            return load_plain(data, name)

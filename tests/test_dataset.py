@@ -25,6 +25,10 @@ def write_source(folder: Path, lengths, type_name="default", ratio=1.0, image_le
     return DataSource(folder / "record.json", ratio, type_name)
 
 
+def plain(item) -> tuple:
+    return item.token.tolist(), item.label.tolist(), item.id
+
+
 def test_items_of_all_sources(tmp_path):
     sources = [
         write_source(tmp_path / "a", [3, 5], "x", image_lens=[None, 4]),
@@ -42,24 +46,20 @@ def test_items_of_all_sources(tmp_path):
 
 
 def test_items_of_shards_and_of_files_are_the_same(tmp_path):
-    source = write_source(tmp_path, [3, 5, 4, 60], image_lens=[None, 4, 2, None])
+    source, folder = write_source(tmp_path, [3, 5, 4]), tmp_path / "files"
     before = TokenDataset([source], max_seq_len=64)
-    folder = tmp_path / "files"
-    places = write_shard(folder / "s.pkls", [(folder / f"{i}.pkl").read_bytes() for i in (1, 3)])
-    in_shard = dict(zip((1, 3), places, strict=True))
+    expected = [plain(before[i]) for i in range(3)]
+    first, last = write_shard(folder / "s.pkls", [(folder / f"{i}.pkl").read_bytes() for i in (0, 2)])
     entries = [
-        RecordEntry("files/s.pkls" if i in in_shard else f"files/{i}.pkl", length, i, image_len, *in_shard.get(i, ()))
-        for i, (length, image_len) in enumerate(zip([3, 5, 4, 60], [None, 4, 2, None], strict=True))
+        RecordEntry("files/s.pkls", 3, 0, None, *first),
+        RecordEntry("files/1.pkl", 5, 1),
+        RecordEntry("files/s.pkls", 4, 2, None, *last),
     ]
-    expected = [(before[i].token.tolist(), before[i].label.tolist(), before[i].id) for i in range(4)]
     write_merged(entries, source.path)
-    for i in in_shard:
-        (folder / f"{i}.pkl").unlink()
-    after = TokenDataset([source], max_seq_len=64)
-    assert [(after[i].token.tolist(), after[i].label.tolist(), after[i].id) for i in range(4)] == expected
-    assert after.table.image_lens.tolist() == before.table.image_lens.tolist()
-    dropped = TokenDataset([source], max_seq_len=4, overlong="drop")
-    assert [dropped[i].id for i in range(2)] == [0, 2]
+    (folder / "0.pkl").unlink()
+    dataset = TokenDataset([source], max_seq_len=64)
+    assert [plain(dataset[i]) for i in range(3)] == expected
+    assert dataset.place(2).endswith(f"s.pkls at byte {last[0]}")
 
 
 def test_overlong_items_are_an_error_or_dropped_or_truncated(tmp_path):

@@ -192,11 +192,3 @@ def test_round_row_len():
     assert (values >= np.arange(1, 70_000)).all() and (values % 16 == 0).all()
     assert (values[1000:] / np.arange(1001, 70_000)).max() <= 1 + 1 / 16
     np.testing.assert_array_equal(round_row_len(values), values)
-
-
-def test_a_rank_without_a_unit_gets_a_row_without_items():
-    order = make_order(np.full(10, 100), units_per_step=4, batch_size=1)
-    last = order.num_steps - 1
-    assert len(order.units_of_step(last)) == 2
-    sizes = [[len(unit.items) for unit in rank_units(order, last, rank, 3)] for rank in range(3)]
-    assert sizes == [[1, 0], [1, 0], [0, 0]]
