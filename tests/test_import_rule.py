@@ -20,7 +20,11 @@ ROOMS = [
     (3, "training", "model.step_guard model.training model.checkpoint model.async_checkpoint model.cpu_memory"),
     (3, "generation", "model.generation model.decode_step model.root_forward model.kv_cache model.sampling"),
     (3, "generation", "model.image_grammar model.requests model.progress model.serve"),
-    (4, "run", "model.options model.checks model.metrics model.run_log model.trackers model.watch model.stop_signal"),
+    (
+        4,
+        "run",
+        "model.options model.checks model.run_start model.metrics model.run_log model.trackers model.watch model.stop_signal",
+    ),
     (4, "run", "model.bad_data model.validation model.samples model.sample_prompts model.samples_format model.flops"),
     (4, "run", "model.gpu_peaks"),
     (5, "plan", "model.plan model.plan_disk model.storage_tracker"),

@@ -1,0 +1,66 @@
+"""A command-line flag is written once: as a field of an options dataclass, with its help text.
+
+`flag` declares the field. `add_flags` adds the flags of a dataclass to a parser, `flag_rows` writes the table of the
+manual, and `find_small_numbers` checks the least values. Every options dataclass of training uses them.
+"""
+
+import argparse
+import dataclasses
+import types
+import typing
+from typing import Any
+
+
+def flag(default: Any, help: str, *, least: float | None = None, off: str | None = None, **settings: Any) -> Any:
+    """A dataclass field that is also the flag `--name`; its type is that of the field.
+
+    A field of type `bool` becomes the switches `--name` and `--no-name`, one of type `list[str]` takes several values.
+
+    Args:
+        help: a phrase that says what the value means, its unit, and which value switches it off.
+        least: the smallest number that `find_small_numbers` accepts.
+        off: another spelling of `--no-name`, that of the recipe.
+        settings: for `ArgumentParser.add_argument`: `choices`, `metavar`, `type`.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "least": least, "off": off, "settings": settings})
+
+
+def add_flags(group: argparse._ArgumentGroup, options_class: type) -> None:
+    """Adds the flags of a dataclass to a group of a parser."""
+    hints = typing.get_type_hints(options_class)
+    for field in dataclasses.fields(options_class):
+        help_text, off, settings = (field.metadata[key] for key in ("help", "off", "settings"))
+        kind = hints[field.name]
+        if isinstance(kind, types.UnionType):
+            kind = next(part for part in typing.get_args(kind) if part is not types.NoneType)
+        if kind is bool:
+            settings = {"action": argparse.BooleanOptionalAction}
+        elif typing.get_origin(kind) is list:
+            settings = {"nargs": "+"} | settings
+        else:
+            settings = {"type": kind} | settings
+        group.add_argument(f"--{field.name}", default=field.default, help=help_text, **settings)
+        if off:
+            settings = {"action": "store_false", "help": f"the same as --no-{field.name}"}
+            group.add_argument(f"--{off}", dest=field.name, default=field.default, **settings)
+
+
+def find_small_numbers(options: Any) -> list[str]:
+    """The numbers of a dataclass of flags that are below their least value, one sentence each."""
+    found = []
+    for field in dataclasses.fields(options):
+        least, value = field.metadata["least"], getattr(options, field.name)
+        if least is not None and value is not None and not value >= least:
+            found.append(f"--{field.name} must be at least {least}, got {value}")
+    return found
+
+
+def flag_rows(options_class: type) -> list[str]:
+    """Rows of a Markdown table: flag, default, meaning."""
+    rows = []
+    for field in dataclasses.fields(options_class):
+        name, off, choices = f"--{field.name}", field.metadata["off"], field.metadata["settings"].get("choices")
+        names = f"`{name} {{{','.join(choices)}}}`" if choices else f"`{name}`"
+        default = {None: "-", True: "on", False: "off", "": "-"}.get(field.default, field.default)
+        rows.append(f"| {names}{f', `--{off}`' if off else ''} | {default} | {field.metadata['help']} |")
+    return rows
