@@ -44,7 +44,7 @@ from model.options import Options, build_parser
 from model.plan import print_plan
 from model.report import report_at_end
 from model.run_log import describe_losses
-from model.run_start import Run, build_model, build_run, find_run_start, plan_options
+from model.run_start import Run, build_model, build_run, find_run_start, order_options
 from model.stop_signal import SIGNALS, NoRowsError, requeue_on_slurm
 from model.training import micro_step, optimizer_step
 from model.validation import validate, validation_rows
@@ -99,7 +99,7 @@ def evaluate(setup: Setup) -> int:
     model, _, tokenizer, weights = build_model(setup, folder)
     load_checkpoint_weights(model, weights)
     pad_id = ChameleonVocab.from_tokenizer(tokenizer).pad_id
-    order = plan_options(setup, state.units_per_step)
+    order = order_options(setup, state.units_per_step)
     rows = validation_rows(setup.val_dataset, order, launch.rank, launch.world_size, pad_id)
     figures, bad_items = validate(model, rows, setup.device, options.model.z_loss_weight, options.data.num_workers)
     for bad in bad_items:

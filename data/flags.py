@@ -61,6 +61,10 @@ def flag_rows(options_class: type) -> list[str]:
     for field in dataclasses.fields(options_class):
         name, off, choices = f"--{field.name}", field.metadata["off"], field.metadata["settings"].get("choices")
         names = f"`{name} {{{','.join(choices)}}}`" if choices else f"`{name}`"
-        default = {None: "-", True: "on", False: "off", "": "-"}.get(field.default, field.default)
-        rows.append(f"| {names}{f', `--{off}`' if off else ''} | {default} | {field.metadata['help']} |")
+        default = field.default
+        if isinstance(default, bool):
+            default = "on" if default else "off"
+        elif isinstance(default, int | float):
+            default = f"{default:g}"
+        rows.append(f"| {names}{f', `--{off}`' if off else ''} | {default or '-'} | {field.metadata['help']} |")
     return rows

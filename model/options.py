@@ -8,6 +8,7 @@ Each part is a dataclass beside the module that uses it. Its fields are the flag
 import argparse
 import dataclasses
 import difflib
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,7 +36,10 @@ from model.watch import WatchOptions
 # What the recipe starts from without --init_from.
 DEFAULT_STARTS = {"7B": "Alpha-VLLM/Chameleon_7B_mGPT", "34B": "Alpha-VLLM/Chameleon_34B_mGPT"}
 MANUAL = Path(__file__).parents[1] / "TRAIN.md"
-TABLE_BEGIN, TABLE_END = "<!-- written by python -m model.options -->\n", "<!-- end of the table -->\n"
+TABLE_BEGIN, TABLE_END = (
+    "<!-- The next table is written by python -m model.options. -->\n",
+    "<!-- End of the table. -->\n",
+)
 
 
 @dataclass(frozen=True)
@@ -249,9 +253,8 @@ def flag_table() -> str:
 
 
 def main() -> None:
-    before, _, rest = MANUAL.read_text().partition(TABLE_BEGIN)
-    _, _, after = rest.partition(TABLE_END)
-    MANUAL.write_text(before + TABLE_BEGIN + flag_table() + TABLE_END + after)
+    table = f"{TABLE_BEGIN}{flag_table()}{TABLE_END}"
+    MANUAL.write_text(re.sub(f"{TABLE_BEGIN}.*{TABLE_END}", lambda _: table, MANUAL.read_text(), flags=re.DOTALL))
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def find_run_start(setup: Setup) -> tuple[Path | None, TrainerState]:
     return folder, state
 
 
-def plan_options(setup: Setup, units_per_step: int) -> PlanOptions:
+def order_options(setup: Setup, units_per_step: int) -> PlanOptions:
     """What decides the order of an epoch beside the data."""
     data = setup.options.data
     return PlanOptions(
@@ -145,7 +145,7 @@ def build_run(setup: Setup, folder: Path | None, state: TrainerState, hang_watch
     adapted = _fill_model(setup, folder, weights, model, optimizer)
     model.train()
     pad_id = ChameleonVocab.from_tokenizer(tokenizer).pad_id
-    order, val_rows = plan_options(setup, state.units_per_step), None
+    order, val_rows = order_options(setup, state.units_per_step), None
     if setup.val_dataset is not None:
         val_rows = validation_rows(setup.val_dataset, order, launch.rank, launch.world_size, pad_id)
     makes_plans = launch.local_rank == 0

@@ -76,14 +76,14 @@ def validate(
 
 
 def validation_rows(
-    dataset: TokenDataset, plan_options: PlanOptions, rank: int, world_size: int, pad_id: int
+    dataset: TokenDataset, order_options: PlanOptions, rank: int, world_size: int, pad_id: int
 ) -> EpochRows:
     """The rows of one rank: every `world_size`-th of all rows, and an empty row where none is left.
 
-    Of `plan_options`, `batch_size`, `max_seq_len` and `packing` count. Items are those of epoch 0 under seed 0: a ratio
-    below 1 is the same sample each time.
+    Of `order_options`, `batch_size`, `max_seq_len` and `packing` count. Items are those of epoch 0 under seed 0: with a
+    ratio below 1 the sample is the same each time.
     """
-    alone = dataclasses.replace(plan_options, units_per_step=1, seed=0, context_dropout=0.0)
+    alone = dataclasses.replace(order_options, units_per_step=1, seed=0, context_dropout=0.0)
     plan = plan_epoch(dataset.table, alone, epoch=0)
     dealt = dataclasses.replace(
         plan,

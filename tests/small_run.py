@@ -20,8 +20,11 @@ from transformers import PreTrainedTokenizerFast
 from data.record import RecordEntry, read_record, write_merged
 from data.token_file import save_token_file
 from data.vocab import ChameleonVocab
+from model.checks import prepare
 from model.convert import export_hf
 from model.decoder.chameleon import build_config, build_model, init_weights
+from model.distributed import Launch
+from model.options import Options, build_parser
 from tests import forked
 
 ROOT = Path(__file__).parents[1]
@@ -104,6 +107,16 @@ def solver_args(folder: Path, output_dir: Path, **changes: object) -> list[str]:
     return args
 
 
+def find_problems(folder: Path, output_dir: Path, **changes: object) -> str:
+    """What keeps a small run from starting, as one message; empty if nothing does."""
+    options = Options.from_namespace(build_parser().parse_args(solver_args(folder, output_dir, **changes)))
+    try:
+        prepare(options, Launch())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def command(num_ranks: int, args: list[str]) -> list[str]:
     """The command line of a run: plain python for one rank (0), torchrun otherwise."""
     python = [sys.executable, "-u"]
@@ -142,7 +155,7 @@ def read_lines(output_dir: Path) -> list[dict]:
 
 
 def losses(output_dir: Path) -> dict[int, float]:
-    """Loss by step, every step once; lines of validation are left out."""
+    """Loss by step, of training alone; every step is there once."""
     lines = [line for line in read_lines(output_dir) if "loss" in line]
     by_step = {line["step"]: line["loss"] for line in lines}
     assert len(by_step) == len(lines), "a step was logged twice"
@@ -160,7 +173,8 @@ def call_main(args: list[str]) -> tuple[int, str]:
         except SystemExit as end:
             code = end.code
         finally:
-            if torch.distributed.is_initialized():  # a process that ended leaves its group; here another run may follow
+            # A process that ends leaves its group; here another run may follow.
+            if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
     return code, said.getvalue()
 
