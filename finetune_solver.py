@@ -44,7 +44,7 @@ from model.options import Options, build_parser
 from model.plan import print_plan
 from model.report import report_at_end
 from model.run_log import describe_losses
-from model.run_start import Run, build_model, build_run, find_run_start, order_options
+from model.run_start import Run, build_model, build_run, find_run_start
 from model.stop_signal import SIGNALS, NoRowsError, requeue_on_slurm
 from model.training import micro_step, optimizer_step
 from model.validation import validate, validation_rows
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             barrier()
             return error.exit_code
         except NoRowsError as error:
-            # In validation: the other ranks wait in a collective, which ends with this process.
+            # During validation the other ranks wait in a collective, which ends with this process.
             print(f"finetune_solver.py: rank {launch.rank}: {error}", file=sys.stderr, flush=True)
             return 128 + error.number
         except KeyboardInterrupt:
@@ -99,7 +99,7 @@ def evaluate(setup: Setup) -> int:
     model, _, tokenizer, weights = build_model(setup, folder)
     load_checkpoint_weights(model, weights)
     pad_id = ChameleonVocab.from_tokenizer(tokenizer).pad_id
-    order = order_options(setup, state.units_per_step)
+    order = options.order_options(state.units_per_step)
     rows = validation_rows(setup.val_dataset, order, launch.rank, launch.world_size, pad_id)
     figures, bad_items = validate(model, rows, setup.device, options.model.z_loss_weight, options.data.num_workers)
     for bad in bad_items:
@@ -111,19 +111,15 @@ def evaluate(setup: Setup) -> int:
 
 
 def train(setup: Setup) -> int:
-    """Trains to the end of the run, or until a signal ends it, with a checkpoint. Returns the exit code."""
-    options, launch, output_dir = setup.options, setup.launch, setup.options.checkpoint.output_dir
+    """Trains to the end of the run, or until a signal. Either way ends with a checkpoint. Returns the exit code."""
+    options, launch = setup.options, setup.launch
     folder, state = find_run_start(setup)
-    for name, items in (("data_config", setup.dataset), ("val_data_config", setup.val_dataset)):
-        if items is not None and items.num_overlong:
-            done = {"drop": "dropped", "truncate": "cut"}[options.data.overlong]
-            limit = f"--max_seq_len {options.data.max_seq_len}"
-            setup.say(f"{items.num_overlong} items of --{name} above {limit} are {done}")
     if is_finished(options, state.position):
         setup.say(f"nothing left to train: step {state.position.global_step} is the end of this run")
         write_report(setup)
         return 0
-    with closing(HangWatch(options.watch.hang_timeout_s, output_dir, launch.rank)) as hang_watch:
+    hang_watch = HangWatch(options.watch.hang_timeout_s, options.checkpoint.output_dir, launch.rank)
+    with closing(hang_watch):
         hang_watch.expect("building the model and loading its weights", PATIENCE)
         run = build_run(setup, folder, state, hang_watch)
         with run.stop_signal, closing(run.log), closing(run.profiler):
@@ -169,10 +165,10 @@ def train_epochs(run: Run) -> tuple[Position, int]:
             is_last = is_end or bool(stopped_by)
             place = epoch, done, num_steps, rows.micro_steps
             checkpoint = due_checkpoint(options.checkpoint, *place, is_last=is_last, is_first=step == 1)
-            # After a signal only seconds remain: validation and samples are left out.
+            # After a signal only seconds remain: no validation and no samples.
             validates = not stopped_by and options.validation.is_due(step, is_end)
             samples = not stopped_by and options.samples.is_due(step, is_end)
-            # These three are not counted as training time, so a line of the log comes before them.
+            # These three do not count as training time, so a line of the log comes before them.
             if step % options.run.log_interval == 0 or checkpoint or validates or samples:
                 log_step(run, step, {"epoch": round(epoch + done / num_steps, 6), "lr": lr}, grad_norm, rows.plan.fill)
             if validates:
@@ -233,7 +229,7 @@ def train_step(run: Run, position: Position, rows: Sequence[Mapping[str, Any]], 
 def agree_on_step(run: Run, step: int, rows: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
     """(targets of the step over all ranks; the signal that ends the run, or 0), by one collective on the host.
 
-    What one rank has met, all ranks raise at once: a collective of the step would wait forever for a missing rank.
+    A problem of one rank is raised on all ranks: the collectives of the step would wait forever for a missing rank.
     """
     bad_items = [bad for row in rows for bad in row["bad_items"]]
     num_valid = sum(row["num_valid_tokens"] for row in rows)
@@ -251,7 +247,7 @@ def agree_on_step(run: Run, step: int, rows: Sequence[Mapping[str, Any]]) -> tup
 
 
 def log_step(run: Run, step: int, place: Mapping[str, float], grad_norm: torch.Tensor, fill: float) -> None:
-    """Writes a line of figures over the steps since the last line. Only here the host waits for the device."""
+    """Writes a line of figures over the steps since the last line, the only time that the host waits for the device."""
     run.hang_watch.expect(f"what the device had to do up to step {step}")
     figures, ((norm,), guarded) = run.log.collect(grad_norm.reshape(1), run.guard.numbers())
     skipped, is_too_many = run.guard.read(guarded)

@@ -1,7 +1,7 @@
 """A command-line flag is written once: as a field of an options dataclass, with its help text.
 
 `flag` declares the field. `add_flags` adds the flags of a dataclass to a parser, `flag_rows` writes the table of the
-manual, and `find_small_numbers` checks the least values. Every options dataclass of training uses them.
+manual, and `range_problems` checks numbers. Every options dataclass of training uses them.
 """
 
 import argparse
@@ -11,18 +11,27 @@ import typing
 from typing import Any
 
 
-def flag(default: Any, help: str, *, least: float | None = None, off: str | None = None, **settings: Any) -> Any:
+def flag(
+    default: Any,
+    help: str,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    off: str | None = None,
+    **settings: Any,
+) -> Any:
     """A dataclass field that is also the flag `--name`; its type is that of the field.
 
     A field of type `bool` becomes the switches `--name` and `--no-name`, one of type `list[str]` takes several values.
 
     Args:
         help: a phrase that says what the value means, its unit, and which value switches it off.
-        least: the smallest number that `find_small_numbers` accepts.
+        least, most: the numbers that `range_problems` accepts.
         off: another spelling of `--no-name`, that of the recipe.
         settings: for `ArgumentParser.add_argument`: `choices`, `metavar`, `type`.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "least": least, "off": off, "settings": settings})
+    metadata = {"help": help, "least": least, "most": most, "off": off, "settings": settings}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def add_flags(group: argparse._ArgumentGroup, options_class: type) -> None:
@@ -45,13 +54,15 @@ def add_flags(group: argparse._ArgumentGroup, options_class: type) -> None:
             group.add_argument(f"--{off}", dest=field.name, default=field.default, **settings)
 
 
-def find_small_numbers(options: Any) -> list[str]:
-    """The numbers of a dataclass of flags that are below their least value, one sentence each."""
+def range_problems(options: Any) -> list[str]:
+    """The numbers of a dataclass of flags that are outside of their range, one sentence each."""
     found = []
     for field in dataclasses.fields(options):
-        least, value = field.metadata["least"], getattr(options, field.name)
+        least, most, value = field.metadata["least"], field.metadata["most"], getattr(options, field.name)
         if least is not None and value is not None and not value >= least:
             found.append(f"--{field.name} must be at least {least}, got {value}")
+        if most is not None and not value <= most:
+            found.append(f"--{field.name} must be at most {most}, got {value}")
     return found
 
 

@@ -60,17 +60,13 @@ class CheckpointOptions:
 
     output_dir: Path = flag(Path("output_dir"), "folder of the checkpoints and of metrics.jsonl")
     save_interval: int = flag(1, "epochs between checkpoints; 0: only at the end of the run")
-    save_iteration_interval: int = flag(
-        5000, "micro-steps of an epoch between checkpoints, rounded up to whole steps; 0: none"
-    )
+    save_iteration_interval: int = flag(5000, "micro-steps of an epoch between checkpoints; 0: none")
     ckpt_max_keep: int = flag(2, "number of newest checkpoints to keep; 0: all")
     auto_resume: bool = flag(True, "resume from the newest complete checkpoint in --output_dir", off="no_auto_resume")
     resume_anyway: bool = flag(False, "resume although the data, the seed, the batch size or the like have changed")
     new_global_batch: bool = flag(False, "resume with steps of accum_iter x ranks rows, not those of the checkpoint")
     resume_path: Path | None = flag(None, "checkpoint of another run to resume from")
-    async_save: bool = flag(
-        True, "train on while a checkpoint is written, from a copy in host memory", off="no_async_save"
-    )
+    async_save: bool = flag(True, "train while a checkpoint is written, from a copy in memory", off="no_async_save")
     only_save_trainable: bool = flag(False, "accepted for the recipe's commands: frozen weights are never saved")
 
     def problems(self) -> list[str]:

@@ -53,17 +53,17 @@ def prepare(options: Options, launch: Launch) -> tuple[TokenDataset, TokenDatase
     """
     eval_only = options.validation.eval_only
     problems = options.problems(launch.world_size, launch.local_world_size)
-    problems += _find_eval_problems(options) if eval_only else options.checkpoint.problems()
+    start = _find_start(options, problems)
     try:
         choose_device(options.run.device, launch)
     except ValueError as error:
         problems.append(str(error))
     dataset = _open_dataset("data_config", options, launch, problems)
     val_dataset = None
-    if options.validation.val_data_config is not None:
+    if eval_only or options.validation.val_data_config is not None:
         val_dataset = _open_dataset("val_data_config", options, launch, problems)
     datasets = [found for found in (dataset, val_dataset) if found is not None]
-    problems += _find_model_problems(options, datasets)
+    problems += _find_model_problems(options, start, datasets)
     if dataset is not None and options.data.context_dropout and not dataset.has_images:
         problems.append("--context_dropout: no item of the records ends in a generated image (image_len)")
     problems += _find_mask_problems(options, datasets)
@@ -85,9 +85,9 @@ def settle_codebook(dataset: TokenDataset, start: str | None) -> str | None:
 
 
 def _open_dataset(name: str, options: Options, launch: Launch, problems: list[str]) -> TokenDataset | None:
-    """The items of `--{name}`; what is wrong with them is added to `problems`."""
+    """The items of `--{name}`; what is wrong with the items is added to `problems`."""
     if options.resolved[name] is None:
-        problems.append(f"--{name} is required: the YAML that lists the records")
+        problems.append(f"--{name} is missing: the YAML that lists the records")
         return None
     try:
         sources = load_data_config(options.resolved[name])
@@ -95,26 +95,35 @@ def _open_dataset(name: str, options: Options, launch: Launch, problems: list[st
         is_kept = options.data.cache_ann_on_disk and not options.validation.eval_only
         cache_dir = options.checkpoint.output_dir / INDEX_DIR if is_kept else None
         say = print if launch.is_main else lambda message: None
-        return TokenDataset(sources, options.data.max_seq_len, options.data.overlong, cache_dir, say)
+        max_seq_len, overlong = options.data.max_seq_len, options.data.overlong
+        dataset = TokenDataset(sources, max_seq_len, overlong, cache_dir, say)
+        if dataset.num_overlong:
+            done = {"drop": "dropped", "truncate": "cut"}[overlong]
+            say(f"{dataset.num_overlong} items of --{name} above --max_seq_len {max_seq_len} are {done}")
+        return dataset
     except (ValueError, OSError) as error:
         problems.append(f"--{name}: {error}")
         return None
 
 
-def _find_eval_problems(options: Options) -> list[str]:
-    found, checkpoint = [], options.checkpoint
-    if options.validation.val_data_config is None:
-        found.append("--eval_only needs items to validate on: --val_data_config")
-    if checkpoint.resume_path is not None:
-        try:
-            read_state(checkpoint.resume_path)
-        except ValueError as error:
-            found.append(f"--resume_path: {error}; to validate weights alone use --init_from")
-    elif options.model.init_from is None and find_start(checkpoint)[0] is None:
-        found.append(
-            f"--eval_only needs weights: --init_from, --resume_path, or a checkpoint in {checkpoint.output_dir}"
-        )
-    return found
+def _find_start(options: Options, problems: list[str]) -> str | None:
+    """The checkpoint that the run resumes from or evaluates, None without one; what is wrong goes to `problems`."""
+    eval_only, checkpoint = options.validation.eval_only, options.checkpoint
+    if not eval_only:
+        problems += checkpoint.problems()
+    start, _ = find_start(options.start_options)
+    try:
+        if start is not None:
+            read_state(start)
+            return str(start)
+    except ValueError as error:
+        if eval_only:
+            problems.append(f"--resume_path: {error}; to validate weights alone use --init_from")
+        return None
+    if eval_only and options.model.init_from is None:
+        where = f"--init_from, --resume_path, or a checkpoint in {checkpoint.output_dir}"
+        problems.append(f"--eval_only needs weights: {where}")
+    return None
 
 
 def _find_resume_problems(options: Options, fingerprint: str) -> list[str]:
@@ -132,10 +141,9 @@ def _find_resume_problems(options: Options, fingerprint: str) -> list[str]:
     return []
 
 
-def _find_model_problems(options: Options, datasets: Sequence[TokenDataset]) -> list[str]:
-    """What is wrong with the weights and the tokenizer, or with the data for them."""
+def _find_model_problems(options: Options, start: str | None, datasets: Sequence[TokenDataset]) -> list[str]:
+    """What is wrong with the weights and the tokenizer, or with the data for them, one sentence each."""
     found, model = [], options.model
-    start = _find_complete_start(options)
     # A resumed run does not need the weights that it once started from: they may be gone.
     weights, tokenizer = (start, start) if start else resolve_model(model)
     if tokenizer is None:
@@ -145,10 +153,8 @@ def _find_model_problems(options: Options, datasets: Sequence[TokenDataset]) -> 
         loaded = load_text_tokenizer(tokenizer)
         vocab = ChameleonVocab.from_tokenizer(loaded)
         manifests = [pair for dataset in datasets for pair in dataset.manifests]
-        found += _find_foreign_records(manifests, loaded, tokenizer)
-        if not options.data.mix_vqgans:
-            start_codebook = {config.codebook_sha256: f"the checkpoint {weights}"} if config else {}
-            found += _find_mixed_codebooks(manifests, start_codebook)
+        codebooks = {config.codebook_sha256: f"the checkpoint {weights}"} if config else {}
+        found += _find_foreign_records(options, manifests, loaded, codebooks)
         found += _find_trainable_problems(options, config or build_config(model.model_size, loaded))
         found += options.samples.problems(vocab, model.mask_image_logits)
         num_rows = config.vocab_size if config else vocab.vocab_size
@@ -160,15 +166,6 @@ def _find_model_problems(options: Options, datasets: Sequence[TokenDataset]) -> 
     if vocab.vocab_size > num_rows:
         found.append(f"the tokenizer {tokenizer} has {vocab.vocab_size} ids, the weights in {weights} only {num_rows}")
     return found
-
-
-def _find_complete_start(options: Options) -> str | None:
-    """The checkpoint that the run resumes from, if it is complete; another one is rejected elsewhere."""
-    start, _ = find_start(options.start_options)
-    try:
-        return None if start is None or read_state(start) is None else str(start)
-    except ValueError:
-        return None
 
 
 def _find_mask_problems(options: Options, datasets: Sequence[TokenDataset]) -> list[str]:
@@ -208,29 +205,24 @@ def _find_trainable_problems(options: Options, config: ChameleonXLLMXConfig) -> 
     return []
 
 
-def _find_foreign_records(manifests: Manifests, tokenizer: Any, name: str) -> list[str]:
-    """Records that were tokenized with another tokenizer, one sentence each."""
-    ours = hash_tokenizer(tokenizer)
-    return [
-        f"{path} was tokenized with another tokenizer than {name}, according to its {MANIFEST_NAME}: train with that "
-        "one (--tokenizer, --init_from), or pre-tokenize again"
-        for path, manifest in manifests
-        if (manifest or {}).get("tokenizer_sha256") not in (None, ours)
-    ]
-
-
-def _find_mixed_codebooks(manifests: Manifests, start: dict[str | None, str]) -> list[str]:
-    """Why the records and the `start` (name by codebook_sha256) are not of one VQGAN, one sentence."""
-    named = {codebook: name for codebook, name in start.items() if codebook}
+def _find_foreign_records(
+    options: Options, manifests: Manifests, tokenizer: Any, codebooks: dict[str | None, str]
+) -> list[str]:
+    """Records of another tokenizer, or of another VQGAN than each other or than `codebooks` (names by sha256)."""
+    found, ours, named = [], hash_tokenizer(tokenizer), {key: name for key, name in codebooks.items() if key}
     for path, manifest in manifests:
-        codebook = (manifest or {}).get("codebook_sha256")
-        if codebook:
-            named.setdefault(codebook, str(path))
-    if len(named) < 2:
-        return []
-    (one, first), (other, second) = list(named.items())[:2]
-    return [
-        f"{first} and {second} were made with different VQGANs (codebook_sha256 {one[:12]}... and {other[:12]}...), in "
-        "which the same codes mean other images: pre-tokenize again with one of them, or add --mix_vqgans if the mix "
-        "is intended"
-    ]
+        fields = manifest or {}
+        if fields.get("tokenizer_sha256") not in (None, ours):
+            found.append(
+                f"{path} was tokenized with another tokenizer than the model's, according to its {MANIFEST_NAME}: "
+                "train with that one (--tokenizer, --init_from), or pre-tokenize again"
+            )
+        if fields.get("codebook_sha256"):
+            named.setdefault(fields["codebook_sha256"], str(path))
+    if len(named) > 1 and not options.data.mix_vqgans:
+        (one, first), (other, second) = list(named.items())[:2]
+        found.append(
+            f"{first} and {second} were made with different VQGANs (codebook_sha256 {one[:12]} and {other[:12]}): "
+            "the same codes mean other images. Pre-tokenize again with one VQGAN, or add --mix_vqgans if intended"
+        )
+    return found

@@ -23,11 +23,7 @@ MULTIPLE_OF = 16  # what the products take; a layer of another width stays as it
 class Float8Options:
     """`float8`: the products of the decoder's layers in fp8."""
 
-    float8: bool = flag(
-        False,
-        "compute the matrix products of the layers in fp8, by torchao; needs a GPU of compute capability 8.9 or more, "
-        "--precision bf16, all weights trained, and rows of a multiple of 16 tokens (not measured yet)",
-    )
+    float8: bool = flag(False, "matrix products of the layers in fp8, by torchao, on GPUs of capability 8.9 or more")
 
     def problems(self, device: str | None, precision: str, is_partial: bool = False, row_len: int = 0) -> list[str]:
         """What is wrong with these options on a device (`auto`, `cuda` or `cpu`), one sentence each.

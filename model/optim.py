@@ -41,10 +41,7 @@ class OptimOptions:
     `optim`: one of `OPTIMIZERS`, which differ in the memory of the moments: 8 or 2 bytes per parameter."""
 
     optim: str = flag(
-        "adamw",
-        "moments in fp32 (8 bytes per trained parameter), or in 8 bits by torchao (2 bytes)",
-        choices=OPTIMIZERS,
-        type=parse_optim,
+        "adamw", "moments in fp32, or in 8 bits by torchao (a quarter)", choices=OPTIMIZERS, type=parse_optim
     )
     lr: float = flag(2e-5, "highest learning rate")
     min_lr: float = flag(0.0, "learning rate at the end, after a cosine over all epochs")

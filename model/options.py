@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from data.dataset import OVERLONG_CHOICES
-from data.flags import add_flags, find_small_numbers, flag, flag_rows
+from data.flags import add_flags, flag, flag_rows, range_problems
 from data.hub import DEFAULT_TOKENIZER
+from data.packing import PlanOptions
 from model.checkpoint import CheckpointOptions
 from model.decoder.chameleon import MODEL_SIZES
 from model.distributed import detect_launch, stop_at_start
@@ -36,10 +37,8 @@ from model.watch import WatchOptions
 # What the recipe starts from without --init_from.
 DEFAULT_STARTS = {"7B": "Alpha-VLLM/Chameleon_7B_mGPT", "34B": "Alpha-VLLM/Chameleon_34B_mGPT"}
 MANUAL = Path(__file__).parents[1] / "TRAIN.md"
-TABLE_BEGIN, TABLE_END = (
-    "<!-- The next table is written by python -m model.options. -->\n",
-    "<!-- End of the table. -->\n",
-)
+TABLE_BEGIN = "<!-- The table is written by python -m model.options. -->\n"
+TABLE_END = "<!-- End of the table. -->\n"
 
 
 @dataclass(frozen=True)
@@ -47,42 +46,24 @@ class ModelOptions:
     """The decoder and the weights from which it starts."""
 
     model_size: str = flag(
-        "7B",
-        "shape of the decoder without --init_from; 7B and 34B then start from the recipe's weights",
-        choices=list(MODEL_SIZES),
+        "7B", "shape without --init_from; 7B and 34B then start from the recipe's weights", choices=[*MODEL_SIZES]
     )
-    init_from: str | None = flag(
-        None, "folder or hub id of the weights to start from; its config.json decides the shape. Ignored when resuming"
-    )
+    init_from: str | None = flag(None, "folder or hub id to start from, whose config.json decides the shape")
     tokenizer: str | None = flag(
-        None,
-        "folder or hub id of the tokenizer; by default that of --init_from if it has one, else "
-        f"{DEFAULT_TOKENIZER}. --model_size tiny needs one",
+        None, f"folder or hub id; by default that of --init_from if it has one, else {DEFAULT_TOKENIZER}"
     )
     image_head_init: str | None = flag(
         None,
-        "rows of lm_head of image tokens at the start: zeroed as in the recipe, kept, or drawn from a normal "
-        "distribution by --seed; by default zero for the recipe's weights and keep for --init_from. The weights on "
-        "disk stay as they are",
+        "rows of lm_head of image tokens at the start: zeroed, kept, or drawn from a normal distribution by --seed; "
+        "by default zero for the recipe's weights (as in the recipe) and keep for --init_from",
         choices=IMAGE_HEAD_INITS,
     )
-    dropout: float = flag(0.0, "dropout probability after attention and MLP; the recipe's scripts pass 0.05")
-    z_loss_weight: float = flag(0.0, "weight of the squared log-normalizer in the loss; the recipe's scripts pass 1e-5")
+    dropout: float = flag(0.0, "probability after attention and MLP; the recipe's scripts pass 0.05", least=0, most=1)
+    z_loss_weight: float = flag(0.0, "weight of the squared log-normalizer; the recipe's scripts pass 1e-5", least=0)
     mask_image_logits: bool = flag(
         False, "mask the logits of image tokens; rejected if there are images to learn", off="unmask_image_logits"
     )
-    model_parallel_size: int = flag(1, "accepted for the recipe's commands: must be 1")
-
-    def problems(self) -> list[str]:
-        """What is wrong with these options, one sentence each."""
-        found = []
-        if self.model_parallel_size != 1:
-            found.append(f"--model_parallel_size must be 1 (FSDP shards the model), got {self.model_parallel_size}")
-        if not 0 <= self.dropout < 1:
-            found.append(f"--dropout must lie between 0 and 1, got {self.dropout:g}")
-        if not 0 <= self.z_loss_weight < float("inf"):
-            found.append(f"--z_loss_weight must not be negative, got {self.z_loss_weight:g}")
-        return found
+    model_parallel_size: int = flag(1, "accepted for the recipe's commands: must be 1", least=1, most=1)
 
     @property
     def start_head_init(self) -> str:
@@ -97,26 +78,16 @@ class DataOptions:
     data_config: Path | None = flag(None, "YAML that lists the records to train on; required except with --plan")
     batch_size: int = flag(4, "items per rank and micro-step", least=1)
     accum_iter: int = flag(4, "micro-steps per optimizer step", least=1)
-    max_seq_len: int = flag(
-        4096, "tokens of the longest item allowed; the model gets at least as many positions", least=1
-    )
+    max_seq_len: int = flag(4096, "tokens of the longest item; the model gets at least as many positions", least=1)
     packing: bool = flag(False, "fill rows of batch_size x max_seq_len tokens best-fit", off="no_packing")
     length_clustering: bool = flag(True, "put items of similar length into a row", off="disable_length_clustering")
     overlong: str = flag("error", "what to do with longer items", choices=OVERLONG_CHOICES)
-    context_dropout: float = flag(0.0, "share of items that are shown as their generated image alone")
+    context_dropout: float = flag(0.0, "share of items that are shown as their generated image alone", least=0, most=1)
     max_bad_items: int = flag(0, "number of items that may be skipped because they cannot be read", least=0)
-    cache_ann_on_disk: bool = flag(
-        False, "keep the index of the records in output_dir/data_index, not in a temporary folder"
-    )
+    cache_ann_on_disk: bool = flag(False, "keep the index of the records in output_dir/data_index")
     mix_vqgans: bool = flag(False, "train on records, or from a checkpoint, of several VQGANs")
     num_workers: int = flag(8, "loader processes per rank; 0: none, the rank loads its rows", least=0)
     pin_mem: bool = flag(True, "page-lock the rows, for faster copies to the GPU", off="no_pin_mem")
-
-    def problems(self) -> list[str]:
-        """What is wrong with these options, one sentence each."""
-        if 0 <= self.context_dropout <= 1:
-            return []
-        return [f"--context_dropout must lie between 0 and 1, got {self.context_dropout:g}"]
 
     @property
     def max_row_len(self) -> int:
@@ -133,7 +104,7 @@ class RunOptions:
     log_interval: int = flag(10, "optimizer steps between lines of metrics.jsonl", least=1)
     loss_norm: str = flag(
         "global",
-        "mean over all targets of the step, or mean of the means of micro-batches as in the recipe",
+        "mean over all targets of the step, or of the means of micro-batches",
         choices=("global", "micro_batch"),
     )
     device: str = flag("auto", "device of every rank; auto: CUDA where there is one", choices=("auto", "cuda", "cpu"))
@@ -146,13 +117,7 @@ class PlanningOptions:
 
     plan: bool = flag(False, "print memory, steps, FLOPs and disk that the run needs, and end")
     plan_world_size: int = flag(1, "number of ranks to plan for", least=1)
-    plan_gpu_gib: float | None = flag(None, "memory of a GPU in GiB: the plan then says whether the run fits")
-
-    def problems(self) -> list[str]:
-        """What is wrong with these options, one sentence each."""
-        if self.plan_gpu_gib is None or 0 < self.plan_gpu_gib < float("inf"):
-            return []
-        return [f"--plan_gpu_gib must be above 0, got {self.plan_gpu_gib:g}"]
+    plan_gpu_gib: float | None = flag(None, "memory of a GPU in GiB: the plan then says whether the run fits", least=1)
 
 
 @dataclass(frozen=True)
@@ -189,14 +154,23 @@ class Options:
 
         A plan asks neither for a GPU nor for the packages of trackers and adapters.
         """
-        found = [text for name in option_classes() for text in find_small_numbers(getattr(self, name))]
-        found += self.model.problems() + self.trainable.problems(is_plan) + self.data.problems() + self.optim.problems()
-        found += self.parallel.problems(world_size, local_world_size)
-        device = None if is_plan else self.run.device
-        is_partial, row_len = self.trainable.is_partial, self.data.max_row_len
-        found += self.float8.problems(device, self.parallel.precision, is_partial, row_len)
-        found += self.watch.problems() + self.planning.problems()
-        return found if is_plan else found + self.trackers.problems()
+        parallel, trainable, device = self.parallel, self.trainable, None if is_plan else self.run.device
+        found = [text for name in option_classes() for text in range_problems(getattr(self, name))]
+        found += trainable.problems(is_plan) + self.optim.problems() + parallel.problems(world_size, local_world_size)
+        found += self.float8.problems(device, parallel.precision, trainable.is_partial, self.data.max_row_len)
+        return found if is_plan else found + self.watch.problems() + self.trackers.problems()
+
+    def order_options(self, units_per_step: int) -> PlanOptions:
+        """What decides the order of an epoch beside the data."""
+        return PlanOptions(
+            batch_size=self.data.batch_size,
+            max_seq_len=self.data.max_seq_len,
+            units_per_step=units_per_step,
+            packing=self.data.packing,
+            length_clustering=self.data.length_clustering,
+            seed=self.run.seed,
+            context_dropout=self.data.context_dropout,
+        )
 
     @property
     def start_options(self) -> CheckpointOptions:

@@ -42,29 +42,21 @@ class ParallelOptions:
 
     data_parallel: str = flag(
         "fsdp",
-        "fsdp: parameters are gathered again for the backward pass; sdp: they stay gathered from forward to backward; "
-        "hsdp: fsdp within groups of ranks, with copies between the groups",
+        "fsdp gathers parameters again for the backward pass, sdp keeps them gathered, hsdp is fsdp within groups",
         choices=("fsdp", "sdp", "hsdp"),
     )
-    hsdp_shard_size: int = flag(0, "number of ranks that share one copy under hsdp; 0: the ranks of a node")
+    hsdp_shard_size: int = flag(0, "number of ranks in a group of hsdp; 0: the ranks of a node")
     precision: str = flag(
-        "bf16",
-        "precision of the computation; master weights and optimizer are fp32. fp16 is rejected: it overflows without "
-        "loss scaling",
-        choices=("bf16", "fp16", "tf32", "fp32"),
+        "bf16", "of the computation; masters are fp32. fp16 is rejected", choices=("bf16", "fp16", "tf32", "fp32")
     )
     grad_precision: str = flag(
-        "fp32", "precision of the sums of gradients over ranks; fp16 is rejected", choices=("fp32", "bf16", "fp16")
+        "fp32", "of the sums of gradients over ranks; fp16 is rejected", choices=("fp32", "bf16", "fp16")
     )
-    checkpointing: bool = flag(
-        False, "recompute activations in the backward pass: less memory, about a third more computation"
-    )
+    checkpointing: bool = flag(False, "recompute activations in the backward pass: about a third more computation")
     checkpointing_every: int = flag(0, "recompute one of so many layers only; 0: all, with --checkpointing")
     checkpointing_selective: bool = flag(False, "recompute everything but matrix products and attention")
-    cpu_offload: bool = flag(False, "keep weights, gradients and optimizer in host memory and take the step there")
-    compile: bool | None = flag(
-        None, "torch.compile of the decoder's layers; by default on CUDA only (not measured yet)", off="no_compile"
-    )
+    cpu_offload: bool = flag(False, "weights, gradients and optimizer in host memory, where the step is taken")
+    compile: bool | None = flag(None, "torch.compile of the layers; by default on CUDA only", off="no_compile")
 
     @property
     def recompute_every(self) -> int:

@@ -13,7 +13,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from data.item_processor import load_text_tokenizer
-from data.packing import PlanOptions
 from data.plan_cache import PlanCache
 from data.rows import EpochRows
 from data.vocab import ChameleonVocab
@@ -97,20 +96,6 @@ def find_run_start(setup: Setup) -> tuple[Path | None, TrainerState]:
     return folder, state
 
 
-def order_options(setup: Setup, units_per_step: int) -> PlanOptions:
-    """What decides the order of an epoch beside the data."""
-    data = setup.options.data
-    return PlanOptions(
-        batch_size=data.batch_size,
-        max_seq_len=data.max_seq_len,
-        units_per_step=units_per_step,
-        packing=data.packing,
-        length_clustering=data.length_clustering,
-        seed=setup.options.run.seed,
-        context_dropout=data.context_dropout,
-    )
-
-
 def build_model(setup: Setup, folder: Path | None) -> tuple[nn.Module, DeviceMesh, Any, str | None]:
     """(sharded model without values, its mesh, tokenizer, folder or hub id of its weights; None: fresh weights)."""
     options = setup.options
@@ -145,7 +130,7 @@ def build_run(setup: Setup, folder: Path | None, state: TrainerState, hang_watch
     adapted = _fill_model(setup, folder, weights, model, optimizer)
     model.train()
     pad_id = ChameleonVocab.from_tokenizer(tokenizer).pad_id
-    order, val_rows = order_options(setup, state.units_per_step), None
+    order, val_rows = options.order_options(state.units_per_step), None
     if setup.val_dataset is not None:
         val_rows = validation_rows(setup.val_dataset, order, launch.rank, launch.world_size, pad_id)
     makes_plans = launch.local_rank == 0

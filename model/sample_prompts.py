@@ -20,8 +20,8 @@ from data.hub import DEFAULT_VQGAN_DIR, find_vqgan_problems
 from data.image_transform import crop_sizes, open_image
 from data.messages import brief, one_line
 from data.vocab import ChameleonVocab
-from model.generation import SamplingOptions
 from model.requests import check_image_symbols, parse_size
+from model.sampling import SamplingOptions
 
 # The same in every step, so that images differ by the weights alone.
 SEED = 0
@@ -32,7 +32,7 @@ KEYS = ("prompt", "qas", "image", "images", "size")
 class SampleOptions:
     """Which prompts are answered during training, when and how."""
 
-    sample_interval: int = flag(0, "optimizer steps between samples; 0: no samples")
+    sample_interval: int = flag(0, "optimizer steps between samples; 0: no samples", least=0)
     sample_prompts: Path | None = flag(None, "prompts: a JSON or YAML list, or a text file with one per line")
     sample_cfg: float = flag(3.0, "classifier-free guidance inside images; 1: none")
     sample_temperature: float = flag(1.0, "temperature of sampling; 0: greedy")
@@ -52,48 +52,33 @@ class SampleOptions:
     def problems(self, vocab: ChameleonVocab, mask_image_logits: bool) -> list[str]:
         """What is wrong with these options and with the file of prompts, one sentence each."""
         if self.sample_interval <= 0:
-            return [f"--sample_interval must not be negative, got {self.sample_interval}"] * (self.sample_interval < 0)
-        found = []
-        if mask_image_logits:
-            found.append("--sample_interval needs logits of image tokens: leave --mask_image_logits out")
-        for name, check in (
-            ("--sample_cfg, --sample_temperature", self.build_sampling),
-            ("--target_size", lambda: crop_sizes(self.target_size)),
-        ):
-            try:
-                check()
-            except ValueError as error:
-                found.append(f"{name}: {error}")
+            return []
         if self.sample_prompts is None:
-            return [*found, "--sample_interval needs a file of prompts: --sample_prompts"]
+            return ["--sample_interval needs a file of prompts: --sample_prompts"]
+        if mask_image_logits:
+            return ["--sample_interval needs logits of image tokens: leave --mask_image_logits out"]
         try:
+            self.build_sampling()
+            crop_sizes(self.target_size)
             prompts = load_prompts(self.sample_prompts)
-            for size in {prompt.size for prompt in prompts} - {None}:
-                self._check_size(size, vocab)
+            for width, height in {prompt.size for prompt in prompts} - {None}:
+                vocab.check_image_size(width, height)
+                num_tokens, most = vocab.num_image_tokens(width, height), self.sample_max_gen_len
+                if num_tokens > most:
+                    image = f"an image of {width}x{height} has {num_tokens} tokens"
+                    raise ValueError(f"{image}, more than --sample_max_gen_len {most}")
         except (ValueError, OSError) as error:
-            return [*found, f"--sample_prompts: {error}"]
-        if any(prompt.size or prompt.images for prompt in prompts):
-            found += [f"{problem}; {self.sample_prompts} has images" for problem in find_vqgan_problems(self.vqgan_dir)]
-        return found
-
-    def _check_size(self, size: tuple[int, int], vocab: ChameleonVocab) -> None:
-        vocab.check_image_size(*size)
-        num_tokens = vocab.num_image_tokens(*size)
-        if num_tokens > self.sample_max_gen_len:
-            raise ValueError(
-                f"an image of {size[0]}x{size[1]} has {num_tokens} tokens, more than --sample_max_gen_len "
-                f"{self.sample_max_gen_len}"
-            )
+            return [f"--sample_interval: {error}"]
+        has_images = any(prompt.size or prompt.images for prompt in prompts)
+        found = find_vqgan_problems(self.vqgan_dir) if has_images else []
+        return [f"{problem}; {self.sample_prompts} has images" for problem in found]
 
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """A prompt.
+    """A prompt: [question, answer] pairs, the paths of its images, and the size of the image to answer with.
 
-    Attributes:
-        qas: [question, answer] pairs. The last answer is None, or the text with which the new answer begins.
-        images: paths of the images of its image symbols, in order.
-        size: (width, height) in pixels of the image with which the answer begins.
+    The last answer is None, or the text with which the new answer begins. `size` is (width, height) in pixels.
     """
 
     qas: tuple[tuple[str, str | None], ...]
@@ -148,12 +133,9 @@ def _parse(entry: Any, folder: Path) -> SamplePrompt:
 
 def _parse_turns(raw: Any) -> tuple[tuple[str, str | None], ...]:
     is_list = isinstance(raw, list) and raw and all(isinstance(qa, list) and len(qa) == 2 for qa in raw)
-    texts = [text for qa in raw for text in qa] if is_list else [None]
-    if not all(isinstance(text, str) for text in texts[:-1]) or not is_list or not isinstance(texts[-1], str | None):
-        raise ValueError(
-            "turns must be [question, answer] pairs of texts, the last answer null or the text with which the answer "
-            f"begins, got {brief(raw)}"
-        )
+    *texts, last = [text for qa in raw for text in qa] if is_list else [None, None]
+    if not all(isinstance(text, str) for text in texts) or not isinstance(last, str | None):
+        raise ValueError(f"turns must be [question, answer] pairs of texts, the last answer may be null: {brief(raw)}")
     return tuple((question, answer) for question, answer in raw)
 
 

@@ -58,7 +58,7 @@ class Sampler:
             raise RunError(problem, exit_code=2)
 
     def _encode_prompts(self, tokenizer: Any) -> tuple[list[list[int]], list[list[int]]]:
-        """Token ids of the prompts, and those with which their answers begin; loads the VQGAN where there is one."""
+        """Token ids of the prompts, and token ids with which the answers begin; loads the VQGAN where there is one."""
         options, size = self._options, self._options.target_size
         expected = None if options.any_vqgan else self._config.codebook_sha256
         self._codec = RequestCodec(tokenizer, options.vqgan_dir, torch.device("cpu"), size, expected)

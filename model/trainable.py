@@ -39,13 +39,11 @@ class TrainableOptions:
 
     lora_rank: int = flag(0, "rank of the LoRA adapters to train, by peft; 0: no adapters")
     lora_alpha: float = flag(16.0, "adapters are scaled by lora_alpha / lora_rank")
-    lora_targets: list[str] | None = flag(
-        None, f"projections that get an adapter; by default {' '.join(LORA_TARGETS)}", metavar="NAME"
-    )
+    lora_targets: list[str] | None = flag(None, f"projections with adapters, of {LORA_TARGETS}", metavar="NAME")
     train_only: list[str] | None = flag(
         None,
-        f"what is trained: {IMAGE_HEAD} (the rows of image tokens in lm_head and embedding) or patterns of parameter "
-        "names; by default everything, or with --lora_rank the adapters alone",
+        f"{IMAGE_HEAD} (rows of image tokens in lm_head and embedding) or patterns of parameter names; by default "
+        "everything, with --lora_rank the adapters alone",
         metavar="NAME",
     )
 

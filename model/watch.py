@@ -30,9 +30,7 @@ class WatchOptions:
     """`profile`: START:END, the first and the last optimizer step to profile, from 1; `hang_timeout_s`: seconds after
     which a step counts as stuck, 0: never."""
 
-    profile: str | None = flag(
-        None, "first and last optimizer step of a torch profile, counted from 1", metavar="START:END"
-    )
+    profile: str | None = flag(None, "first and last step of a torch profile, from 1", metavar="START:END")
     hang_timeout_s: float = flag(600.0, "write all stacks if a step takes longer, in seconds; 0: never")
 
     @property

@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data.record import RecordEntry, read_record, write_merged
+from data.record import RecordEntry, write_merged
 from data.token_file import save_token_file
 from data.vocab import ChameleonVocab
 from model.checks import prepare
@@ -69,16 +69,6 @@ def write_items(folder: Path, vocab: ChameleonVocab, num_items: int, seed: int) 
         save_token_file(folder / "files" / f"{item_id}.pkl", token, label, item_id)
         entries.append(RecordEntry(f"files/{item_id}.pkl", len(token), item_id, image_len))
     write_merged(entries, folder / "record.json")
-
-
-def split_by_type(folder: Path) -> None:
-    """Two records of a small task, `text.json` and `images.json`, of types of these names, in `data.yaml`."""
-    entries = list(read_record(folder / "record.json"))
-    for name, has_image in (("text", False), ("images", True)):
-        of_type = [entry for entry in entries if bool(entry.image_len) == has_image]
-        write_merged(of_type, folder / f"{name}.json")
-    lines = [f"  - {{path: {name}.json, type: {name}}}\n" for name in ("text", "images")]
-    (folder / "data.yaml").write_text("META:\n" + "".join(lines))
 
 
 def solver_args(folder: Path, output_dir: Path, **changes: object) -> list[str]:

@@ -9,7 +9,6 @@ import torch
 from data.item_processor import hash_tokenizer, load_text_tokenizer
 from data.record import RecordEntry, write_merged
 from data.token_file import save_token_file
-from model import options
 from model.options import MANUAL, Options, build_parser, flag_table, resolve_model
 from tests.small_run import call_main, find_problems, solver_args
 
@@ -71,9 +70,9 @@ def test_all_problems_are_listed_once_and_nothing_is_written(small_task, tmp_pat
         "--accum_iter must be at least 1, got 0",
         "--batch_size must be at least 1, got 0",
         "--val_interval must be at least 0, got -1",
-        "--dropout must lie between 0 and 1, got 2",
+        "--dropout must be at most 1, got 2",
         "--precision fp16 is not supported: it overflows",
-        "--model_parallel_size must be 1",
+        "--model_parallel_size must be at most 1, got 2",
         "must divide the number of ranks (1), got 3",
     ):
         assert message.count(problem) == 1, (problem, message)
@@ -85,7 +84,7 @@ def test_all_problems_are_listed_once_and_nothing_is_written(small_task, tmp_pat
         ({"epochs": "two"}, "argument --epochs: invalid int value: 'two'"),
         ({"batch_sise": 2}, "unrecognized arguments: --batch_sise 2; did you mean --batch_size?"),
         ({"optim": "adamw_bf16_states"}, "adamw_bf16_states is gone: use adamw, which resumes its checkpoints"),
-        ({"data_config": None}, "--data_config is required"),
+        ({"data_config": None}, "--data_config is missing"),
     ],
 )
 def test_errors_of_the_command_line_are_one_message(small_task, tmp_path, changes, problem):
@@ -101,7 +100,7 @@ def test_errors_of_the_command_line_are_one_message(small_task, tmp_path, change
         ({"init_from": "no/such/folder"}, "the checkpoint no/such/folder is not a folder"),
         ({"init_from": None, "model_size": "tiny"}, "needs --tokenizer DIR"),
         ({"tokenizer": "no/such/tokenizer/here"}, "--tokenizer no/such/tokenizer/here is not a folder"),
-        ({"eval_only": True, "val_data_config": None}, "--eval_only needs items to validate on: --val_data_config"),
+        ({"eval_only": True, "val_data_config": None}, "--val_data_config is missing"),
         ({"eval_only": True, "init_from": None}, "--eval_only needs weights: --init_from, --resume_path, or a"),
         ({"eval_only": True, "resume_path": "nowhere"}, "there is no checkpoint folder nowhere"),
         ({"mask_image_logits": True}, "--mask_image_logits: the records have items that end in an image"),
@@ -191,8 +190,3 @@ def test_two_ranks_on_one_gpu_are_rejected_before_they_wait(small_task, tmp_path
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     code, message = call_main(solver_args(small_task, tmp_path / "out", device="auto"))
     assert code == 2 and message.count("2 ranks share 1 GPU: start one rank per GPU, or give --device cpu") == 1
-
-
-def test_every_flag_has_a_phrase_of_help():
-    flags = [field for part in options.option_classes().values() for field in part.__dataclass_fields__.values()]
-    assert len(flags) > 70 and all(len(field.metadata["help"].split()) >= 3 for field in flags)

@@ -1,12 +1,6 @@
 """Sums, the format of metrics.jsonl, and the lines of a run."""
 
-import fcntl
 import json
-import os
-import pty
-import struct
-import sys
-import termios
 import time
 from types import SimpleNamespace
 
@@ -106,22 +100,6 @@ def test_lines_are_printed_on_rank_0_with_the_time_left(tmp_path, capsys):
     assert first.startswith("step 3/12 epoch 0.250 loss 2.5000 lr 1.00e-03 1,234 tokens/s ETA 00:0")
     assert second == "step 12/12 epoch 0.250 loss nan lr 1.00e-03 1,234 tokens/s ETA 00:00"
     assert len(read_lines(tmp_path)) == 2
-
-
-def test_a_terminal_has_a_bar_below_the_lines(tmp_path, monkeypatch):
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
-    with os.fdopen(slave, "w") as terminal, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", terminal)
-        patch.setattr(sys, "stderr", terminal)
-        log = make_log(tmp_path)
-        log.advance()
-        log.write(LINE)
-        log.close()
-        terminal.flush()
-        printed = os.read(master, 1 << 16).decode()
-    os.close(master)
-    assert "train:  25%" in printed and "3/12" in printed and "loss 2.5000 lr 1.00e-03 1,234 tokens/s" in printed
 
 
 def test_waiting_and_memory_are_those_of_the_rank_with_the_most(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,12 @@ from data.item_processor import load_text_tokenizer
 from data.vocab import ChameleonVocab
 from inference_solver import FlexARInferenceSolver
 from model.distributed import Launch, process_group
-from model.generation import SamplingOptions, generate_batch
+from model.generation import generate_batch
 from model.parallelize import ParallelOptions, build_mesh, evaluating, parallelize
 from model.root_forward import RootForward
 from model.sample_prompts import SampleOptions, SamplePrompt, load_prompts
 from model.samples_format import drop_samples_after, read_samples, write_samples
+from model.sampling import SamplingOptions
 from model.vqgan import VQGAN, save_vqgan
 from tests.decoder_helpers import small_config
 from tests.test_generation import GREEDY, IMAGE_START, VOCAB, make_model, make_prompts
@@ -48,31 +50,28 @@ def sample_flags(folder, interval: int, **changes) -> dict:
     return flags | {"target_size": 64, "sample_max_gen_len": 40, "batch_size": 1, "epochs": 1} | changes
 
 
-@pytest.mark.parametrize("options", [GREEDY, SamplingOptions(image_top_k=20, cfg=2.5, seed=3)], ids=["greedy", "cfg"])
-def test_the_forward_of_the_whole_model_draws_what_the_decode_step_draws(options):
-    model = make_model(num_key_value_heads=2, model_parallel_size=2, swin_norm=True)
-    forced = [IMAGE_START, [], IMAGE_START[:1], [], IMAGE_START]
-    arguments = (model, make_prompts(), VOCAB, options, 40, forced, 3)
-    found = generate_batch(*arguments, root_forward=RootForward(model, VOCAB, torch.device("cpu"), torch.float32))
-    assert found == generate_batch(*arguments)
-    assert any(VOCAB.end_image_id in generation.tokens for generation in found)
-
-
-def test_a_rank_with_other_logits_continues_with_the_tokens_of_rank_0():
+def test_all_ranks_draw_the_tokens_of_rank_0_which_are_those_of_the_decode_step():
     """GPUs may round differently, and ranks with different tokens would wait for each other forever."""
-    drawn, device = [], torch.device("cpu")
+    overrides, drawn, device = (
+        dict(num_key_value_heads=2, model_parallel_size=2, swin_norm=True),
+        [],
+        torch.device("cpu"),
+    )
 
     def record(tokens):
         drawn.append(tokens.clone())
         return tokens
 
-    model, other = make_model(), make_model()
+    model, other = make_model(**overrides), make_model(**overrides)
     other.lm_head.register_forward_hook(lambda module, args, logits: -logits)
+    options = SamplingOptions(image_top_k=20, cfg=2.5, seed=3)
+    arguments = (make_prompts(), VOCAB, options, 40, [IMAGE_START, [], IMAGE_START[:1], [], IMAGE_START], 3)
+    expected = generate_batch(model, *arguments)
+    assert any(VOCAB.end_image_id in generation.tokens for generation in expected)
     forward = RootForward(model, VOCAB, device, torch.float32, agree=record)
-    expected = generate_batch(model, make_prompts(), VOCAB, GREEDY, 12, root_forward=forward)
+    assert generate_batch(model, *arguments, root_forward=forward) == expected
     forward = RootForward(other, VOCAB, device, torch.float32, agree=lambda tokens: drawn.pop(0))
-    assert generate_batch(other, make_prompts(), VOCAB, GREEDY, 12, root_forward=forward) == expected
-    assert not drawn
+    assert generate_batch(other, *arguments, root_forward=forward) == expected
 
 
 @pytest.mark.slow
@@ -91,9 +90,6 @@ def test_compiled_layers_of_a_sharded_model_sample_uncompiled(keep_gathered):
             found = generate_batch(model, make_prompts(), VOCAB, GREEDY, 30, root_forward=root_forward)
         assert found == expected and counter.frame_count == 0 and model.training
         assert not any(module._get_fsdp_state()._fsdp_param_group.is_unsharded for module in model.model.layers)
-        with pytest.raises(ValueError, match="leaves no room"), evaluating(model, options, keep_gathered):
-            generate_batch(model, [[VOCAB.bos_id] * 512], VOCAB, GREEDY, 30, root_forward=root_forward)
-        assert model.training, "an error restores the mode, too"
         row = torch.tensor([make_prompts()[1]])
         model(row, labels=row).loss.backward()
         assert counter.frame_count == 1
@@ -141,7 +137,7 @@ def test_a_resumed_run_writes_later_samples_again(small_task, folder, tmp_path):
     flags = sample_flags(folder, 3, max_steps=6, save_iteration_interval=4)
     assert call_main(solver_args(small_task, out, **flags)) == (0, "")
     first = {step.step: step.samples for step in read_samples(out)}
-    (out / "epoch0-iter6").rename(tmp_path / "epoch0-iter6")
+    shutil.rmtree(out / "epoch0-iter6")
     write_samples(out, 5, [("a sample of a run that was lost", "", [])])
     assert call_main(solver_args(small_task, out, **flags | {"max_steps": 7})) == (0, "")
     found = {step.step: step.samples for step in read_samples(out)}
@@ -151,6 +147,10 @@ def test_a_resumed_run_writes_later_samples_again(small_task, folder, tmp_path):
 @pytest.mark.slow
 def test_samples_that_cannot_be_written_or_drawn_do_not_end_the_training(small_task, folder, tmp_path, capsys):
     """Steps with a gradient that is NaN end the run, not the samples of such weights."""
+    (tmp_path / "long.txt").write_text(" ".join(["word90"] * 600))
+    flags = sample_flags(folder, 2, sample_prompts=tmp_path / "long.txt")
+    code, message = call_main(solver_args(small_task, tmp_path / "long", **flags))
+    assert code == 2 and "leaves no room in the 512 positions of the model" in message
     flags = sample_flags(folder, 2, lr=1e30, clip_grad=0)
     code, message = call_main(solver_args(small_task, tmp_path / "out", **flags))
     assert code == 1 and "5 steps in a row had a gradient that is not finite" in message
@@ -188,7 +188,6 @@ def find_sample_problems(small_task, folder, tmp_path, prompts: str, **changes) 
         ('[{"prompt": "<img>a", "image": "tests/golden/images/color.png"}]', "<img> but no <|image|>: did you mean"),
         ('[{"qas": [["a", null], ["b", null]]}]', "turns must be [question, answer] pairs"),
         ('[{"prompt": "a", "size": "33x32"}]', "the size 33x32 is not possible"),
-        ('[{"prompt": "a", "size": "big"}]', "'big' is no size"),
     ],
 )
 def test_prompts_that_cannot_be_used_are_rejected(small_task, folder, tmp_path, prompts, problem):
@@ -203,20 +202,11 @@ def test_options_that_cannot_be_used_are_rejected(small_task, folder, tmp_path):
         ({"sample_max_gen_len": 9}, "has 24 tokens, more than --sample_max_gen_len 9"),
         ({"vqgan_dir": Path("absent")}, "--vqgan_dir absent is not a folder"),
         ({"sample_temperature": -1}, "temperature is -1"),
-        ({"target_size": 100}, "--target_size"),
-        ({"sample_interval": -1}, "--sample_interval must not be negative"),
+        ({"target_size": 100}, "the target size must be"),
     ):
         assert problem in find_sample_problems(small_task, folder, tmp_path, sized, **changes)
     flags = sample_flags(folder, 2, mask_image_logits=True)
     assert "--sample_interval needs logits of image tokens" in find_problems(small_task, tmp_path / "out", **flags)
-
-
-@pytest.mark.slow
-def test_a_prompt_longer_than_the_model_is_rejected(small_task, folder, tmp_path):
-    (tmp_path / "prompts.txt").write_text(" ".join(["word90"] * 600))
-    flags = sample_flags(folder, 2, sample_prompts=tmp_path / "prompts.txt")
-    code, message = call_main(solver_args(small_task, tmp_path / "out", **flags))
-    assert code == 2 and "leaves no room in the 512 positions of the model" in message
 
 
 def test_prompts_in_three_formats(tmp_path):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from small_run import ROOT, call_main, kill_when, losses, read_lines, solver_args, train
 from torch.distributed.checkpoint import FileSystemReader
-from transformers import ChameleonForConditionalGeneration
 from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig
 
 from model.checkpoint import read_state
@@ -207,9 +206,6 @@ def test_the_vqgan_is_in_every_checkpoint(task, tmp_path):
     assert convert_main([str(out / "epoch0-iter3"), str(tmp_path / "hf"), "--shape", "hf"]) == 0
     before, after = load_vqgan(tmp_path / "stock").state_dict(), load_vqgan(tmp_path / "hf").state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    stock, info = ChameleonForConditionalGeneration.from_pretrained(tmp_path / "hf", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    assert stock.config.vq_config.num_embeddings == 64
 
 
 # Several ranks

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from small_run import call_main, losses, read_lines, solver_args, train
+from small_run import call_main, losses, read_lines, solver_args
 from torch.distributed.fsdp import FSDPModule
 
 from data.data_config import load_data_config
@@ -57,16 +57,6 @@ def test_eval_only_gives_the_plain_loss_and_writes_nothing(two_types, tmp_path, 
     assert found["val_loss_by_type"] == by_type
     assert found["checkpoint"] == str(two_types / "init") and found["step"] == 0 and found["val_bad_items"] == 0
     assert not out.exists()
-
-
-@pytest.mark.slow
-def test_any_number_of_ranks_gives_the_same(two_types, tmp_path, capsys):
-    """Five rows on one rank, and on three, two of which take an empty row at the end."""
-    changes = {"eval_only": True, "val_data_config": two_types / "data.yaml", "batch_size": 5}
-    one = evaluate(solver_args(two_types, tmp_path / "out", **changes), capsys)
-    three = json.loads(train(3, solver_args(two_types, tmp_path / "out", **changes)).splitlines()[-1])
-    for name in ("val_loss", "val_text_loss", "val_image_loss", "val_num_valid_tokens", "val_loss_by_type"):
-        assert three[name] == pytest.approx(one[name], rel=1e-6), name
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 7])
@@ -128,10 +118,9 @@ def test_training_does_not_change(small_task, tmp_path, capsys):
     assert older["step"] == 5 and older["val_loss"] == pytest.approx(lines[5]["val_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("data_parallel", ["fsdp", "sdp"])
-def test_gathered_weights_are_freed(two_types, data_parallel):
+def test_gathered_weights_are_freed(two_types):
     dataset = TokenDataset(load_data_config(two_types / "data.yaml"), 64)
-    options = ParallelOptions(precision="fp32", compile=False, data_parallel=data_parallel)
+    options = ParallelOptions(precision="fp32", compile=False, data_parallel="sdp")
     with process_group(Launch(), "cpu", timeout_s=60) as device:
         model = load_pretrained(two_types / "init").train()
         model = parallelize(model, build_mesh(options, "cpu", 1), options)
