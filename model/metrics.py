@@ -23,13 +23,8 @@ MAX_STEP = 2**53
 MAX_NAMED_LINES = 8
 # Fields of the model's output that are summed, in this order: sums over targets, and numbers of targets.
 SUMMED_FIELDS = (
-    "ce_loss",
-    "z_loss",
-    "num_valid_tokens",
-    "text_ce_sum",
-    "num_text_tokens",
-    "image_ce_sum",
-    "num_image_tokens",
+    *("ce_loss", "z_loss", "num_valid_tokens"),
+    *("text_ce_sum", "num_text_tokens", "image_ce_sum", "num_image_tokens"),
 )
 
 

@@ -167,53 +167,54 @@ def test_samples_that_cannot_be_written_or_drawn_do_not_end_the_training(small_t
 # The options and the prompts
 
 
-def find_sample_problems(small_task, folder, tmp_path, prompts: str, **changes) -> str:
-    (tmp_path / "prompts.json").write_text(prompts)
-    files = {"sample_prompts": tmp_path / "prompts.json", "vqgan_dir": folder / "vqgan", "target_size": 64}
-    vocab = ChameleonVocab.from_tokenizer(load_text_tokenizer(small_task / "tokenizer"))
-    options = SampleOptions(**{"sample_interval": 2, **files, **changes})
-    return "; ".join(options.problems(vocab, mask_image_logits=False))
-
-
-@pytest.mark.parametrize(
-    ("prompts", "problem"),
-    [
-        ('["caf\\ud8e9"]', "entry 0 of"),
-        ("[", "prompts.json cannot be read"),
-        ("[]", "must be a list of prompts that is not empty"),
-        ('["a", 3]', "entry 1 of"),
-        ('[{"prompt": "a", "cfg": 3}]', "cfg is unknown; an entry may have prompt, qas"),
-        ('[{"prompt": "<|image|>a"}]', "the text has 1 <|image|>, but there are 0 images"),
-        ('[{"prompt": "a", "image": "absent.png"}]', "absent.png does not exist"),
-        ('[{"prompt": "<img>a", "image": "tests/golden/images/color.png"}]', "<img> but no <|image|>: did you mean"),
-        ('[{"qas": [["a", null], ["b", null]]}]', "turns must be [question, answer] pairs"),
-        ('[{"prompt": "a", "size": "33x32"}]', "the size 33x32 is not possible"),
-    ],
-)
-def test_prompts_that_cannot_be_used_are_rejected(small_task, folder, tmp_path, prompts, problem):
-    assert problem in find_sample_problems(small_task, folder, tmp_path, prompts)
+def test_prompts_that_cannot_be_used_are_all_named(tmp_path):
+    path = tmp_path / "prompts.json"
+    entries = {
+        '"caf\\ud8e9"': "",
+        "3": "must be a text or an object",
+        '{"prompt": "a", "cfg": 3}': "cfg is unknown; an entry may have prompt, qas",
+        '{"prompt": "<|image|>a"}': "the text has 1 <|image|>, but there are 0 images",
+        '{"prompt": "a", "image": "absent.png"}': "absent.png does not exist",
+        '{"prompt": "<img>a", "image": "tests/golden/images/color.png"}': "<img> but no <|image|>: did you mean",
+        '{"qas": [["a", null], ["b", null]]}': "turns must be [question, answer] pairs",
+    }
+    path.write_text(f"[{', '.join(entries)}]")
+    with pytest.raises(ValueError) as error:
+        load_prompts(path)
+    problems = str(error.value).split("; entry ")
+    assert len(problems) == len(entries)
+    assert all(text in problem for problem, text in zip(problems, entries.values(), strict=True))
+    for text, problem in (("[", "prompts.json cannot be read"), ("[]", "must be a list of prompts that is not empty")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=problem):
+            load_prompts(path)
 
 
 def test_options_that_cannot_be_used_are_rejected(small_task, folder, tmp_path):
-    sized = '[{"prompt": "a", "size": "64x64"}]'
+    vocab = ChameleonVocab.from_tokenizer(load_text_tokenizer(small_task / "tokenizer"))
+    (tmp_path / "prompts.json").write_text('[{"prompt": "a", "size": "64x64"}]')
+    (tmp_path / "small.json").write_text('[{"prompt": "a", "size": "33x32"}]')
     for changes, problem in (
         ({"sample_prompts": None}, "--sample_interval needs a file of prompts"),
         ({"sample_prompts": Path("absent.json")}, "absent.json"),
+        ({"sample_prompts": tmp_path / "small.json"}, "the size 33x32 is not possible"),
         ({"sample_max_gen_len": 9}, "has 24 tokens, more than --sample_max_gen_len 9"),
         ({"vqgan_dir": Path("absent")}, "--vqgan_dir absent is not a folder"),
         ({"sample_temperature": -1}, "temperature is -1"),
         ({"target_size": 100}, "the target size must be"),
     ):
-        assert problem in find_sample_problems(small_task, folder, tmp_path, sized, **changes)
+        files = {"sample_prompts": tmp_path / "prompts.json", "vqgan_dir": folder / "vqgan", "target_size": 64}
+        (found,) = SampleOptions(sample_interval=2, **files | changes).problems(vocab, mask_image_logits=False)
+        assert problem in found
     flags = sample_flags(folder, 2, mask_image_logits=True)
     assert "--sample_interval needs logits of image tokens" in find_problems(small_task, tmp_path / "out", **flags)
 
 
 def test_prompts_in_three_formats(tmp_path):
-    image = tmp_path / "a image.png"
+    image = tmp_path / "an image.png"
     Image.new("RGB", (32, 32)).save(image)
     (tmp_path / "p.yaml").write_text(
-        "- a cat\n- {prompt: two of them, images: [a image.png], size: 64x32}\n- qas: [[a, b], [c, begins]]\n"
+        "- a cat\n- {prompt: two of them, images: [an image.png], size: 64x32}\n- qas: [[a, b], [c, begins]]\n"
     )
     cat = SamplePrompt((("a cat", None),))
     assert load_prompts(tmp_path / "p.yaml") == [
