@@ -31,6 +31,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from data.flags import flag
 from data.whole_file import open_locked, sync_path
 from model.adapter_folder import NOTE_NAME
 from model.hf_folder import name_checkpoints_in
@@ -56,15 +57,16 @@ LOCK_PATIENCE_S = 5.0  # a killed run may need a moment to die
 class CheckpointOptions:
     """Where and how often to save, how many to keep, and where to go on from. Intervals of 0 or less switch off."""
 
-    output_dir: Path
-    save_interval: int = 1  # epochs
-    save_iteration_interval: int = 5000  # micro-steps of an epoch
-    ckpt_max_keep: int = 2  # 0 or less: all
-    auto_resume: bool = True
-    resume_anyway: bool = False
-    new_global_batch: bool = False
-    resume_path: Path | None = None
-    async_save: bool = True
+    output_dir: Path = flag(Path("output_dir"), "folder of the checkpoints and of metrics.jsonl")
+    save_interval: int = flag(1, "epochs between checkpoints; 0: only at the end of the run")
+    save_iteration_interval: int = flag(5000, "micro-steps of an epoch between checkpoints; 0: none")
+    ckpt_max_keep: int = flag(2, "number of newest checkpoints to keep; 0: all")
+    auto_resume: bool = flag(True, "resume from the newest complete checkpoint in --output_dir", off="no_auto_resume")
+    resume_anyway: bool = flag(False, "resume although the data, the seed, the batch size or the like have changed")
+    new_global_batch: bool = flag(False, "resume with steps of accum_iter x ranks rows, not those of the checkpoint")
+    resume_path: Path | None = flag(None, "checkpoint of another run to resume from")
+    async_save: bool = flag(True, "train while a checkpoint is written, from a copy in memory", off="no_async_save")
+    only_save_trainable: bool = flag(False, "accepted for the recipe's commands: frozen weights are never saved")
 
     def problems(self) -> list[str]:
         """What is wrong with these options and with what is on disk, one sentence each."""

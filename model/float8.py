@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from data.flags import flag
 from model.optim import TORCHAO_PIN
 
 MIN_CAPABILITY = (8, 9)  # the first GPUs with fp8 products: Ada, then Hopper (9, 0)
@@ -22,7 +23,7 @@ MULTIPLE_OF = 16  # what the products take; a layer of another width stays as it
 class Float8Options:
     """`float8`: the products of the decoder's layers in fp8."""
 
-    float8: bool = False
+    float8: bool = flag(False, "matrix products of the layers in fp8, by torchao, on GPUs of capability 8.9 or more")
 
     def problems(self, device: str | None, precision: str, is_partial: bool = False, row_len: int = 0) -> list[str]:
         """What is wrong with these options on a device (`auto`, `cuda` or `cpu`), one sentence each.

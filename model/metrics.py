@@ -1,78 +1,59 @@
-"""What a run tells: sums on the device, one JSON object per log line in `metrics.jsonl`, and the bar or plain lines.
+"""The figures of a run: sums on the device, and `metrics.jsonl`.
 
-The training step only adds device tensors into a `MetricSums`; once per log line `model/run_log.py` sums them over the
-ranks, and `summarize` turns them into the figures that people read. `MetricsFile` owns the format of `metrics.jsonl`:
-it is opened at a step, cut back to it, and appended to.
+A training step adds device tensors to a `MetricSums` and waits for nothing. Once per log line model/run_log.py takes
+the sums over the ranks, and `summarize` turns them into means. `MetricsFile` owns the format of `metrics.jsonl`:
+
+    {"step": 10, "epoch": 0.25, "lr": 2e-05, "loss": 5.1, "ce": 5.1, ...}
 """
 
-import itertools
 import json
 import math
 import os
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
+
+from data.whole_file import open_whole
 
 METRICS_NAME = "metrics.jsonl"
-MAX_STEP = 2**53  # a larger number in a file is damage
+# A larger number in a file is damage.
+MAX_STEP = 2**53
 MAX_NAMED_LINES = 8
-# The fields of the model's output that are summed, in this order; all are sums over targets or numbers of targets.
+# Fields of the model's output that are summed, in this order: sums over targets, and numbers of targets.
 SUMMED_FIELDS = (
-    "ce_loss",
-    "z_loss",
-    "num_valid_tokens",
-    "text_ce_sum",
-    "num_text_tokens",
-    "image_ce_sum",
-    "num_image_tokens",
+    *("ce_loss", "z_loss", "num_valid_tokens"),
+    *("text_ce_sum", "num_text_tokens", "image_ce_sum", "num_image_tokens"),
 )
 
 
 class MetricSums:
-    """Sums since the last log line, on the device: adding costs no wait, reading costs one.
-
-    One row per `type` of the data config, since the rows of a step are of one type.
-    """
+    """Sums on the device since the last log line, one row per `type` of the data config."""
 
     def __init__(self, device: torch.device, num_types: int = 1) -> None:
-        self._device, self._num_types = device, num_types
-        self._reset()
-
-    def _reset(self) -> None:
-        shape = self._num_types, len(SUMMED_FIELDS) + 1
-        self._sums = torch.zeros(shape, dtype=torch.float64, device=self._device)
+        self._sums = torch.zeros((num_types, len(SUMMED_FIELDS) + 1), dtype=torch.float64, device=device)
 
     def add(self, output: Any, num_tokens: int, type_id: int = 0) -> None:
-        """Adds one micro-step: the model's output (scalars, see SUMMED_FIELDS), the tokens it processed, their type."""
-        values = [torch.as_tensor(getattr(output, field), device=self._device).double() for field in SUMMED_FIELDS]
+        """Adds a micro-step: the model's output (scalars, see SUMMED_FIELDS), its number of tokens, its type."""
+        device = self._sums.device
+        values = [torch.as_tensor(getattr(output, field), device=device).double() for field in SUMMED_FIELDS]
         self._sums[type_id, :-1] += torch.stack([value.detach() for value in values])
         self._sums[type_id, -1] += num_tokens
 
     def take(self) -> torch.Tensor:
-        """The sums since the last take, float64 [num_types, len(SUMMED_FIELDS) + 1] (the last: tokens processed)."""
+        """The sums since the last take, float64 [num_types, len(SUMMED_FIELDS) + 1]; the last one counts tokens."""
         sums = self._sums
-        self._reset()
+        self._sums = torch.zeros_like(sums)
         return sums
-
-
-def read_numbers(*tensors: torch.Tensor) -> list[list[float]]:
-    """The numbers of vectors, with one wait for the device of the first (others may be on the host)."""
-    numbers = torch.cat([tensor.double().to(tensors[0].device) for tensor in tensors]).tolist()
-    starts = [0, *itertools.accumulate(len(tensor) for tensor in tensors)]
-    return [numbers[start:stop] for start, stop in itertools.pairwise(starts)]
 
 
 def summarize(
     sums: Sequence[Sequence[float]], z_loss_weight: float, types: Sequence[str] = ()
 ) -> dict[str, float | int | None | dict[str, float]]:
-    """Figures from the sums over all ranks (as `MetricSums.take`): means over targets, None where there was none.
+    """Means over targets from sums over all ranks (shaped as `MetricSums.take`); None where there is no target.
 
-    With several `types`, `loss_by_type` holds the loss of each that had a target.
+    With several `types`, `loss_by_type` holds the loss of each type that had a target.
     """
     values = dict(zip((*SUMMED_FIELDS, "num_tokens"), map(math.fsum, zip(*sums, strict=True)), strict=True))
     figures = {
@@ -92,7 +73,7 @@ def summarize(
 
 
 def flatten(line: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a log line, one level deep, as trackers want them: `loss_by_type/captions`. None is left out."""
+    """The numbers of a log line, nested ones as `loss_by_type/captions`, as trackers take them; None is left out."""
     flat: dict[str, float] = {}
     for key, value in line.items():
         if isinstance(value, Mapping):
@@ -103,34 +84,30 @@ def flatten(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 class MetricsFile:
-    """`output_dir/metrics.jsonl`, one JSON object per line: `step` and `epoch` in all, `loss` in those of training,
-    `val_loss` in those of validation. `last_step` is the highest of a line before it was cut, 0 without one."""
+    """`output_dir/metrics.jsonl`: every line has `step` and `epoch`, and `loss` (training) or `val_loss` (validation).
+
+    `last_step` is the highest step that the file held when it was opened.
+    """
 
     def __init__(self, output_dir: Path, resume_step: int, say: Callable[[str], None] = print) -> None:
-        """Opens it for appending after `resume_step`: a torn last line and the lines of later steps are dropped, and
-        damaged lines, of which it tells by `say`."""
+        """Opens the file for appending after `resume_step`: later lines, damaged lines and a torn last line go."""
         self.path = output_dir / METRICS_NAME
         damaged: list[int] = []
         lines = list(read_metrics(self.path, damaged))
         if damaged:
-            say(f"{describe_damage(self.path, damaged)}; the curves go on without them")
+            say(f"{describe_damage(self.path, damaged)}; these lines are dropped")
         self.last_step = max((line["step"] for line in lines), default=0)
-        kept = [line for line in lines if line["step"] <= resume_step]
-        beside = self.path.with_name(METRICS_NAME + ".tmp")
-        with beside.open("w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, self.path)
+        with open_whole(self.path) as file:
+            file.writelines(f"{json.dumps(line)}\n".encode() for line in lines if line["step"] <= resume_step)
         self._file = self.path.open("a")
 
-    def append(self, line: dict[str, Any]) -> None:
-        """Adds a line; figures that are not finite become null, so that every reader of JSON can read it."""
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Adds a line. Figures that are not finite become null, which every reader of JSON can read."""
         self._file.write(json.dumps(_finite(line)) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
-        """Puts the lines written so far on disk, before a checkpoint says that they are there."""
+        """Puts the lines written so far on disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -138,10 +115,10 @@ class MetricsFile:
 
 
 def read_metrics(path: Path, damaged: list[int] | None = None) -> Iterator[dict[str, Any]]:
-    """The lines of a `metrics.jsonl` (or another file of objects with a `step`), nothing if there is no file.
+    """The lines of a `metrics.jsonl` or of another file of objects with a `step`; none if there is no file.
 
-    What is no such object is left out: a torn last line silently, as a process that was killed leaves one; the numbers
-    of other lines, from 1, are added to `damaged`.
+    Other lines are skipped and their numbers, from 1, added to `damaged`. A torn last line, which a killed process
+    leaves, is skipped silently.
     """
     if not path.is_file():
         return
@@ -149,7 +126,7 @@ def read_metrics(path: Path, damaged: list[int] | None = None) -> Iterator[dict[
         for number, raw in enumerate(file, start=1):
             try:
                 line = json.loads(raw.decode())
-            except ValueError:  # of the decoding too
+            except ValueError:
                 line = None
             if has_step(line):
                 yield line
@@ -167,55 +144,6 @@ def describe_damage(path: Path, damaged: Sequence[int]) -> str:
     """`3 lines of output/7B/metrics.jsonl cannot be read: 6, 7, 9`."""
     named = ", ".join(map(str, damaged[:MAX_NAMED_LINES])) + (", …" if len(damaged) > MAX_NAMED_LINES else "")
     return f"{len(damaged)} line{'s' if len(damaged) > 1 else ''} of {path} cannot be read: {named}"
-
-
-class Progress:
-    """A bar on a terminal, plain lines elsewhere, nothing on the ranks that do not speak."""
-
-    def __init__(self, enabled: bool) -> None:
-        self._enabled = enabled
-        self._total = 0
-        self._bar: tqdm | None = None
-        self._num_done, self._started = 0, time.perf_counter()
-
-    def expect(self, total: int, done: int) -> None:
-        """Says how many steps the run has, and how many are done; may be corrected later."""
-        self._total = total
-        if self._bar is not None:
-            self._bar.total = total
-        elif self._enabled and sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=done, unit="step", desc="train", dynamic_ncols=True)
-
-    def advance(self) -> None:
-        self._num_done += 1
-        if self._bar is not None:
-            self._bar.update()
-
-    def show(self, line: Mapping[str, Any]) -> None:
-        """Shows a log line."""
-        loss = math.nan if line["loss"] is None else line["loss"]
-        figures = f"loss {loss:.4f} lr {line['lr']:.2e} {line['tokens_per_s']:,.0f} tokens/s"
-        if self._bar is not None:
-            self._bar.set_postfix_str(figures)
-        elif self._enabled:
-            step = f"step {line['step']}/{self._total} epoch {line['epoch']:.3f}"
-            print(f"{step} {figures} ETA {self._eta(line['step'])}", flush=True)
-
-    def _eta(self, step: int) -> str:
-        """Time to the end at the pace of this process so far, saving and validation in, as [h:]mm:ss."""
-        pace = (time.perf_counter() - self._started) / max(self._num_done, 1)
-        return tqdm.format_interval(max(self._total - step, 0) * pace)
-
-    def say(self, message: str) -> None:
-        """A line beside the bar."""
-        if self._bar is not None:
-            self._bar.write(message)
-        elif self._enabled:
-            print(message, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 def _finite(value: Any) -> Any:

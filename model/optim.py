@@ -7,6 +7,7 @@ the host waits for nothing.
 optimizer step, so that a resumed run finds its place on the curve without any state.
 """
 
+import argparse
 import contextlib
 import math
 from collections.abc import Iterable
@@ -18,10 +19,19 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from data.flags import flag
+
 ADAMW_8BIT = "adamw_8bit"  # torchao's
 TORCHAO_PIN = "torchao==0.18.0"
 OPTIMIZERS = ("adamw", ADAMW_8BIT)
 BETAS = (0.9, 0.95)  # the recipe's
+
+
+def parse_optim(name: str) -> str:
+    """The value of `--optim`. Raises ArgumentTypeError for one that is gone."""
+    if name == "adamw_bf16_states":
+        raise argparse.ArgumentTypeError(f"{name} is gone: use adamw, which resumes its checkpoints")
+    return name
 
 
 @dataclass(frozen=True)
@@ -30,14 +40,16 @@ class OptimOptions:
 
     `optim`: one of `OPTIMIZERS`, which differ in the memory of the moments: 8 or 2 bytes per parameter."""
 
-    optim: str = "adamw"
-    lr: float = 2e-5
-    min_lr: float = 0.0
-    warmup_epochs: float = 0.03
-    epochs: int = 1
-    wd: float = 0.0
-    clip_grad: float = 4.0  # 0 or less: no bound
-    decay_all: bool = False
+    optim: str = flag(
+        "adamw", "moments in fp32, or in 8 bits by torchao (a quarter)", choices=OPTIMIZERS, type=parse_optim
+    )
+    lr: float = flag(2e-5, "highest learning rate")
+    min_lr: float = flag(0.0, "learning rate at the end, after a cosine over all epochs")
+    warmup_epochs: float = flag(0.03, "epochs, or a fraction of one, of linear warm-up from 0; 0: none")
+    epochs: int = flag(1, "number of passes over the data")
+    wd: float = flag(0.0, "weight decay of AdamW, on matrices; betas are 0.9 and 0.95")
+    clip_grad: float = flag(4.0, "largest norm of the gradient; 0: no clipping")
+    decay_all: bool = flag(False, "apply weight decay to norms and biases too, as the recipe does")
 
     def problems(self) -> list[str]:
         """What is wrong with these options, one sentence each."""

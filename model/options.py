@@ -1,8 +1,14 @@
-"""The options of a training run and its command line; their defaults are the recipe's."""
+"""The options of a training run and its command line; the defaults are those of the recipe.
+
+    python -m model.options        # writes the table of flags into TRAIN.md
+
+Each part is a dataclass beside the module that uses it. Its fields are the flags (data/flags.py).
+"""
 
 import argparse
 import dataclasses
 import difflib
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,113 +16,113 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from data.dataset import OVERLONG_CHOICES
+from data.flags import add_flags, flag, flag_rows, range_problems
 from data.hub import DEFAULT_TOKENIZER
+from data.packing import OrderOptions
 from model.checkpoint import CheckpointOptions
 from model.decoder.chameleon import MODEL_SIZES
 from model.distributed import detect_launch, stop_at_start
 from model.float8 import Float8Options
 from model.hf_folder import find_tokenizer
 from model.image_head import IMAGE_HEAD_INITS
-from model.optim import OPTIMIZERS, OptimOptions
+from model.optim import OptimOptions
 from model.parallelize import ParallelOptions
-from model.samples import SampleOptions
+from model.sample_prompts import SampleOptions
 from model.step_guard import GuardOptions
 from model.trackers import TrackerOptions
-from model.trainable import IMAGE_HEAD, LORA_TARGETS, TrainableOptions
+from model.trainable import TrainableOptions
 from model.validation import ValidationOptions
 from model.watch import WatchOptions
 
-# What the recipe starts from when no --init_from is given.
+# What the recipe starts from without --init_from.
 DEFAULT_STARTS = {"7B": "Alpha-VLLM/Chameleon_7B_mGPT", "34B": "Alpha-VLLM/Chameleon_34B_mGPT"}
+MANUAL = Path(__file__).parents[1] / "TRAIN.md"
+TABLE_BEGIN = "<!-- The table is written by python -m model.options. -->\n"
+TABLE_END = "<!-- End of the table. -->\n"
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which decoder, from which weights; None: decided by `resolve_model`."""
+    """The decoder and the weights from which it starts."""
 
-    model_size: str = "7B"
-    init_from: str | None = None
-    tokenizer: str | None = None
-    image_head_init: str | None = None
-    dropout: float = 0.0
-    z_loss_weight: float = 0.0
-    mask_image_logits: bool = False
-    model_parallel_size: int = 1
-
-    def problems(self) -> list[str]:
-        """What is wrong with these options, one sentence each; files are not looked at."""
-        found = []
-        if self.model_parallel_size != 1:
-            found.append(f"--model_parallel_size must be 1 (FSDP shards the model), got {self.model_parallel_size}")
-        if not 0 <= self.dropout < 1:
-            found.append(f"--dropout must lie between 0 and 1, got {self.dropout:g}")
-        if not 0 <= self.z_loss_weight < float("inf"):
-            found.append(f"--z_loss_weight must not be negative, got {self.z_loss_weight:g}")
-        return found
+    model_size: str = flag(
+        "7B", "shape without --init_from; 7B and 34B then start from the recipe's weights", choices=[*MODEL_SIZES]
+    )
+    init_from: str | None = flag(None, "folder or hub id to start from, whose config.json decides the shape")
+    tokenizer: str | None = flag(
+        None, f"folder or hub id; by default that of --init_from if it has one, else {DEFAULT_TOKENIZER}"
+    )
+    image_head_init: str | None = flag(
+        None,
+        "rows of lm_head of image tokens at the start: zeroed, kept, or drawn from a normal distribution by --seed; "
+        "by default zero for the recipe's weights (as in the recipe) and keep for --init_from",
+        choices=IMAGE_HEAD_INITS,
+    )
+    dropout: float = flag(0.0, "probability after attention and MLP; the recipe's scripts pass 0.05", least=0, most=1)
+    z_loss_weight: float = flag(0.0, "weight of the squared log-normalizer; the recipe's scripts pass 1e-5", least=0)
+    mask_image_logits: bool = flag(
+        False, "mask the logits of image tokens; rejected if there are images to learn", off="unmask_image_logits"
+    )
+    model_parallel_size: int = flag(1, "accepted for the recipe's commands: must be 1", least=1, most=1)
 
     @property
     def start_head_init(self) -> str:
-        """What becomes of the image rows of `lm_head` of the weights to start from, if there are any."""
+        """How the image rows of `lm_head` are set at the start: "zero", "keep" or "normal"."""
         return self.image_head_init or ("keep" if self.init_from else "zero")
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which items, and how they become rows and steps."""
+    """The items, and how they become rows and steps."""
 
-    data_config: Path | None
-    batch_size: int = 4
-    accum_iter: int = 4
-    max_seq_len: int = 4096
-    packing: bool = False
-    length_clustering: bool = True
-    overlong: str = "error"
-    context_dropout: float = 0.0
-    max_bad_items: int = 0
-    cache_ann_on_disk: bool = False
-    mix_vqgans: bool = False
-    num_workers: int = 8
-    pin_mem: bool = True
+    data_config: Path | None = flag(None, "YAML that lists the records to train on; required except with --plan")
+    batch_size: int = flag(4, "items per rank and micro-step", least=1)
+    accum_iter: int = flag(4, "micro-steps per optimizer step", least=1)
+    max_seq_len: int = flag(4096, "tokens of the longest item; the model gets at least as many positions", least=1)
+    packing: bool = flag(False, "fill rows of batch_size x max_seq_len tokens best-fit", off="no_packing")
+    length_clustering: bool = flag(True, "put items of similar length into a row", off="disable_length_clustering")
+    overlong: str = flag("error", "what to do with longer items", choices=OVERLONG_CHOICES)
+    context_dropout: float = flag(0.0, "share of items that are shown as their generated image alone", least=0, most=1)
+    max_bad_items: int = flag(0, "number of items that may be skipped because they cannot be read", least=0)
+    cache_ann_on_disk: bool = flag(False, "keep the index of the records in output_dir/data_index")
+    mix_vqgans: bool = flag(False, "train on records, or from a checkpoint, of several VQGANs")
+    num_workers: int = flag(8, "loader processes per rank; 0: none, the rank loads its rows", least=0)
+    pin_mem: bool = flag(True, "page-lock the rows, for faster copies to the GPU", off="no_pin_mem")
 
     @property
     def max_row_len(self) -> int:
-        """Tokens of the longest row that there may be."""
+        """Tokens of the longest possible row."""
         return self.batch_size * self.max_seq_len
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How the run itself goes; `max_steps` and `log_interval` count optimizer steps."""
+    """The length of the run, its log, its seed and its device."""
 
-    seed: int = 0
-    max_steps: int | None = None
-    log_interval: int = 10
-    loss_norm: str = "global"
-    device: str = "auto"
-    dist_timeout_s: float = 1800.0
+    seed: int = flag(0, "seed of fresh weights, order of items and dropout", least=0)
+    max_steps: int | None = flag(None, "number of optimizer steps after which the run ends with a checkpoint", least=1)
+    log_interval: int = flag(10, "optimizer steps between lines of metrics.jsonl", least=1)
+    loss_norm: str = flag(
+        "global",
+        "mean over all targets of the step, or of the means of micro-batches",
+        choices=("global", "micro_batch"),
+    )
+    device: str = flag("auto", "device of every rank; auto: CUDA where there is one", choices=("auto", "cuda", "cpu"))
+    dist_timeout_s: float = flag(1800.0, "seconds that a rank waits for the others", least=1)
 
 
 @dataclass(frozen=True)
 class PlanningOptions:
-    """`plan`: say what the run would need, and end. For so many ranks, and a GPU of so many GiB."""
+    """The estimate of what a run needs, in place of the run."""
 
-    plan: bool = False
-    plan_world_size: int = 1
-    plan_gpu_gib: float | None = None
-
-    def problems(self) -> list[str]:
-        """What is wrong with these options, one sentence each."""
-        found = []
-        if self.plan_world_size < 1:
-            found.append(f"--plan_world_size must be at least 1, got {self.plan_world_size}")
-        if self.plan_gpu_gib is not None and not 0 < self.plan_gpu_gib < float("inf"):
-            found.append(f"--plan_gpu_gib must be above 0, got {self.plan_gpu_gib:g}")
-        return found
+    plan: bool = flag(False, "print memory, steps, FLOPs and disk that the run needs, and end")
+    plan_world_size: int = flag(1, "number of ranks to plan for", least=1)
+    plan_gpu_gib: float | None = flag(None, "memory of a GPU in GiB: the plan then says whether the run fits", least=1)
 
 
 @dataclass(frozen=True)
 class Options:
-    """All options of a run; `resolved` is the command line as it was understood, for the checkpoint."""
+    """All options of a run; `resolved` holds the values by the names of the flags, for the checkpoint."""
 
     model: ModelOptions
     trainable: TrainableOptions
@@ -138,22 +144,49 @@ class Options:
     def from_namespace(cls, args: argparse.Namespace) -> "Options":
         values = vars(args)
         parts = {
-            field.name: field.type(**{part.name: values[part.name] for part in dataclasses.fields(field.type)})
-            for field in dataclasses.fields(cls)
-            if dataclasses.is_dataclass(field.type)
+            name: part(**{field.name: values[field.name] for field in dataclasses.fields(part)})
+            for name, part in option_classes().items()
         }
         return cls(**parts, resolved=values)
 
+    def problems(self, world_size: int, local_world_size: int, is_plan: bool = False) -> list[str]:
+        """What is wrong with the options by themselves, one sentence each; files are not looked at.
+
+        A plan asks neither for a GPU nor for the packages of trackers and adapters.
+        """
+        parallel, trainable, device = self.parallel, self.trainable, None if is_plan else self.run.device
+        found = [text for name in option_classes() for text in range_problems(getattr(self, name))]
+        found += trainable.problems(is_plan) + self.optim.problems() + parallel.problems(world_size, local_world_size)
+        found += self.float8.problems(device, parallel.precision, trainable.is_partial, self.data.max_row_len)
+        return found if is_plan else found + self.watch.problems() + self.trackers.problems()
+
+    def order_options(self, units_per_step: int) -> OrderOptions:
+        """What decides the order of an epoch beside the data."""
+        return OrderOptions(
+            batch_size=self.data.batch_size,
+            max_seq_len=self.data.max_seq_len,
+            units_per_step=units_per_step,
+            packing=self.data.packing,
+            length_clustering=self.data.length_clustering,
+            seed=self.run.seed,
+            context_dropout=self.data.context_dropout,
+        )
+
     @property
     def start_options(self) -> CheckpointOptions:
-        """How to find the checkpoint to start from; with `--eval_only`, `--resume_path` goes before any newer one."""
+        """How to find the checkpoint to start from; with `--eval_only`, `--resume_path` wins over a newer one."""
         if self.validation.eval_only and self.checkpoint.resume_path is not None:
             return dataclasses.replace(self.checkpoint, auto_resume=False)
         return self.checkpoint
 
 
+def option_classes() -> dict[str, type]:
+    """The dataclasses of flags by their names in `Options`."""
+    return {field.name: field.type for field in dataclasses.fields(Options) if dataclasses.is_dataclass(field.type)}
+
+
 def resolve_model(options: ModelOptions) -> tuple[str | None, str | None]:
-    """(weights to start from, tokenizer), each a folder or hub id; None: a fresh model, or no tokenizer known.
+    """(weights to start from, tokenizer), each a folder or hub id; None: a fresh model, or no known tokenizer.
 
     The recipe's sizes have default weights and a default tokenizer; weights to start from may bring their own.
     """
@@ -163,20 +196,8 @@ def resolve_model(options: ModelOptions) -> tuple[str | None, str | None]:
     return start, options.tokenizer or (DEFAULT_TOKENIZER if start else None)
 
 
-def find_number_problems(options: Options) -> list[str]:
-    """What is wrong with the plain numbers, one sentence each."""
-    least = {"batch_size": 1, "accum_iter": 1, "max_seq_len": 1, "log_interval": 1, "max_steps": 1, "dist_timeout_s": 1}
-    least |= {"seed": 0, "num_workers": 0, "max_bad_items": 0}
-    least |= {"max_bad_steps": 1, "val_interval": 0}
-    given = [(name, low, options.resolved[name]) for name, low in least.items() if options.resolved[name] is not None]
-    found = [f"--{name} must be at least {low}, got {value}" for name, low, value in given if value < low]
-    if not 0 <= options.data.context_dropout <= 1:
-        found.append(f"--context_dropout must lie between 0 and 1, got {options.data.context_dropout:g}")
-    return found
-
-
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, on rank 0 only, and names the option that was probably meant."""
+    """Reports an error in one line, on rank 0 only, with the flag that was probably meant."""
 
     def error(self, message: str) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings]
@@ -187,186 +208,28 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line of finetune_solver.py; defaults are those of the dataclasses above."""
+    """The command line of finetune_solver.py."""
     parser = Parser(
         prog="finetune_solver.py",
         description="Train a Chameleon-family decoder on tokenized conversations.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    _add_model_flags(parser.add_argument_group("model"))
-    _add_trainable_flags(parser.add_argument_group("what is trained"))
-    _add_data_flags(parser.add_argument_group("data"))
-    _add_optim_flags(parser.add_argument_group("optimizer"))
-    _add_parallel_flags(parser.add_argument_group("ranks and precision"))
-    _add_checkpoint_flags(parser.add_argument_group("checkpoints"))
-    _add_run_flags(parser.add_argument_group("run"))
-    _add_plan_flags(parser.add_argument_group("plan"))
-    _add_watch_flags(parser.add_argument_group("watching"))
-    _add_validation_flags(parser.add_argument_group("validation"))
-    _add_sample_flags(parser.add_argument_group("samples"))
-    for part in dataclasses.fields(Options):
-        fields = dataclasses.fields(part.type) if dataclasses.is_dataclass(part.type) else ()
-        parser.set_defaults(**{f.name: f.default for f in fields if f.default is not dataclasses.MISSING})
+    for name, part in option_classes().items():
+        add_flags(parser.add_argument_group(name), part)
     return parser
 
 
-def _add_model_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--model_size", choices=list(MODEL_SIZES), help="shape of the decoder when nothing is loaded")
-    group.add_argument("--init_from", help="folder or hub id to start from; its config.json decides the shape")
-    group.add_argument("--tokenizer", help="folder or hub id; None: that of --init_from, else the recipe's")
-    group.add_argument(
-        "--image_head_init",
-        choices=IMAGE_HEAD_INITS,
-        help="rows of lm_head of image tokens at the start; "
-        "None: zero for the recipe's weights, keep for --init_from; a fresh model has nothing to keep or zero",
-    )
-    group.add_argument("--dropout", type=float, help="after attention and MLP, 0 to 1")
-    group.add_argument("--z_loss_weight", type=float, help="weight of the squared log-normalizer in the loss")
-    _add_switch(group, "mask_image_logits", "unmask_image_logits", "train without image targets, their logits masked")
-    group.add_argument("--model_parallel_size", type=int, help="accepted for the recipe's commands: only 1")
+def flag_table() -> str:
+    """The table of all flags for TRAIN.md."""
+    rows = [row for part in option_classes().values() for row in flag_rows(part)]
+    return "\n".join(["| Flag | Default | Meaning |", "|---|---|---|", *rows]) + "\n"
 
 
-def _add_trainable_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--lora_rank", type=int, help="train LoRA adapters of this rank (by peft); 0: none")
-    group.add_argument("--lora_alpha", type=float, help="adapters add lora_alpha / lora_rank times what they compute")
-    group.add_argument(
-        "--lora_targets", nargs="+", metavar="NAME", help=f"projections with an adapter; None: {' '.join(LORA_TARGETS)}"
-    )
-    group.add_argument(
-        "--train_only",
-        nargs="+",
-        metavar="NAME",
-        help=f"{IMAGE_HEAD} (the rows of image tokens in lm_head and embedding), or patterns of parameter names; None: "
-        "everything, with --lora_rank the adapters alone. What is not trained is kept in bf16, or with --precision "
-        "tf32 and fp32 in fp32",
-    )
+def main() -> None:
+    table = f"{TABLE_BEGIN}{flag_table()}{TABLE_END}"
+    MANUAL.write_text(re.sub(f"{TABLE_BEGIN}.*{TABLE_END}", lambda _: table, MANUAL.read_text(), flags=re.DOTALL))
 
 
-def _add_data_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--data_config", type=Path, required=True, help="YAML that lists the record files")
-    group.add_argument("--batch_size", type=int, help="items per rank and micro-step")
-    group.add_argument("--accum_iter", type=int, help="micro-steps per optimizer step")
-    group.add_argument("--max_seq_len", type=int, help="tokens of the longest item allowed")
-    group.add_argument("--overlong", choices=OVERLONG_CHOICES, help="what to do with longer items")
-    _add_switch(group, "packing", "no_packing", "rows of batch_size x max_seq_len tokens, filled best-fit")
-    _add_switch(group, "length_clustering", "disable_length_clustering", "items of similar length share a row")
-    group.add_argument("--context_dropout", type=float, help="share of items shown as their generated image alone")
-    group.add_argument("--max_bad_items", type=int, help="items that may be left out because they cannot be read")
-    _add_switch(
-        group, "cache_ann_on_disk", None, "keep the index of the records in --output_dir, not a temporary folder"
-    )
-    _add_switch(group, "mix_vqgans", None, "train on records, or from a checkpoint, of several VQGANs")
-    group.add_argument("--num_workers", type=int, help="loader processes per rank; 0 loads in the rank itself")
-    _add_switch(group, "pin_mem", "no_pin_mem", "page-locked rows, for faster copies to the GPU")
-
-
-def _add_optim_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--optim",
-        type=_parse_optim,
-        choices=OPTIMIZERS,
-        help="moments in fp32 (8 bytes per trained parameter), or in 8 bits by torchao (2)",
-    )
-    group.add_argument("--epochs", type=int, help="passes over the data; also the end of the cosine")
-    group.add_argument("--warmup_epochs", type=float, help="epochs of linear warm-up from 0; 0 switches it off")
-    group.add_argument("--lr", type=float, help="highest learning rate")
-    group.add_argument("--min_lr", type=float, help="learning rate at the end")
-    group.add_argument("--wd", type=float, help="AdamW's weight decay, on matrices")
-    _add_switch(group, "decay_all", None, "weight decay on norms and biases too, as the recipe does")
-    group.add_argument("--clip_grad", type=float, help="bound of the gradient's norm; 0 switches it off")
-    group.add_argument("--skip_grad_norm", type=float, help="skip steps whose gradient's norm is above it; 0: none")
-    group.add_argument("--max_bad_steps", type=int, help="steps in a row that may be skipped before the run ends")
-    group.add_argument("--loss_norm", choices=("global", "micro_batch"), help="mean over targets, or mean of means")
-
-
-def _parse_optim(name: str) -> str:
-    if name == "adamw_bf16_states":
-        raise argparse.ArgumentTypeError(f"{name} is gone: use adamw, under which its checkpoints resume")
-    return name
-
-
-def _add_parallel_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--data_parallel", choices=("fsdp", "sdp", "hsdp"), help="see model/parallelize.py")
-    group.add_argument("--hsdp_shard_size", type=int, help="ranks that share one copy under hsdp; 0: those of a node")
-    group.add_argument("--precision", choices=("bf16", "fp16", "tf32", "fp32"), help="masters are fp32")
-    group.add_argument("--grad_precision", choices=("fp32", "bf16", "fp16"), help="of sums of gradients over ranks")
-    _add_switch(group, "checkpointing", None, "recompute activations in the backward: less memory, a third more work")
-    group.add_argument("--checkpointing_every", type=int, help="recompute one of so many layers only; 0: see above")
-    _add_switch(
-        group, "checkpointing_selective", None,
-        "recompute all but matrix products and attention: between no checkpointing and the full one in memory and work",
-    )  # fmt: skip
-    _add_switch(group, "cpu_offload", None, "weights, gradients and optimizer on the host; its step is taken there")
-    _add_switch(group, "compile", "no_compile", "torch.compile of the decoder's layers; None: on CUDA only")
-    _add_switch(group, "float8", None, "matrix products of the layers in fp8, by torchao (GPUs from Ada and Hopper on)")
-    group.add_argument("--device", choices=("auto", "cuda", "cpu"), help="auto: cuda if there is one")
-    group.add_argument("--dist_timeout_s", type=float, help="seconds that a rank waits for the others")
-
-
-def _add_checkpoint_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--output_dir", type=Path, default=Path("output_dir"), help="checkpoints and metrics.jsonl")
-    group.add_argument("--save_interval", type=int, help="epochs between checkpoints; 0 switches off")
-    group.add_argument(
-        "--save_iteration_interval", type=int, help="micro-steps of an epoch between checkpoints; 0: none"
-    )
-    group.add_argument("--only_save_trainable", action="store_true", help="accepted: frozen weights are never saved")
-    group.add_argument("--ckpt_max_keep", type=int, help="newest checkpoints kept; 0 keeps all")
-    _add_switch(group, "async_save", "no_async_save", "train on while a checkpoint is written, from a copy")
-    _add_switch(group, "auto_resume", "no_auto_resume", "go on from the newest checkpoint in --output_dir")
-    _add_switch(group, "resume_anyway", None, "go on although data, seed, batch size or the like have changed")
-    _add_switch(group, "new_global_batch", None, "go on with steps of accum_iter x ranks rows, not the checkpoint's")
-    group.add_argument("--resume_path", type=Path, help="go on from this checkpoint")
-
-
-def _add_run_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--seed", type=int, help="of fresh weights, order of items and dropout")
-    group.add_argument("--max_steps", type=int, help="end with a checkpoint after so many optimizer steps")
-
-
-def _add_watch_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--log_interval", type=int, help="optimizer steps between lines of metrics.jsonl")
-    group.add_argument("--log_with", help="trackers beside it: tensorboard, wandb, trackio, with commas between them")
-    group.add_argument("--log_project", help="project under which wandb and trackio file the run")
-    group.add_argument("--profile", metavar="START:END", help="first and last step of a torch profile, counted from 1")
-    group.add_argument("--hang_timeout_s", type=float, help="write all stacks if a step takes longer; 0 switches off")
-
-
-def _add_validation_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--val_data_config", type=Path, help="YAML of items that are not trained on; None: no validation"
-    )
-    group.add_argument("--val_interval", type=int, help="optimizer steps between validations; 0: only at the end")
-    group.add_argument("--eval_only", action="store_true", help="validate a checkpoint, or --init_from, and end")
-
-
-def _add_plan_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--plan", action=_Plan, nargs=0, help="print memory, steps, FLOPs and disk of the run, and end")
-    group.add_argument("--plan_world_size", type=int, help="ranks to plan for")
-    group.add_argument("--plan_gpu_gib", type=float, help="memory of a GPU in GiB: does the run fit it?")
-
-
-class _Plan(argparse.Action):
-    """Sets `plan`, and lets --data_config be absent: without it, a plan says all but steps and tokens."""
-
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
-        namespace.plan = True
-        next(action for action in parser._actions if action.dest == "data_config").required = False
-
-
-def _add_sample_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--sample_interval", type=int, help="optimizer steps between samples; 0 switches off")
-    group.add_argument("--sample_prompts", type=Path, help="JSON or YAML list of prompts, or a text with one per line")
-    group.add_argument("--sample_cfg", type=float, help="guidance inside their pictures; 1 switches it off")
-    group.add_argument("--sample_temperature", type=float, help="of their tokens; 0 is greedy")
-    group.add_argument("--sample_max_gen_len", type=int, help="most new tokens of an answer")
-    group.add_argument("--vqgan_dir", type=Path, help="folder or hub id, of pictures in prompts and answers")
-    _add_switch(group, "any_vqgan", None, "draw samples by another VQGAN than the records', too")
-    group.add_argument("--target_size", type=int, help="pixels of pictures in prompts, as in pre-tokenizing")
-
-
-def _add_switch(group: argparse._ArgumentGroup, name: str, off: str | None, help_text: str) -> None:
-    """An on/off flag `--name` / `--no-name`, and `--off`, the recipe's spelling of the latter."""
-    group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=help_text)
-    if off:
-        group.add_argument(f"--{off}", dest=name, action="store_false", help=f"the same as --no-{name}")
+if __name__ == "__main__":
+    main()

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from data.flags import flag
 from model.decoder.chameleon import reset_rotary_buffers
 from model.recompute import recompute_layers
 
@@ -39,15 +40,23 @@ class ParallelOptions:
     optimizer live on the host, and the optimizer's step is taken there.
     `compile`: `torch.compile` of the decoder's layers; None: on CUDA only."""
 
-    data_parallel: str = "fsdp"
-    hsdp_shard_size: int = 0  # 0: the ranks of one node
-    precision: str = "bf16"
-    grad_precision: str = "fp32"
-    checkpointing: bool = False
-    checkpointing_every: int = 0  # 0: every layer, if any
-    checkpointing_selective: bool = False
-    cpu_offload: bool = False
-    compile: bool | None = None
+    data_parallel: str = flag(
+        "fsdp",
+        "fsdp gathers parameters again for the backward pass, sdp keeps them gathered, hsdp is fsdp within groups",
+        choices=("fsdp", "sdp", "hsdp"),
+    )
+    hsdp_shard_size: int = flag(0, "number of ranks in a group of hsdp; 0: the ranks of a node")
+    precision: str = flag(
+        "bf16", "of the computation; masters are fp32. fp16 is rejected", choices=("bf16", "fp16", "tf32", "fp32")
+    )
+    grad_precision: str = flag(
+        "fp32", "of the sums of gradients over ranks; fp16 is rejected", choices=("fp32", "bf16", "fp16")
+    )
+    checkpointing: bool = flag(False, "recompute activations in the backward pass: about a third more computation")
+    checkpointing_every: int = flag(0, "recompute one of so many layers only; 0: all, with --checkpointing")
+    checkpointing_selective: bool = flag(False, "recompute everything but matrix products and attention")
+    cpu_offload: bool = flag(False, "weights, gradients and optimizer in host memory, where the step is taken")
+    compile: bool | None = flag(None, "torch.compile of the layers; by default on CUDA only", off="no_compile")
 
     @property
     def recompute_every(self) -> int:

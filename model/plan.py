@@ -33,7 +33,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from data.data_config import load_data_config
 from data.dataset import TokenDataset
 from data.item_processor import load_text_tokenizer
-from data.packing import OrderOptions, plan_epoch, round_row_len
+from data.packing import plan_epoch, round_row_len
 from model.attention import as_on_cuda
 from model.convert import load_config
 from model.decoder.chameleon import IMAGE_TOKEN_PREFIX, ChameleonXLLMXConfig, build_config, build_model, grow_positions
@@ -119,20 +119,8 @@ def print_plan(options: Options, launch: Launch) -> int:
     """
     if not launch.is_main:
         return 0
-    from model.options import find_number_problems  # which imports this module
-
     world_size = options.planning.plan_world_size
-    problems = [
-        *options.planning.problems(),
-        *find_number_problems(options),
-        *options.model.problems(),
-        *options.optim.problems(),
-        *options.parallel.problems(world_size, min(RANKS_PER_NODE, world_size)),
-        *options.trainable.problems(is_plan=True),
-        *options.float8.problems(
-            None, options.parallel.precision, options.trainable.is_partial, options.data.max_row_len
-        ),
-    ]
+    problems = options.problems(world_size, min(RANKS_PER_NODE, world_size), is_plan=True)
     try:
         config = find_config(options)
         carried = vqgan_bytes(options)
@@ -189,15 +177,7 @@ def size_epoch(options: Options, world_size: int) -> EpochSize:
     if data.data_config is None:
         raise ValueError("no --data_config was given")
     dataset = TokenDataset(load_data_config(data.data_config), data.max_seq_len, data.overlong, say=lambda line: None)
-    planned = OrderOptions(
-        batch_size=data.batch_size,
-        max_seq_len=data.max_seq_len,
-        units_per_step=data.accum_iter * world_size,
-        packing=data.packing,
-        length_clustering=data.length_clustering,
-        seed=options.run.seed,
-        context_dropout=data.context_dropout,
-    )
+    planned = options.order_options(data.accum_iter * world_size)
     plan = plan_epoch(dataset.table, planned, 0)
     longest = int(dataset.table.lengths.max())
     max_row_len = planned.max_row_len

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 
 import torch
 
+from data.flags import flag
+
 
 @dataclass(frozen=True)
 class GuardOptions:
     """`skip_grad_norm`: a step with a gradient's norm above it is skipped; 0 or less: only one that is not finite."""
 
-    max_bad_steps: int = 5
-    skip_grad_norm: float = 0.0
+    max_bad_steps: int = flag(5, "number of skipped steps in a row that ends the run", least=1)
+    skip_grad_norm: float = flag(0.0, "skip steps whose gradient has a larger norm; 0: only those that are not finite")
 
 
 class StepGuard:

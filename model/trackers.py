@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data.flags import flag
 from data.whole_file import open_whole
 
 TRACKERS = ("tensorboard", "wandb", "trackio")  # also the names of their packages
@@ -35,8 +36,8 @@ class TrackerOptions:
     """`log_with`: names of trackers with commas between them, or nothing; `log_project`: what wandb and trackio file
     the run under."""
 
-    log_with: str = ""
-    log_project: str = "chameleon"
+    log_with: str = flag("", "trackers beside metrics.jsonl, with commas between: tensorboard, wandb, trackio")
+    log_project: str = flag("chameleon", "name of the project in wandb and trackio")
 
     @property
     def names(self) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from data.flags import flag
 from model.local_shards import copy_into_parameter
 from model.trained_rows import ROWS_NAME, TrainedRowsEmbedding, TrainedRowsHead
 
@@ -36,10 +37,15 @@ class TrainableOptions:
             embedding) and patterns of parameter names (as a shell's); None: everything, or with adapters nothing.
     """
 
-    lora_rank: int = 0
-    lora_alpha: float = 16.0
-    lora_targets: list[str] | None = None
-    train_only: list[str] | None = None
+    lora_rank: int = flag(0, "rank of the LoRA adapters to train, by peft; 0: no adapters")
+    lora_alpha: float = flag(16.0, "adapters are scaled by lora_alpha / lora_rank")
+    lora_targets: list[str] | None = flag(None, f"projections with adapters, of {LORA_TARGETS}", metavar="NAME")
+    train_only: list[str] | None = flag(
+        None,
+        f"{IMAGE_HEAD} (rows of image tokens in lm_head and embedding) or patterns of parameter names; by default "
+        "everything, with --lora_rank the adapters alone",
+        metavar="NAME",
+    )
 
     @property
     def is_partial(self) -> bool:

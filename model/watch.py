@@ -18,6 +18,8 @@ from types import FrameType
 
 import torch
 
+from data.flags import flag
+
 PROFILE_DIR = "profile"
 PROJECT = Path(__file__).resolve().parents[1]
 GRACE_S = 10.0  # after which the stacks are written from outside of Python, which may itself be stuck
@@ -28,8 +30,8 @@ class WatchOptions:
     """`profile`: START:END, the first and the last optimizer step to profile, from 1; `hang_timeout_s`: seconds after
     which a step counts as stuck, 0: never."""
 
-    profile: str | None = None
-    hang_timeout_s: float = 600.0
+    profile: str | None = flag(None, "first and last step of a torch profile, from 1", metavar="START:END")
+    hang_timeout_s: float = flag(600.0, "write all stacks if a step takes longer, in seconds; 0: never")
 
     @property
     def profiled_steps(self) -> range:

@@ -12,8 +12,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch  # noqa: E402
 
+from data.record import read_record, write_merged  # noqa: E402
 from tests.browser_helpers import start_browser  # noqa: E402
-from tests.small_run import call_main, solver_args, split_by_type, write_small_task  # noqa: E402
+from tests.small_run import call_main, solver_args, write_small_task  # noqa: E402
 
 
 def pytest_runtest_setup(item):
@@ -57,8 +58,12 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def two_types(tmp_path_factory):
-    """A small task whose items are of the types `text` and `images`, which no test may change."""
+    """A small task whose items are in two records, of the types `text` and `images`; no test may change it."""
     folder = tmp_path_factory.mktemp("two_types")
     write_small_task(folder)
-    split_by_type(folder)
+    entries = list(read_record(folder / "record.json"))
+    for name, has_image in (("text", False), ("images", True)):
+        write_merged([entry for entry in entries if bool(entry.image_len) == has_image], folder / f"{name}.json")
+    lines = [f"  - {{path: {name}.json, type: {name}}}\n" for name in ("text", "images")]
+    (folder / "data.yaml").write_text("META:\n" + "".join(lines))
     return folder

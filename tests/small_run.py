@@ -17,11 +17,14 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data.record import RecordEntry, read_record, write_merged
+from data.record import RecordEntry, write_merged
 from data.token_file import save_token_file
 from data.vocab import ChameleonVocab
+from model.checks import prepare
 from model.convert import export_hf
 from model.decoder.chameleon import build_config, build_model, init_weights
+from model.distributed import Launch
+from model.options import Options, build_parser
 from tests import forked
 
 ROOT = Path(__file__).parents[1]
@@ -68,16 +71,6 @@ def write_items(folder: Path, vocab: ChameleonVocab, num_items: int, seed: int) 
     write_merged(entries, folder / "record.json")
 
 
-def split_by_type(folder: Path) -> None:
-    """Two records of a small task, `text.json` and `images.json`, of types of these names, in `data.yaml`."""
-    entries = list(read_record(folder / "record.json"))
-    for name, has_image in (("text", False), ("images", True)):
-        of_type = [entry for entry in entries if bool(entry.image_len) == has_image]
-        write_merged(of_type, folder / f"{name}.json")
-    lines = [f"  - {{path: {name}.json, type: {name}}}\n" for name in ("text", "images")]
-    (folder / "data.yaml").write_text("META:\n" + "".join(lines))
-
-
 def solver_args(folder: Path, output_dir: Path, **changes: object) -> list[str]:
     """Flags of a small run on the CPU; `changes` replace or add flags by name, None leaves one away."""
     flags = {
@@ -102,6 +95,16 @@ def solver_args(folder: Path, output_dir: Path, **changes: object) -> list[str]:
         if value is not None:
             args += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return args
+
+
+def find_problems(folder: Path, output_dir: Path, **changes: object) -> str:
+    """What keeps a small run from starting, as one message; empty if nothing does."""
+    options = Options.from_namespace(build_parser().parse_args(solver_args(folder, output_dir, **changes)))
+    try:
+        prepare(options, Launch())
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def command(num_ranks: int, args: list[str]) -> list[str]:
@@ -142,7 +145,7 @@ def read_lines(output_dir: Path) -> list[dict]:
 
 
 def losses(output_dir: Path) -> dict[int, float]:
-    """Loss by step, every step once; lines of validation are left out."""
+    """Loss by step, of training alone; every step is there once."""
     lines = [line for line in read_lines(output_dir) if "loss" in line]
     by_step = {line["step"]: line["loss"] for line in lines}
     assert len(by_step) == len(lines), "a step was logged twice"
@@ -160,7 +163,8 @@ def call_main(args: list[str]) -> tuple[int, str]:
         except SystemExit as end:
             code = end.code
         finally:
-            if torch.distributed.is_initialized():  # a process that ended leaves its group; here another run may follow
+            # A process that ends leaves its group; here another run may follow.
+            if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
     return code, said.getvalue()
 

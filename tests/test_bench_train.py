@@ -190,7 +190,7 @@ def test_the_options_of_the_lora_script_train_here():
         (["--item_len", "5000"], "--item_len must be one or two lengths of 2 to --row_len 4096"),
         (["--rows", "0"], "argument --rows: must be at least 1, got 0"),
         (["--device", "cpu", "--float8"], "--float8 needs a GPU"),
-        (["--dropout", "2"], "--dropout must lie between 0 and 1, got 2"),
+        (["--dropout", "2"], "--dropout must be at most 1, got 2"),
         (["--lora_rank", "-1"], "--lora_rank must not be negative, got -1"),
     ],
 )

@@ -173,7 +173,7 @@ def test_a_run_with_reinitialized_image_rows_is_that_from_a_start_on_disk(task, 
     assert [note["source"] for note in notes] == [str(task / "start"), str(start)]
     assert [(note["image_head_init"], note["seed"]) for note in notes] == [("normal", 3), ("keep", 0)]
     code, message = call_main(run_args(task, tmp_path / "new", "lora", max_steps=6, resume_anyway=True, **changes))
-    assert code == 2 and "does not fit: --lora_rank was 0 and is 64" in message
+    assert code == 2 and "cannot be resumed: --lora_rank was 0 and is 64" in message
 
 
 @pytest.mark.slow

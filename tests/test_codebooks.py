@@ -89,7 +89,7 @@ def test_a_checkpoint_names_the_vqgan_of_its_records_and_keeps_out_others(small_
     folder, hashes = vqgans
     write_records(small_task, tmp_path, one={"codebook_sha256": hashes["one"]}, old=None)
     assert train(small_task, tmp_path) == (0, "")
-    assert capsys.readouterr().out.count("1 of 2 records are taken without a manifest.json") == 1
+    assert capsys.readouterr().out.count("1 of 2 records have no manifest.json") == 1
     checkpoint = tmp_path / "out" / "epoch0-iter1"
     assert load_config(checkpoint).codebook_sha256 == hashes["one"]
 
@@ -118,24 +118,13 @@ def test_adapters_name_the_vqgan_too(small_task, tmp_path):
     assert load_config(tmp_path / "out" / "epoch0-iter1").codebook_sha256 == A
 
 
-@pytest.mark.parametrize(
-    "one, two, said",
-    [
-        ({"vqgan_sha256": "1"}, {"vqgan_sha256": "2"}, ["careful: ", "different VQGAN files"]),
-        ({"vqgan_sha256": "1"}, {"vqgan_sha256": "2", "codebook_sha256": A}, ["careful: ", "different VQGAN files"]),
-        ({"vqgan_sha256": "1"}, {"vqgan_sha256": "1"}, []),
-        ({"vqgan_sha256": "1"}, {"vqgan_sha256": "1", "codebook_sha256": A}, []),
-        ({"vqgan_sha256": "1", "codebook_sha256": A}, {"vqgan_sha256": "2", "codebook_sha256": A}, []),
-        (None, None, ["2 of 2 records are taken without"]),
-        (None, {"vqgan_sha256": "2"}, ["1 of 2 records are taken without"]),
-    ],
-)
-def test_where_no_codebook_is_named_other_files_are_a_warning(small_task, tmp_path, capsys, one, two, said):
-    write_records(small_task, tmp_path, one=one, two=two)
+@pytest.mark.parametrize("one, said", [({"vqgan_sha256": "1"}, ""), (None, "1 of 2 records have no manifest.json")])
+def test_records_that_name_no_codebook_are_not_compared(small_task, tmp_path, capsys, one, said):
+    write_records(small_task, tmp_path, one=one, two={"codebook_sha256": A})
     args = solver_args(small_task, tmp_path / "out", data_config=tmp_path / "data.yaml")
     prepare(Options.from_namespace(build_parser().parse_args(args)), Launch())
     lines = [line for line in capsys.readouterr().out.splitlines() if "VQGAN" in line or "manifest" in line]
-    assert all(word in " ".join(lines) for word in said) and bool(lines) == bool(said)
+    assert said in " ".join(lines) and bool(lines) == bool(said)
 
 
 def test_a_record_merged_elsewhere_is_known_by_the_folder_of_its_tokens(small_task, tmp_path):

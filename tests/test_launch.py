@@ -111,7 +111,7 @@ def test_a_rank_that_fails_takes_the_others_down_and_its_error_is_shown_last(sma
     killed = time.monotonic()
     said, _ = run.communicate(timeout=60)
     assert time.monotonic() - killed < 60 and run.returncode != 0
-    assert "a loader worker of rank" in said[said.index("Root Cause") :], said
+    assert "DataLoader worker" in said[said.index("Root Cause") :], said
     while (alive := [pid for pid in ranks if Path(f"/proc/{pid}").exists()]) and time.monotonic() < killed + 60:
         time.sleep(0.1)  # loader workers look for their rank once a second
     assert not alive

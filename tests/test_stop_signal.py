@@ -96,7 +96,7 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on_the_same(small_task, tmp_pa
     out = tmp_path / "out"
     code, said = stop_when(0, solver_args(small_task, out, **CHANGES), out, number, step=5, to_group=True)
     assert code == 128 + number, said
-    assert f"ended by {signal.Signals(number).name} after step" in said and "the same command goes on from here" in said
+    assert f"ended by {signal.Signals(number).name} after step" in said and "the same command resumes from here" in said
     assert "Traceback" not in said
     assert 5 <= max(losses(out)) < max(undisturbed)
     assert f"-iter{max(losses(out)) % 12 or 12}" in " ".join(path.name for path in out.glob("epoch*")) or (
@@ -112,7 +112,7 @@ def test_all_ranks_end_after_the_same_step(small_task, tmp_path):
     args = solver_args(small_task, out, **CHANGES, batch_size=1)
     code, said = stop_when(2, args, out, signal.SIGTERM, step=3)
     assert code != 0 and said.count("ended by SIGTERM after step") == 1, said
-    assert "going on from" in train(2, args)
+    assert "resuming from" in train(2, args)
 
 
 @pytest.mark.parametrize("validates", [False, True])

@@ -13,6 +13,7 @@ import pytest
 from small_run import call_main, command, environment, losses, solver_args, train
 
 import finetune_solver
+from model import run_start
 from model.async_checkpoint import CheckpointSaver
 from model.watch import HangWatch, WatchOptions, describe_place
 from tests import forked
@@ -98,13 +99,13 @@ def test_a_step_in_time_leaves_nothing_and_a_late_one_is_told_once(tmp_path, cap
 
 @pytest.mark.slow
 def test_a_start_that_does_not_end_is_told(small_task, tmp_path, monkeypatch):
-    load = finetune_solver.load_checkpoint_weights
+    load = run_start.load_checkpoint_weights
 
     def load_slowly(*arguments):
         time.sleep(1)
         load(*arguments)
 
-    monkeypatch.setattr(finetune_solver, "load_checkpoint_weights", load_slowly)
+    monkeypatch.setattr(run_start, "load_checkpoint_weights", load_slowly)
     monkeypatch.setattr(finetune_solver, "PATIENCE", 1)
     args = solver_args(small_task, tmp_path / "out", max_steps=1, hang_timeout_s=0.4)
     assert call_main(args) == (0, "")

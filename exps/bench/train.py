@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 
+from data.flags import range_problems  # noqa: E402
 from exps.bench import common  # noqa: E402
 from exps.bench.train_measure import parse_training  # noqa: E402
 from exps.bench.train_ways import Work, fill_rows, spread_lengths  # noqa: E402
@@ -99,7 +100,7 @@ def default_model_size(device: str) -> str:
 def find_problems(options: Options, device: str, row_len: int) -> list[str]:
     """What is wrong with the options of training, one sentence each."""
     parallel, trainable = options.parallel, options.trainable
-    found = options.model.problems() + options.optim.problems() + parallel.problems(1, 1) + trainable.problems()
+    found = range_problems(options.model) + options.optim.problems() + parallel.problems(1, 1) + trainable.problems()
     return found + options.float8.problems(device, parallel.precision, trainable.is_partial, row_len)
 
 
