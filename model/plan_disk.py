@@ -14,8 +14,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from model.adapter_folder import NOTE_NAME, BaseWeights
-from model.convert import VQGAN_PREFIX
 from model.storage_tracker import storages_of
+from model.vqgan import HF_PREFIX
 from model.weight_files import WeightReader
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def vqgan_bytes(options: Options) -> int:
     if folder is None or not any(folder.glob("*.safetensors")):
         return HUB_VQGAN_BYTES if source is not None and options.model.init_from is None else 0
     reader = WeightReader(folder)
-    names = [name for name in reader.names if name.startswith(VQGAN_PREFIX)]
+    names = [name for name in reader.names if name.startswith(HF_PREFIX)]
     return sum(math.prod(reader.shape(name)) * reader.dtype(name).itemsize for name in names)
 
 

@@ -15,11 +15,11 @@ from transformers import ChameleonForConditionalGeneration
 
 from data.item_processor import load_text_tokenizer
 from inference_solver import FlexARInferenceSolver
-from model.convert import convert_checkpoint, export_hf, load_pretrained, main
+from model.convert import convert_checkpoint, load_pretrained, main
 from model.decoder.chameleon import build_config, build_model, init_weights
 from model.vqgan import VQGAN, save_vqgan
 from tests.decoder_helpers import small_config
-from tests.small_run import call_main, losses, run_solver, solver_args, train, write_small_task
+from tests.small_run import call_main, export_hf, losses, run_solver, solver_args, train, write_small_task
 
 NUM_STEPS, SAVED_AT = 20, 10
 LORA = {"lora_rank": 64, "train_only": "image_head", "optim": "adamw_8bit", "checkpointing_selective": True}

@@ -9,11 +9,11 @@ import torch
 from data.item_processor import load_text_tokenizer
 from inference_solver import FlexARInferenceSolver
 from model.adapter_folder import BaseWeights
-from model.convert import export_hf, load_pretrained
+from model.convert import load_pretrained
 from model.decoder.chameleon import build_config, build_model
 from model.hf_folder import DEFAULT_TOKENIZER, find_tokenizer
 from tests.decoder_helpers import seed_weights
-from tests.small_run import call_main, solver_args, write_small_task
+from tests.small_run import call_main, export_hf, solver_args, write_small_task
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LARGE = {"num_attention_heads": 8, "num_key_value_heads": 4, "model_parallel_size": 4, "swin_norm": True}

@@ -14,13 +14,13 @@ from data.token_file import save_token_file
 from data.vocab import ChameleonVocab
 from inference_solver import FlexARInferenceSolver
 from inference_solver import main as infer
-from model.convert import convert_checkpoint, export_hf, load_pretrained
+from model.convert import convert_checkpoint, load_pretrained
 from model.decoder.chameleon import build_config, build_model, grow_positions, init_weights
 from model.options import Options, build_parser
 from model.plan import find_config
 from model.vqgan import VQGAN, save_vqgan
 from tests.decoder_helpers import small_config
-from tests.small_run import call_main, read_lines, solver_args, write_small_task
+from tests.small_run import call_main, export_hf, read_lines, solver_args, write_small_task
 from tests.test_convert import same_parameters
 
 START, MAX_SEQ_LEN = 64, 128

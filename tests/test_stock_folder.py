@@ -16,13 +16,14 @@ from transformers import (
 
 from data.item_processor import load_text_tokenizer
 from model.chameleon import ChameleonXLLMXConfig, ChameleonXLLMXForConditionalGeneration
-from model.convert import export_hf, load_pretrained, main
+from model.convert import load_pretrained, main
 from model.decoder.chameleon import (
     build_config,
     build_model,
 )
 from model.vqgan import VQGAN, image_to_pixels, save_vqgan
 from tests.decoder_helpers import seed_weights, small_config, small_model, write_small_tokenizer
+from tests.small_run import export_hf
 from tests.test_convert import same_parameters
 from tests.tokenize_helpers import write_reference_tokenizer
 
