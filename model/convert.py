@@ -303,19 +303,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shape", choices=SHAPES, default="xllmx", help="shape to write (default: %(default)s)")
     parser.add_argument(
         "--vqgan_dir",
-        help="VQGAN to put in (default: the source's own, which training carries along from where it started). The hf "
-        "shape needs one: give it for checkpoints of trainings that started without",
+        help="VQGAN to put in (default: the source's own, which training carries along from its start). The hf shape "
+        "needs a VQGAN: give one for checkpoints of trainings that started without",
     )
     parser.add_argument("--tokenizer", help="folder or hub id of the tokenizer to copy (default: the source)")
     parser.add_argument("--dtype", choices=_DTYPES, help="type to write (default: the source's)")
     parser.add_argument(
         "--image_head_init",
         choices=IMAGE_HEAD_INITS,
-        help="rows of lm_head of image tokens: zero (the recipe's start from a text model), keep, normal (drawn anew) "
-        "(default: zero from stock Chameleon to xllmx, a start of training; else keep: exports of trained models, "
-        "in either shape, are known by their config.json)",
+        help="rows of lm_head of image tokens: zero (the recipe's start from a text model), keep, or normal (drawn "
+        "from a normal distribution) (default: zero from stock Chameleon to xllmx, else keep; the config.json of our "
+        "exports in stock's shape says that they are not stock Chameleon)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of --image_head_init normal (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of --image_head_init normal (default: %(default)s)")
     parser.add_argument(
         "--untie_head_norm",
         action=argparse.BooleanOptionalAction,
