@@ -1,7 +1,7 @@
 """Folders that may lie on the Hugging Face hub: of weights, of a tokenizer, of a VQGAN.
 
-`fetch_folder` is the one place that asks the hub, for every script: a folder here goes before the hub, the hub's cache
-before a download, and with HF_HUB_OFFLINE=1 nothing is downloaded. Only the files that are needed are.
+Every script looks them up here. A local folder takes precedence over the hub, the hub's cache over a download, and
+HF_HUB_OFFLINE=1 forbids downloads. Only the files that are needed are downloaded.
 """
 
 import json
@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-# The recipe's; its other checkpoints come without.
+# The recipe's; its other checkpoints come without a tokenizer.
 DEFAULT_TOKENIZER = "Alpha-VLLM/Lumina-mGPT-7B-768"
 DEFAULT_VQGAN_DIR = "ckpts/chameleon/tokenizer"
 # Taken where that folder is absent.
@@ -23,7 +23,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "text_tokenizer.json",
 )
-_VQGAN_CONFIGS = ("vqgan.yaml", "vqgan.json", "config.json")  # Meta's, ours, a Hugging Face model's
+# Meta's, ours, a Hugging Face model's.
+_VQGAN_CONFIGS = ("vqgan.yaml", "vqgan.json", "config.json")
 _INDEX = "model.safetensors.index.json"
 _MAX_REASON = 200
 
@@ -36,11 +37,11 @@ def fetch_folder(
     revision: str | None = None,
 ) -> Path:
     """
-    A folder that is here, or of the hub: downloaded, or found in the local cache.
+    A local folder, or one of the hub: downloaded, or found in the local cache.
 
     Args:
         dir_or_hub_id: a folder, or the name/name of a model of the hub, or `with_subfolder` name/name/subfolder.
-        files: names or patterns of what is needed of a model of the hub; what it lacks of them is left out.
+        files: names or patterns of the files to fetch from the hub; names that the model lacks are ignored.
         what: what is looked for, for the message.
         revision: branch, tag or commit of a model of the hub; None: its main branch.
 
@@ -57,17 +58,17 @@ def fetch_folder(
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    repo, subfolder = "/".join(parts[:2]), "/".join(parts[2:])
+    reason = ""
     try:
-        patterns = [os.path.join(subfolder, file) for file in files]
-        found = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns)) / subfolder
+        patterns = [os.path.join(*parts[2:], file) for file in files]
+        found = Path(snapshot_download("/".join(parts[:2]), revision=revision, allow_patterns=patterns), *parts[2:])
+        # Offline, `snapshot_download` returns a cached model even if it has none of the files.
+        if any(next(found.glob(file), None) for file in files):
+            return found
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = "" if constants.HF_HUB_OFFLINE else f"{type(error).__name__}: {error}"
-        raise FileNotFoundError(_describe_absence(what, name, files, reason)) from error
-    # Without network whatever lies in the cache is given, also if none of it is what was asked for.
-    if not any(next(found.glob(file), None) for file in files):
-        raise FileNotFoundError(_describe_absence(what, name, files))
-    return found
+        if not constants.HF_HUB_OFFLINE:
+            reason = " ".join(f" ({type(error).__name__}: {error})".split())[:_MAX_REASON]
+    raise FileNotFoundError(_describe_absence(what, name, files, reason))
 
 
 def find_vqgan(vqgan_dir: str | os.PathLike) -> Path:
@@ -93,7 +94,7 @@ def find_vqgan(vqgan_dir: str | os.PathLike) -> Path:
 
 
 def find_vqgan_problems(vqgan_dir: str | os.PathLike) -> list[str]:
-    """Why there is no such VQGAN, one sentence; nothing, if there is."""
+    """Why there is no such VQGAN, in one sentence; nothing, if there is."""
     try:
         find_vqgan(vqgan_dir)
     except (ValueError, OSError) as error:
@@ -102,7 +103,7 @@ def find_vqgan_problems(vqgan_dir: str | os.PathLike) -> list[str]:
 
 
 def _list_vqgan_weights(folder: Path) -> list[str]:
-    """The weight files of the VQGAN whose configuration is in a folder: of a Hugging Face model some of many."""
+    """The weight files to fetch for the VQGAN whose configuration is in a folder."""
     if (folder / "vqgan.yaml").is_file():
         return ["vqgan.ckpt"]
     has_vqgan = (folder / "vqgan.json").is_file() or "vq_config" in (folder / "config.json").read_text("utf-8")
@@ -115,8 +116,8 @@ def _list_vqgan_weights(folder: Path) -> list[str]:
 def _describe_absence(what: str, name: str, files: Sequence[str], reason: str = "") -> str:
     from huggingface_hub import constants
 
-    where = f"its cache {constants.HF_HUB_CACHE} lacks {', '.join(files)}"
-    if constants.HF_HUB_OFFLINE:
-        where += ", and HF_HUB_OFFLINE=1 forbids to download"
-    reason = f" ({' '.join(reason.split())[:_MAX_REASON]})" if reason else ""
-    return f"{what} {name} is not a folder here, and could not be fetched from the hub: {where}{reason}"
+    offline = ", and HF_HUB_OFFLINE=1 forbids to download" if constants.HF_HUB_OFFLINE else ""
+    return (
+        f"{what} {name} is not a folder here, and could not be fetched from the hub: its cache "
+        f"{constants.HF_HUB_CACHE} lacks {', '.join(files)}{offline}{reason and ' '}{reason}"
+    )

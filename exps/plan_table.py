@@ -1,15 +1,16 @@
-"""The table of TRAIN.md that says which GPUs a training fits: every cell is a plan of the training itself.
+"""Prints the table of TRAIN.md that says which GPUs a training fits: every cell is a plan of the training itself.
 
     python exps/plan_table.py
 
-Plans 7B and 34B with all weights, LoRA adapters or the image rows trained, on different numbers of ranks, each plan in
-a process of its own, and prints Markdown: the peak of a rank in GiB, and the smallest card that it fits, in GB as sold.
-No GPU and no weights are needed; a plan takes some seconds to a minute on one core.
+A cell has the peak of a rank in GiB, and the smallest card that it fits, in GB as sold. No GPU and no weights are
+needed; a plan takes some seconds to a minute on one core.
 """
 
 import argparse
 import contextlib
+import functools
 import io
+import itertools
 import json
 import multiprocessing
 import sys
@@ -31,42 +32,42 @@ METHODS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line; the defaults give the table of TRAIN.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_sizes", nargs="+", default=["7B", "34B"], help="rows of the table (7B 34B)")
-    parser.add_argument("--world_sizes", nargs="+", type=int, default=[1, 2, 8, 32, 128], help="its columns")
-    parser.add_argument("--batch_size", type=int, default=8, help="items per row (8)")
+    parser.add_argument(
+        "--model_sizes", nargs="+", default=["7B", "34B"], help="model sizes, rows of the table (7B 34B)"
+    )
+    parser.add_argument(
+        "--world_sizes",
+        nargs="+",
+        type=int,
+        default=[1, 2, 8, 32, 128],
+        help="numbers of ranks, columns of the table (1 2 8 32 128)",
+    )
+    parser.add_argument("--batch_size", type=int, default=8, help="items of a row (8)")
     parser.add_argument("--max_seq_len", type=int, default=4096, help="tokens of an item (4096)")
-    parser.add_argument("--jobs", type=int, default=2, help="plans at a time (2)")
+    parser.add_argument("--jobs", type=int, default=2, help="plans made at the same time (2)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; the exit code is 1 if a plan could not be made."""
     args = build_parser().parse_args(argv)
-    cells = [
-        (size, method, world_size) for size in args.model_sizes for method in METHODS for world_size in args.world_sizes
-    ]
-    planned = {}
-    # A process for each plan, forked from this one, which has imported all that it needs and, having computed nothing,
-    # has no threads that a fork would lose.
+    cells = list(itertools.product(args.model_sizes, METHODS, args.world_sizes))
+    make = functools.partial(make_plan, batch_size=args.batch_size, max_seq_len=args.max_seq_len)
+    # A process for each plan, forked from this one, which has imported everything and started no threads.
     with multiprocessing.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:
-        plans = pool.imap(make_plan, [(*cell, args.batch_size, args.max_seq_len) for cell in cells])
         try:
-            planned.update(zip(cells, tqdm(plans, total=len(cells), unit="plan"), strict=True))
+            plans = list(tqdm(pool.imap(make, cells), total=len(cells), unit="plan"))
         except RuntimeError as error:
             print(f"exps/plan_table.py: {error}", file=sys.stderr)
             return 1
-    print("\n".join(format_table(planned, args.world_sizes)))
+    print("\n".join(format_table(dict(zip(cells, plans, strict=True)), args.world_sizes)))
     return 0
 
 
-def make_plan(cell: tuple[str, str, int, int, int]) -> dict[str, Any]:
-    """The figures of one plan, as its last line gives them, of (size, method, ranks, batch_size, max_seq_len).
-
-    Raises RuntimeError, with what it said, if there is none.
-    """
-    size, method, world_size, batch_size, max_seq_len = cell
+def make_plan(cell: tuple[str, str, int], batch_size: int, max_seq_len: int) -> dict[str, Any]:
+    """The last line of the plan of (size, method, ranks). Raises RuntimeError if there is none."""
+    size, method, world_size = cell
     flags = {"plan_world_size": world_size, "model_size": size, "batch_size": batch_size, "max_seq_len": max_seq_len}
     flags |= {"accum_iter": 1, "dropout": 0.05, "z_loss_weight": 1e-5}
     args = ["--plan", "--checkpointing", *METHODS[method]]

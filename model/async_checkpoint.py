@@ -81,7 +81,8 @@ class CheckpointSaver:
         collect_versions()  # not for the first time in the thread that saves
         self._device = next(model.parameters()).device
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
-        self._vqgan = {} if adapted else carried_vqgan(model, config, self._is_main)  # the frozen weights' own
+        # Adapters leave the VQGAN where the frozen weights are.
+        self._vqgan = carried_vqgan(config) if self._is_main and not adapted else {}
         self._stager = _Stager()
         self._thread: threading.Thread | None = None
         self._error: SaveError | None = None

@@ -1,7 +1,7 @@
 """The public face of the decoder: `from model.chameleon import ChameleonXLLMXForConditionalGeneration`.
 
-Importing it gives the class its `from_pretrained` and makes it known to the auto classes of `transformers`. It counts
-as a script: nothing under model/ imports it, since the decoder itself does not know how weights are read.
+Importing this module gives the class its `from_pretrained` and registers it with the auto classes of `transformers`. It
+counts as a script: nothing under model/ imports it, since the decoder does not know how weights are read.
 """
 
 from typing import Any
@@ -21,17 +21,18 @@ def _from_pretrained(
     """
     Load a folder or hub id of either checkpoint shape; see `convert.load_pretrained` for the arguments.
 
-    `AutoModelForCausalLM` comes here too, with a `config` and with what it takes itself: of that `revision`, a `dtype`
-    by name and the `device_map` of one device have a meaning.
+    `AutoModelForCausalLM` calls this too, with a `config` and its own arguments. Of those `revision`, `dtype` by name
+    and the `device_map` of one device have an effect.
     """
-    # Of a folder of adapters it names the base, and says here where the adapters are.
+    # For a folder of adapters, AutoModelForCausalLM names the base, and the adapters here.
     adapter_dir = (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
     if adapter_dir:
         pretrained_model_name_or_path, kwargs["config"] = adapter_dir, None
     folder = resolve_checkpoint(pretrained_model_name_or_path, revision=kwargs.pop("revision", None))
     dtype, device = kwargs.pop("dtype", None), kwargs.pop("device_map", None) or kwargs.pop("device", "cpu")
     if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, None)  # "auto": that of the files
+        # "auto" becomes None: the type of the files.
+        dtype = getattr(torch, dtype, None)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return load_pretrained(folder, dtype, device, **kwargs)

@@ -1,9 +1,4 @@
-"""
-A Hugging Face folder, on disk or on the hub: where it is, its configuration, and the files of its tokenizer.
-
-Where it stands: under `model/convert.py`, which reads and writes the weights that lie in such a folder
-(`model/weight_files.py`).
-"""
+"""A checkpoint folder, on disk or on the hub: where it is, its configuration, and the files of its tokenizer."""
 
 import os
 import shutil
@@ -15,7 +10,7 @@ from transformers import ChameleonConfig
 from data.hub import DEFAULT_TOKENIZER, TOKENIZER_FILES, fetch_folder
 from model.decoder.chameleon import ChameleonXLLMXConfig
 
-# Ours; and that of stock Chameleon, of the recipe's checkpoints and of our older ones.
+# Ours, and that of stock Chameleon, of the recipe's checkpoints and of our older ones.
 MODEL_TYPES = (ChameleonXLLMXConfig.model_type, ChameleonConfig.model_type)
 
 
@@ -23,11 +18,10 @@ def resolve_checkpoint(
     dir_or_hub_id: str | os.PathLike, with_weights: bool = True, revision: str | None = None
 ) -> Path:
     """
-    The folder of a checkpoint; a hub id is downloaded (or found in the local cache).
+    The folder of a checkpoint; a hub id (name/name) is downloaded, or found in the local cache.
 
     Args:
-        dir_or_hub_id: a folder, or the name/name of a model of the hub.
-        with_weights: whether its weights are needed too (of a folder nothing is fetched in any case).
+        with_weights: whether a hub id needs its weights too.
         revision: of a hub id; None: the newest.
 
     Raises:
@@ -48,13 +42,11 @@ def name_checkpoints_in(folder: Path, file_name: str) -> str:
 
 def load_config(dir_or_hub_id: str | os.PathLike, **overrides: Any) -> ChameleonXLLMXConfig:
     """
-    The configuration of a checkpoint of either shape; `overrides` replace its values.
-
-    Its `name_or_path` is the folder that it was read from.
+    The configuration of a checkpoint of either shape; `overrides` replace its values, `name_or_path` is its folder.
 
     Raises:
         FileNotFoundError: no such checkpoint, or no `config.json` in it.
-        ValueError: it is not Chameleon's.
+        ValueError: the configuration of another model than Chameleon.
     """
     folder = resolve_checkpoint(dir_or_hub_id, with_weights=False)
     if not (folder / "config.json").is_file():
@@ -74,13 +66,14 @@ def find_tokenizer(dir_or_hub_id: str | os.PathLike) -> str:
     """The folder of the tokenizer that goes with a checkpoint: its own, or the hub id of the recipe's."""
     try:
         folder = resolve_checkpoint(dir_or_hub_id, with_weights=False)
-    except FileNotFoundError:  # told by whoever needs the weights
+    except FileNotFoundError:
+        # Reported where the weights are looked up.
         return DEFAULT_TOKENIZER
     return str(folder) if (folder / "tokenizer.json").is_file() else DEFAULT_TOKENIZER
 
 
 def copy_tokenizer_files(tokenizer_dir: str | os.PathLike, out_dir: str | os.PathLike) -> None:
-    """Copy what a tokenizer is made of from a folder or hub id (nothing, if the folder has none)."""
+    """Copy the files of a tokenizer from a folder or hub id (nothing, if the folder has none)."""
     source = fetch_folder(tokenizer_dir, TOKENIZER_FILES, "--tokenizer", with_subfolder=True)
     for file_name in TOKENIZER_FILES:
         if (source / file_name).is_file():

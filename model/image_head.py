@@ -1,29 +1,24 @@
-"""
-The rows of `lm_head` of image tokens where a training starts.
+"""Rows of `lm_head` of the image tokens, where a training starts.
 
-Where it stands: between the weights on disk and `open_weights` (model/adapter_folder.py). The recipe starts from a
-model that writes text alone, with these rows zeroed; the other ways are to keep them, as a trained model needs, or to
-draw them from a normal distribution.
+The recipe starts from a model that writes text alone, with these rows zeroed. Other ways: keep the rows, as a trained
+model needs, or draw them from a normal distribution. `open_weights` (model/adapter_folder.py) calls `set_image_rows`.
 """
 
 import torch
 
 from model.decoder.chameleon import ChameleonXLLMXConfig, build_model
 from model.hf_folder import load_config
-from model.weight_files import ChangedReader, WeightReader
+from model.weight_files import WeightReader
 
 IMAGE_HEAD_INITS = ("zero", "keep", "normal")
 HEAD = "lm_head.weight"
 STOCK_ARCHITECTURE = "ChameleonForConditionalGeneration"
-# Set in the config.json of our exports in stock's shape: their image rows may be trained, Chameleon's own are not.
+# In the config.json of our exports in stock's shape: their image rows may be trained, those of stock Chameleon are not.
 EXPORT_MARK = "is_xllmx_export"
 
 
 def default_image_head_init(config: ChameleonXLLMXConfig, shape: str) -> str:
-    """How a checkpoint with this configuration is converted to `shape` unless told: "zero" or "keep".
-
-    Zeroed where stock Chameleon becomes a start of training. What has been trained is never touched.
-    """
+    """What a conversion to `shape` does with the image rows: "zero" from stock Chameleon to "xllmx", else "keep"."""
     return "zero" if shape == "xllmx" and is_stock(config) else "keep"
 
 
@@ -34,42 +29,37 @@ def is_stock(config: ChameleonXLLMXConfig) -> bool:
 
 def image_token_ids(config: ChameleonXLLMXConfig) -> torch.Tensor:
     """Sorted int64 ids of the image tokens of a configuration."""
-    return build_model(config).image_token_ids(torch.device("cpu"))  # on meta: no weights
+    # On meta: no weights are made.
+    return build_model(config).image_token_ids(torch.device("cpu"))
 
 
-class ImageHeadReader(ChangedReader):
+def set_image_rows(reader: WeightReader, image_head_init: str, seed: int) -> None:
     """
-    Reads weights with the image rows of `lm_head` reinitialized; what else is in them stays as it is.
+    Makes a reader give `lm_head` with reinitialized image rows.
 
     Args:
-        image_head_init: "zero", or "normal": drawn from normal(0, `initializer_range`) by `seed`.
+        image_head_init: "keep"; "zero"; or "normal", drawn from normal(0, `initializer_range`) by `seed`.
 
     Raises:
         ValueError: another `image_head_init`, or no image tokens in the vocabulary of the configuration.
     """
+    if image_head_init not in IMAGE_HEAD_INITS:
+        raise ValueError(f"image_head_init must be one of {', '.join(IMAGE_HEAD_INITS)}, got {image_head_init!r}.")
+    if image_head_init == "keep":
+        return
+    config = load_config(reader.folder)
+    ids = image_token_ids(config)
+    if not len(ids):
+        raise ValueError(
+            f"the vocabulary_map in {reader.folder / 'config.json'} names no image tokens (IMGIMG...), whose rows of "
+            f"lm_head are to be reinitialized ({image_head_init}); keep them as they are: --image_head_init keep."
+        )
 
-    def __init__(self, base: WeightReader, image_head_init: str, seed: int):
-        super().__init__(base)
-        if image_head_init not in IMAGE_HEAD_INITS:
-            raise ValueError(f"image_head_init must be one of {', '.join(IMAGE_HEAD_INITS)}, got {image_head_init!r}.")
-        config = load_config(base.folder)
-        self._ids, self._seed = image_token_ids(config), seed
-        self._std = config.initializer_range if image_head_init == "normal" else 0.0
-        if not len(self._ids):
-            raise ValueError(
-                f"the vocabulary_map in {base.folder / 'config.json'} names no image tokens (IMGIMG...), whose rows of "
-                f"lm_head are to be reinitialized ({image_head_init}); keep them as they are: --image_head_init keep."
-            )
+    def reinitialize(head: torch.Tensor) -> torch.Tensor:
+        # All rows at once, on every rank: the values do not depend on how ranks share the head.
+        rows = torch.zeros(len(ids), head.shape[1])
+        if image_head_init == "normal":
+            rows.normal_(0.0, config.initializer_range, generator=torch.Generator().manual_seed(seed))
+        return head.index_copy(0, ids, rows.to(head.dtype))
 
-    def read(self, name: str, part: tuple[slice, ...] | None = None) -> torch.Tensor:
-        tensor = self._base.read(name, part)
-        if name != HEAD:
-            return tensor
-        num_rows, width = self.shape(name)
-        rows = torch.zeros(len(self._ids), width)
-        if self._std:  # all of them, whatever the part: the values do not depend on how ranks share the head
-            rows.normal_(0.0, self._std, generator=torch.Generator().manual_seed(self._seed))
-        of_rows, of_columns = part or (slice(None), slice(None))
-        first, last, _ = of_rows.indices(num_rows)
-        is_read = (self._ids >= first) & (self._ids < last)
-        return tensor.index_copy(0, self._ids[is_read] - first, rows[is_read][:, of_columns].to(tensor.dtype))
+    reader.change(HEAD, reinitialize)

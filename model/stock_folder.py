@@ -1,7 +1,6 @@
-"""
-The config.json of either shape of checkpoint, and the processor's files that stock transformers needs beside weights.
+"""The config.json of either shape of checkpoint, and the processor's files for stock transformers.
 
-`model/convert.py` calls it; `AutoProcessor` and `pipeline("image-text-to-text")` take what `--shape hf` writes.
+`model/convert.py` calls both. `AutoProcessor` and `pipeline("image-text-to-text")` load what `--shape hf` writes.
 """
 
 import json
@@ -9,39 +8,48 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
-from transformers import GenerationConfig
+from transformers import ChameleonConfig, GenerationConfig
 
 from data.item_processor import load_text_tokenizer
 from data.vocab import BEGIN_IMAGE, BOS, END_IMAGE, END_OF_TURN
 from model.decoder.chameleon import ChameleonXLLMXConfig, ChameleonXLLMXForConditionalGeneration
 from model.image_head import EXPORT_MARK, STOCK_ARCHITECTURE
-from model.weight_files import write_text_file
 
 SHAPES = ("xllmx", "hf")
-# Chameleon's published vocabularies call the same token by either name; stock transformers knows the first alone.
+# Two names of one token in Chameleon's published vocabularies; stock transformers knows only the first.
 IMAGE, RESERVED_IMAGE = "<image>", "<reserved08707>"
 PROCESSOR_NAME = "processor_config.json"
 
 
-def config_values(config: ChameleonXLLMXConfig, shape: str, is_trained: bool) -> dict[str, Any]:
-    """The config.json of a checkpoint in the given shape; `is_trained`: its image rows are not stock Chameleon's."""
-    if shape not in SHAPES:
-        raise ValueError(f"the shape of a checkpoint is {shape!r}; it must be one of {', '.join(SHAPES)}.")
-    values = config.to_dict()
+def write_config(
+    config: ChameleonXLLMXConfig, folder: Path, dtype: torch.dtype, shape: str = "xllmx", is_trained: bool = True
+) -> None:
+    """
+    Write the config.json of a checkpoint in the given shape.
+
+    Args:
+        dtype: of the weights beside it.
+        is_trained: whether the image rows may differ from those of stock Chameleon.
+    """
+    values = config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
     for name in ("_name_or_path", EXPORT_MARK):
         values.pop(name, None)
     if shape == "xllmx":
-        return values | {"architectures": [ChameleonXLLMXForConditionalGeneration.__name__]}
+        values["architectures"] = [ChameleonXLLMXForConditionalGeneration.__name__]
+        ChameleonXLLMXConfig.from_dict(values).save_pretrained(folder)
+        return
     for ours in ("dropout", "z_loss_weight", "mask_image_logits", "tie_head_norm", "model_type"):
         values.pop(ours, None)
     values["vocabulary_map"] = name_image_token(values["vocabulary_map"] or {})
-    return values | {"architectures": [STOCK_ARCHITECTURE]} | ({EXPORT_MARK: True} if is_trained else {})
+    values |= {"architectures": [STOCK_ARCHITECTURE]} | ({EXPORT_MARK: True} if is_trained else {})
+    ChameleonConfig.from_dict(values).save_pretrained(folder)
 
 
 def name_image_token(vocabulary: Mapping[str, int]) -> dict[str, int]:
-    """{name: id} in which `<image>` is the name of the token that is reserved for it."""
+    """{name: id} in which `<reserved08707>` is renamed to `<image>`."""
     if IMAGE in vocabulary:
         return dict(vocabulary)
     return {IMAGE if name == RESERVED_IMAGE else name: token_id for name, token_id in vocabulary.items()}
@@ -49,9 +57,9 @@ def name_image_token(vocabulary: Mapping[str, int]) -> dict[str, int]:
 
 def write_processor_files(folder: Path) -> None:
     """
-    Adds to a folder in stock's shape what its processor and `generate` need, and changes its tokenizer to fit.
+    Add the files of stock's processor and `generate` to a folder in stock's shape, and adapt its tokenizer.
 
-    Nothing is written where the tokenizer is missing or has another token for `<image>` than the model, or none.
+    Writes nothing where the tokenizer is missing, or its id of `<image>` is not the model's.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     path, image_id = folder / "tokenizer.json", config["vocabulary_map"].get(IMAGE)
@@ -62,7 +70,7 @@ def write_processor_files(folder: Path) -> None:
     for token in raw["added_tokens"]:
         if token["id"] == image_id:
             token["content"] = IMAGE
-    write_text_file(path, json.dumps(raw, ensure_ascii=False))
+    path.write_text(json.dumps(raw, ensure_ascii=False), encoding="utf-8")
 
     tokenizer = load_text_tokenizer(folder)
     names = (IMAGE, BEGIN_IMAGE, END_IMAGE, END_OF_TURN)
@@ -83,14 +91,15 @@ def write_processor_files(folder: Path) -> None:
 
 
 def _image_processor(side: int) -> dict[str, Any]:
-    """Images of `side` x `side` pixels in [-1, 1], as the VQGAN of the training took them."""
+    """Crops of `side` x `side` pixels in [-1, 1], the range of the VQGAN's input."""
     return {
         "image_processor_type": "ChameleonImageProcessor",
         "processor_class": "ChameleonProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": side},
-        "resample": 1,  # Lanczos
+        # Lanczos
+        "resample": 1,
         "do_center_crop": True,
         "crop_size": {"height": side, "width": side},
         "do_rescale": True,
@@ -102,4 +111,4 @@ def _image_processor(side: int) -> dict[str, Any]:
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    write_text_file(path, json.dumps(values, indent=2) + "\n")
+    path.write_text(json.dumps(values, indent=2) + "\n")

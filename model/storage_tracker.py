@@ -1,15 +1,13 @@
-"""Memory by what it is for: every storage that is allocated and freed while a piece of work runs, real or fake.
+"""Memory by purpose: bytes of every storage that is allocated and freed while a piece of work runs, real or fake.
 
-`model/plan.py` takes a training step under it on tensors without values. torch has a tracker for FSDP too
-(`torch.distributed._tools.fsdp2_mem_tracker`); it takes FSDP's hooks out and puts its own in, and calls them once per
-module where modules share a group, as our norm and head do, which moves the reduction of their gradients and hides some
-of it. This one touches no hook: it sees operators and, as that one, resized storages (FSDP's gathered weights).
+`model/plan.py` takes a training step under this tracker, on tensors without values. torch's own tracker for FSDP
+(`torch.distributed._tools.fsdp2_mem_tracker`) replaces FSDP's hooks and calls each once per module: where modules share
+a group, as our norm and head do, gradients are reduced at another time. This tracker touches no hook. It sees operators
+and resized storages (FSDP's gathered weights).
 """
 
-import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -19,12 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
-PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOSS = KINDS = (
-    "parameters", "gradients", "optimizer", "activations", "loss",
-)  # fmt: skip
+KINDS = ("parameters", "gradients", "optimizer", "activations", "loss")
+PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOSS = KINDS
 
-# Where a sharded tensor finds out the shape of a result, by tensors without values, as large as they are before they
-# are sharded: torch 2.11 does so for the optimizer at every step, 2.13 once.
+# Finds the shape of a result by tensors without values, as large as before sharding. torch 2.11 calls this method for
+# the optimizer at every step, 2.13 once.
 _FIND_SHAPES = "_propagate_tensor_meta_non_cached"
 
 
@@ -33,42 +30,35 @@ class _Storage:
 
     __slots__ = ("kind", "num_bytes")
 
-    def __init__(self, kind: str, num_bytes: int) -> None:
-        self.kind, self.num_bytes = kind, num_bytes
+    def __init__(self, kind: str) -> None:
+        self.kind, self.num_bytes = kind, 0
 
 
 class StorageTracker(TorchDispatchMode):
     """Counts bytes of live storages by kind, from when each is first seen.
 
-    `kind` is given to what operators make from now on. `now` holds the bytes by kind, `most` the largest figure of each
-    kind, `at_peak` the figures at the moment of the largest sum, and `peak_during` what `during` was then. Kinds
-    `on_host` are not in the sum, wherever their tensors are.
+    Workspaces inside kernels do not show as operators; `_workspace` adds the large ones.
 
-    Kernels allocate workspaces inside, which operators without values do not show; the large ones are added by hand
-    (`_workspace`).
+    Attributes:
+        kind: the kind of what operators make from now on.
+        during: name of the present phase.
+        now, most, at_peak: bytes by kind at present, at most, and at the moment of the largest sum.
+        peak, peak_during: the largest sum, and the phase in which it was reached.
+        on_host: kinds that are not in the sum.
     """
 
-    def __init__(self, on_host: Collection[str] = ()) -> None:
+    def __init__(self, on_host: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.on_host = on_host
         self.kind, self.during = ACTIVATIONS, ""
         self.now, self.most, self.at_peak = Counter(), Counter(), Counter()
         self.peak, self.peak_during = 0, ""
         self._total = 0
-        self._live = WeakIdKeyDictionary()  # storage: _Storage
+        self._live: WeakIdKeyDictionary[torch.UntypedStorage, _Storage] = WeakIdKeyDictionary()
         self._is_counting = True
 
-    @contextlib.contextmanager
-    def counting(self, kind: str) -> Iterator[None]:
-        """What is made inside is of this kind."""
-        before, self.kind = self.kind, kind
-        try:
-            yield
-        finally:
-            self.kind = before
-
     def mark(self, tensor: torch.Tensor, kind: str) -> None:
-        """Says what a tensor (also a sharded one) is for, and counts it if it is new."""
+        """Sets the kind of a tensor (plain or sharded), and counts it if it is new."""
         for storage in storages_of(tensor):
             self._see(storage, kind)
             found = self._live[storage]
@@ -102,7 +92,8 @@ class StorageTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # seen again as operators on local tensors
+            # Seen again as operators on local tensors.
+            return NotImplemented
         output = func(*args, **(kwargs or {}))
         if not self._is_counting:
             return output
@@ -119,7 +110,7 @@ class StorageTracker(TorchDispatchMode):
     def _see(self, storage: torch.UntypedStorage, kind: str) -> None:
         found, num_bytes = self._live.get(storage), storage.nbytes()
         if found is None:
-            found = self._live[storage] = _Storage(kind, 0)
+            found = self._live[storage] = _Storage(kind)
             weakref.finalize(storage, self._forget, found).atexit = False
         self._change(found.kind, num_bytes - found.num_bytes)
         found.num_bytes = num_bytes
@@ -149,8 +140,8 @@ def storages_of(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
 def _workspace(func: Any, args: tuple[Any, ...]) -> int:
     """Bytes that a kernel needs while it runs, beside what it returns.
 
-    The flash kernel's backward sums the gradient of the queries in fp32, and keeps one fp32 number per head and token,
-    in both cases for up to 128 more tokens per document.
+    The backward of the flash kernel holds the queries' gradient in fp32, and one fp32 number per head and token. Both
+    are padded by up to 128 tokens per document.
     """
     if func.name() != "torch_attn::_varlen_attn_backward":
         return 0

@@ -31,12 +31,11 @@ def write_meta_vqgan(vqgan: VQGAN, folder: Path) -> None:
     """`vqgan.yaml` and `vqgan.ckpt`, as Meta's folder has them."""
     folder.mkdir(parents=True, exist_ok=True)
     config = vqgan.config
-    network = dict(
-        double_z=config.double_latent, z_channels=config.latent_channels, resolution=config.resolution,
-        in_channels=config.in_channels, ch=config.base_channels, ch_mult=list(config.channel_multiplier),
-        num_res_blocks=config.num_res_blocks, attn_resolutions=list(config.attn_resolutions or []),
-        dropout=config.dropout, attn_type=config.attn_type,
-    )  # fmt: skip
+    names = {"double_z": "double_latent", "z_channels": "latent_channels", "ch": "base_channels"}
+    names |= {"ch_mult": "channel_multiplier", "attn_resolutions": "attn_resolutions", "attn_type": "attn_type"}
+    names |= {name: name for name in ("resolution", "in_channels", "num_res_blocks", "dropout")}
+    network = {name: getattr(config, ours) for name, ours in names.items()}
+    network["attn_resolutions"] = network["attn_resolutions"] or []
     params = {"embed_dim": config.embed_dim, "n_embed": config.num_embeddings, "ddconfig": network}
     (folder / "vqgan.yaml").write_text(yaml.safe_dump({"model": {"params": params}}))
     torch.save({"state_dict": vqgan.state_dict()}, folder / "vqgan.ckpt")

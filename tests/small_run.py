@@ -21,9 +21,10 @@ from data.record import RecordEntry, write_merged
 from data.token_file import save_token_file
 from data.vocab import ChameleonVocab
 from model.checks import prepare
-from model.convert import export_hf
+from model.convert import carried_vqgan, clean_name, convert_checkpoint, export_tensors
 from model.decoder.chameleon import build_config, build_model, init_weights
 from model.distributed import Launch
+from model.hf_folder import copy_tokenizer_files
 from model.options import Options, build_parser
 from tests import forked
 
@@ -51,6 +52,18 @@ def write_small_task(folder: Path, num_items: int = 24, seed: int = 0) -> None:
     export_hf(model, config, folder / "init", folder / "tokenizer")
     write_items(folder, ChameleonVocab.from_tokenizer(tokenizer), num_items, seed)
     (folder / "data.yaml").write_text("META:\n  - path: record.json\n")
+
+
+def export_hf(model, config, out_dir, tokenizer_dir=None, *, dtype=None, **changes) -> None:
+    """Writes a model as a checkpoint of our shape; `changes` are options of `convert_checkpoint`, which rewrites it."""
+    folder = Path(f"{out_dir}-raw" if changes else out_dir)
+    parameters = {clean_name(name): parameter for name, parameter in model.named_parameters()}
+    shapes = {name: (tuple(p.shape), dtype or p.dtype) for name, p in parameters.items()}
+    export_tensors(shapes, parameters.__getitem__, config, folder, carried_vqgan(config))
+    if tokenizer_dir is not None:
+        copy_tokenizer_files(tokenizer_dir, folder)
+    if changes:
+        convert_checkpoint(folder, out_dir, image_head_init="keep", **changes)
 
 
 def write_items(folder: Path, vocab: ChameleonVocab, num_items: int, seed: int) -> None:

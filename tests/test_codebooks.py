@@ -1,4 +1,4 @@
-"""Two VQGANs are not mixed without a word: neither in training, nor between training and drawing."""
+"""Records, checkpoints and images of different VQGANs are not mixed unless a flag allows it."""
 
 import json
 import shutil
@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_run import call_main, solver_args
 from transformers import ChameleonForConditionalGeneration
 
 from inference_solver import FlexARInferenceSolver
@@ -18,6 +17,7 @@ from model.distributed import Launch
 from model.options import Options, build_parser
 from model.vqgan import CODEBOOK, HF_PREFIX, load_vqgan, save_vqgan
 from tests.hub_helpers import write_meta_vqgan
+from tests.small_run import call_main, solver_args
 from tests.tokenize_helpers import write_tiny_vqgan
 
 A, B = "a" * 64, "b" * 64
@@ -53,7 +53,8 @@ def train(task, folder, name="out", **changes) -> tuple[int, str]:
 
 
 def test_one_vqgan_has_one_hash_in_all_three_formats(tmp_path):
-    vqgan = write_tiny_vqgan(tmp_path / "half")  # written in fp16
+    # Written in fp16.
+    vqgan = write_tiny_vqgan(tmp_path / "half")
     write_meta_vqgan(vqgan, tmp_path / "meta")
     save_vqgan(vqgan, tmp_path / "ours", torch.float32)
     (tmp_path / "hf").mkdir()
@@ -68,13 +69,26 @@ def test_one_vqgan_has_one_hash_in_all_three_formats(tmp_path):
     assert load_vqgan(tmp_path / "half").codebook_sha256 != vqgan.codebook_sha256
 
 
-def test_records_of_different_vqgans_train_only_if_told(small_task, tmp_path):
+def check(task, folder, **changes) -> None:
+    """What the solver checks before a run; raises what it raises."""
+    args = solver_args(task, folder / "out", **{"data_config": folder / "data.yaml"} | changes)
+    prepare(Options.from_namespace(build_parser().parse_args(args)), Launch())
+
+
+def test_records_of_different_vqgans_train_only_with_the_flag(small_task, tmp_path):
     write_records(small_task, tmp_path, one={"codebook_sha256": A}, two={"codebook_sha256": B})
     code, said = train(small_task, tmp_path)
     assert code == 2 and said.count("were made with different VQGANs") == 1 and "--mix_vqgans" in said
     assert str(tmp_path / "one") in said and str(tmp_path / "two") in said and not (tmp_path / "out").exists()
     assert train(small_task, tmp_path, mix_vqgans=True) == (0, "")
     assert load_config(tmp_path / "out" / "epoch0-iter1").codebook_sha256 is None
+    # A record that was merged elsewhere is known by the folder of its tokens.
+    entries = json.loads((tmp_path / "two" / "record.json").read_text())
+    moved = [entry | {"file": str(tmp_path / "two" / entry["file"])} for entry in entries]
+    (tmp_path / "two.json").write_text(json.dumps(moved))
+    (tmp_path / "data.yaml").write_text("META:\n  - path: one/record.json\n  - path: two.json\n")
+    code, said = train(small_task, tmp_path, "moved")
+    assert code == 2 and "different VQGANs" in said
 
 
 def test_records_to_validate_on_are_compared_with_those_to_train_on(small_task, tmp_path):
@@ -85,7 +99,7 @@ def test_records_to_validate_on_are_compared_with_those_to_train_on(small_task, 
 
 
 @pytest.mark.slow
-def test_a_checkpoint_names_the_vqgan_of_its_records_and_keeps_out_others(small_task, vqgans, tmp_path, capsys):
+def test_a_checkpoint_names_the_vqgan_of_its_records_and_rejects_others(small_task, vqgans, tmp_path, capsys):
     folder, hashes = vqgans
     write_records(small_task, tmp_path, one={"codebook_sha256": hashes["one"]}, old=None)
     assert train(small_task, tmp_path) == (0, "")
@@ -96,8 +110,9 @@ def test_a_checkpoint_names_the_vqgan_of_its_records_and_keeps_out_others(small_
     write_records(small_task, tmp_path / "other", two={"codebook_sha256": hashes["two"]})
     data = {"data_config": tmp_path / "other" / "data.yaml"}
     resumed = {"max_steps": 2, "resume_anyway": True}
-    for changes in ({"name": "new", "init_from": checkpoint}, resumed, {"name": "eval", "init_from": checkpoint,
-                    "eval_only": True, "val_data_config": tmp_path / "other" / "data.yaml"}):  # fmt: skip
+    evaluated = {"eval_only": True, "val_data_config": tmp_path / "other" / "data.yaml"}
+    started = {"name": "new", "init_from": checkpoint}
+    for changes in (started, resumed, started | evaluated):
         code, said = train(small_task, tmp_path, **data | changes)
         assert code == 2 and f"the checkpoint {checkpoint} and" in said and "different VQGANs" in said, said
     assert train(small_task, tmp_path, **data | resumed, mix_vqgans=True) == (0, "")
@@ -127,16 +142,6 @@ def test_records_that_name_no_codebook_are_not_compared(small_task, tmp_path, ca
     assert said in " ".join(lines) and bool(lines) == bool(said)
 
 
-def test_a_record_merged_elsewhere_is_known_by_the_folder_of_its_tokens(small_task, tmp_path):
-    write_records(small_task, tmp_path, one={"codebook_sha256": A}, two={"codebook_sha256": B})
-    entries = json.loads((tmp_path / "two" / "record.json").read_text())
-    moved = [entry | {"file": str(tmp_path / "two" / entry["file"])} for entry in entries]
-    (tmp_path / "two.json").write_text(json.dumps(moved))
-    (tmp_path / "data.yaml").write_text("META:\n  - path: one/record.json\n  - path: two.json\n")
-    code, said = train(small_task, tmp_path)
-    assert code == 2 and "different VQGANs" in said
-
-
 @pytest.fixture(scope="module")
 def checkpoint(small_task, vqgans, tmp_path_factory):
     """The small task's start, as one that was trained on codes of the VQGAN `one`."""
@@ -147,7 +152,7 @@ def checkpoint(small_task, vqgans, tmp_path_factory):
     return folder
 
 
-def test_nothing_is_drawn_by_another_vqgan_unless_told(checkpoint, vqgans, tmp_path, capsys):
+def test_nothing_is_drawn_by_another_vqgan_without_the_flag(checkpoint, vqgans, tmp_path, capsys):
     flags = ["--model_path", checkpoint, "--prompt", "word90", "--size", "32x32", "--out", tmp_path / "out.png"]
     flags += ["--precision", "fp32", "--device", "cpu", "--max_gen_len", "20", "--cfg", "1"]
     assert inference([*map(str, flags), "--vqgan_dir", str(vqgans[0] / "two")]) == 2
@@ -160,7 +165,7 @@ def test_nothing_is_drawn_by_another_vqgan_unless_told(checkpoint, vqgans, tmp_p
         solver.encode_request([["word90", None]], Image.new("RGB", (32, 32)))
 
 
-def test_no_samples_are_drawn_by_another_vqgan_unless_told(small_task, checkpoint, vqgans, tmp_path):
+def test_no_samples_are_drawn_by_another_vqgan_without_the_flag(small_task, checkpoint, vqgans, tmp_path):
     write_records(small_task, tmp_path, old=None)
     (tmp_path / "prompts.json").write_text('[{"prompt": "word90", "size": "32x32"}]')
     changes = {"init_from": checkpoint, "sample_interval": 1, "sample_prompts": tmp_path / "prompts.json"}

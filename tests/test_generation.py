@@ -8,7 +8,6 @@ import torch
 from transformers import ChameleonForConditionalGeneration, LogitsProcessor, LogitsProcessorList
 
 from data.vocab import ChameleonVocab
-from model.convert import export_hf
 from model.decode_step import DecodeStep
 from model.generation import (
     CUT_BY_LENGTH,
@@ -24,6 +23,7 @@ from model.root_forward import RootForward
 from model.sampling import draw_noise, sample_codes, sample_tokens
 from model.vqgan import VQGAN, save_vqgan
 from tests.decoder_helpers import random_tokens, small_config, small_model, small_vocabulary
+from tests.small_run import export_hf
 from tests.test_image_grammar import plain_allowed
 
 VOCAB = ChameleonVocab.from_mapping(small_vocabulary())

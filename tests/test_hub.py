@@ -1,7 +1,8 @@
-"""VQGAN and tokenizer of the hub: found in its cache, or one line that says what was looked for and where."""
+"""VQGAN and tokenizer of the hub: found in its cache, or one line with what was looked for and where."""
 
 import json
 import pickle
+import shutil
 
 import huggingface_hub
 import pytest
@@ -59,7 +60,7 @@ def test_without_the_default_folder_every_script_takes_the_hub_s_vqgan(world, sm
     assert load_vqgan(tmp_path / "hf").codebook_sha256 == codebook
 
 
-def test_a_folder_that_is_there_goes_before_the_hub(world, offline, tmp_path, monkeypatch):
+def test_a_local_folder_takes_precedence_over_the_hub(world, offline, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_vqgan(DEFAULT_VQGAN_DIR).name == SUBFOLDER
     (tmp_path / DEFAULT_VQGAN_DIR).mkdir(parents=True)
@@ -67,7 +68,7 @@ def test_a_folder_that_is_there_goes_before_the_hub(world, offline, tmp_path, mo
 
 
 def test_only_what_is_needed_is_downloaded(world, offline, tmp_path, monkeypatch):
-    """Of Meta's files the two, of a large Hugging Face model the one file that holds the VQGAN."""
+    """Meta's two files, or the one file of a large Hugging Face model that holds the VQGAN."""
     state = {HF_PREFIX + name: value for name, value in load_vqgan(world[0] / "meta").state_dict().items()}
     model, fields = tmp_path / "model", json.loads((world[0] / "vqgan" / "vqgan.json").read_text())
     model.mkdir()
@@ -92,30 +93,31 @@ def test_only_what_is_needed_is_downloaded(world, offline, tmp_path, monkeypatch
     assert load_vqgan(found).codebook_sha256 == load_vqgan(world[0] / "vqgan").codebook_sha256
 
 
-@pytest.mark.parametrize("kept", [None, "vqgan.yaml"])
-def test_what_is_not_in_the_cache_is_named_in_one_line(world, tmp_path, monkeypatch, kept):
-    """Also where the cache holds the model's weights, or half of the VQGAN: then the library gives a folder."""
+@pytest.mark.parametrize("cached", [(), ("tokenizer.json",), ("tokenizer.json", "vqgan.yaml")])
+def test_what_is_not_in_the_cache_is_named_in_one_line(world, tmp_path, monkeypatch, cached):
+    """Also where the cache holds other files of the model, or half of the VQGAN."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
-    for with_weights in (False, True):
-        if with_weights:
-            put_into_cache(tmp_path / "hub", HUB_REPO, world[0] / "tokenizer")
-        if kept and with_weights:
-            (tmp_path / "part").mkdir()
-            (tmp_path / "part" / kept).write_bytes((world[0] / "meta" / kept).read_bytes())
-            put_into_cache(tmp_path / "hub", HUB_REPO, tmp_path / "part", SUBFOLDER)
-        with pytest.raises(FileNotFoundError) as caught:
-            find_vqgan(DEFAULT_VQGAN_DIR)
-        said = str(caught.value)
-        for word in (DEFAULT_VQGAN_DIR, HUB_VQGAN, str(tmp_path / "hub"), "HF_HUB_OFFLINE=1", "vqgan."):
-            assert word in said
-        assert "\n" not in said and len(said) < 1000
+    for folder, subfolder in (("tokenizer", ""), ("meta", SUBFOLDER)):
+        (tmp_path / folder).mkdir()
+        for name in cached:
+            if (world[0] / folder / name).is_file():
+                shutil.copyfile(world[0] / folder / name, tmp_path / folder / name)
+        if cached:
+            put_into_cache(tmp_path / "hub", HUB_REPO, tmp_path / folder, subfolder)
+    with pytest.raises(FileNotFoundError) as caught:
+        find_vqgan(DEFAULT_VQGAN_DIR)
+    said = str(caught.value)
+    for word in (DEFAULT_VQGAN_DIR, HUB_VQGAN, str(tmp_path / "hub"), "HF_HUB_OFFLINE=1", "vqgan."):
+        assert word in said
+    assert "\n" not in said and len(said) < 1000
 
 
 def test_a_tokenizer_comes_by_the_same_rules(world, offline, tmp_path):
     folder, tokenizer = world
-    for name in ("some/text", HUB_VQGAN, folder / "meta"):  # the latter two hold text_tokenizer.json alone
+    # The latter two hold text_tokenizer.json alone.
+    for name in ("some/text", HUB_VQGAN, folder / "meta"):
         assert hash_tokenizer(load_text_tokenizer(name)) == hash_tokenizer(tokenizer)
     said = "nobody/nothing is not a folder here, and could not be fetched .* its cache .*hub lacks .* HF_HUB_OFFLINE=1"
     for look_up in (load_text_tokenizer, find_vqgan):

@@ -14,13 +14,13 @@ from PIL import Image
 
 from data.image_transform import crop_to_rgb
 from inference_solver import CACHE_SHARE, FlexARInferenceSolver, build_parser, choose_device, main, parse_size
-from model.convert import export_hf
 from model.generation import CUT_BY_LENGTH, CUT_BY_POSITIONS, SamplingOptions, generate_batch
 from model.kv_cache import KVCache
 from model.requests import Answer, describe_cuts
 from model.vqgan import VQGAN, image_to_pixels, pixels_to_image, save_vqgan
 from tests import forked
 from tests.decoder_helpers import small_config, small_model, write_small_tokenizer
+from tests.small_run import export_hf
 
 
 def write_folders(root: Path) -> Path:

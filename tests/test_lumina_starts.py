@@ -9,31 +9,32 @@ import torch
 from data.item_processor import load_text_tokenizer
 from inference_solver import FlexARInferenceSolver
 from model.adapter_folder import BaseWeights
-from model.convert import export_hf, load_pretrained
+from model.convert import load_pretrained
 from model.decoder.chameleon import build_config, build_model
 from model.hf_folder import DEFAULT_TOKENIZER, find_tokenizer
 from tests.decoder_helpers import seed_weights
-from tests.small_run import call_main, solver_args, write_small_task
+from tests.hub_helpers import COMMIT, put_into_cache
+from tests.small_run import call_main, export_hf, solver_args, write_small_task
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-LARGE = {"num_attention_heads": 8, "num_key_value_heads": 4, "model_parallel_size": 4, "swin_norm": True}
-# With positions below, at and above the --max_seq_len of the runs here.
+# One with fewer positions than the --max_seq_len of 64, and a tokenizer; one with more, of the shape of 34B, without.
 STARTS = {
-    "Lumina-mGPT-7B-512": {"max_position_embeddings": 40},
-    "Lumina-mGPT-7B-768": {"max_position_embeddings": 64},
-    "Lumina-mGPT-7B-768-Omni": {"max_position_embeddings": 80},
-    "Lumina-mGPT-7B-1024": {"max_position_embeddings": 128},
-    "Lumina-mGPT-34B-512": LARGE | {"max_position_embeddings": 40},
+    "Lumina-mGPT-7B-768": {"max_position_embeddings": 40, "num_attention_heads": 4},
+    "Lumina-mGPT-34B-512": {
+        "max_position_embeddings": 80,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "model_parallel_size": 4,
+        "swin_norm": True,
+    },
 }
 
 
 def write_start(folder: Path, name: str, tokenizer: Path) -> None:
-    """A checkpoint in bf16 with the config.json of transformers 4.43; one alone has a tokenizer beside it."""
-    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    """A checkpoint in bf16 with the config.json of transformers 4.43."""
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
     config = build_config("tiny", load_text_tokenizer(tokenizer), **shape | STARTS[name])
-    model = seed_weights(build_model(config, "cpu"))
     own = tokenizer if name == "Lumina-mGPT-7B-768" else None
-    export_hf(model, config, folder, own, dtype=torch.bfloat16, max_file_bytes=100_000)
+    export_hf(seed_weights(build_model(config, "cpu")), config, folder, own, dtype=torch.bfloat16)
     values = json.loads((folder / "config.json").read_text())
     for newer in ("rope_parameters", "dtype", "tie_head_norm"):
         values.pop(newer, None)
@@ -48,10 +49,8 @@ def task(tmp_path_factory):
     folder = tmp_path_factory.mktemp("starts")
     write_small_task(folder, num_items=4)
     for name in STARTS:
-        repo = folder / "hub" / f"models--Alpha-VLLM--{name}"
-        write_start(repo / "snapshots" / COMMIT, name, folder / "tokenizer")
-        (repo / "refs").mkdir()
-        (repo / "refs" / "main").write_text(COMMIT)
+        write_start(folder / name, name, folder / "tokenizer")
+        put_into_cache(folder / "hub", f"Alpha-VLLM/{name}", folder / name)
     return folder
 
 
@@ -74,7 +73,8 @@ def test_training_starts_from_a_hub_id(task, tmp_path, name):
     checkpoint = train(task, tmp_path / "out", name, tokenizer=None)
     start, trained = load_pretrained(f"Alpha-VLLM/{name}", torch.float32), load_pretrained(checkpoint)
     for (parameter_name, before), after in zip(start.named_parameters(), trained.parameters(), strict=True):
-        assert torch.equal(before, after), parameter_name  # the image rows of the head included
+        # The image rows of the head included.
+        assert torch.equal(before, after), parameter_name
     groups = STARTS[name].get("model_parallel_size", 1)
     assert trained.model.layers[0].self_attn.q_norm.weight.shape[0] == groups
     assert trained.config.swin_norm == STARTS[name].get("swin_norm", False)
@@ -96,8 +96,7 @@ def test_adapters_and_plan_of_a_hub_id(task, tmp_path, capsys):
 
 
 def test_a_start_with_a_tokenizer_brings_its_own(task):
-    hub = task / "hub"
-    own = hub / "models--Alpha-VLLM--Lumina-mGPT-7B-768" / "snapshots" / COMMIT
+    own = task / "hub" / "models--Alpha-VLLM--Lumina-mGPT-7B-768" / "snapshots" / COMMIT
     assert find_tokenizer("Alpha-VLLM/Lumina-mGPT-7B-768") == str(own)
-    for without in ("Alpha-VLLM/Lumina-mGPT-7B-512", "Alpha-VLLM/not-there", str(hub)):
+    for without in ("Alpha-VLLM/Lumina-mGPT-34B-512", "Alpha-VLLM/not-there", str(task / "hub")):
         assert find_tokenizer(without) == DEFAULT_TOKENIZER

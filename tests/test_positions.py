@@ -1,4 +1,4 @@
-"""Positions: what is trained on sequences beyond the start's positions can be saved, exported and drawn as long."""
+"""Positions grow with --max_seq_len: longer sequences than the start's can be trained, saved, exported and drawn."""
 
 import json
 
@@ -7,20 +7,21 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM
 
-import model.chameleon  # noqa: F401, known to AutoModelForCausalLM
+# Registers the class with AutoModelForCausalLM.
+import model.chameleon  # noqa: F401
 from data.item_processor import load_text_tokenizer
 from data.record import RecordEntry, write_merged
 from data.token_file import save_token_file
 from data.vocab import ChameleonVocab
 from inference_solver import FlexARInferenceSolver
 from inference_solver import main as infer
-from model.convert import convert_checkpoint, export_hf, load_pretrained
+from model.convert import convert_checkpoint, load_pretrained
 from model.decoder.chameleon import build_config, build_model, grow_positions, init_weights
 from model.options import Options, build_parser
 from model.plan import find_config
 from model.vqgan import VQGAN, save_vqgan
 from tests.decoder_helpers import small_config
-from tests.small_run import call_main, read_lines, solver_args, write_small_task
+from tests.small_run import call_main, export_hf, read_lines, solver_args, write_small_task
 from tests.test_convert import same_parameters
 
 START, MAX_SEQ_LEN = 64, 128
@@ -29,7 +30,7 @@ SIZE = (96, 96)  # 46 tokens: two of them are beyond the start's positions
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    """Edits of one image of 96 pixels into another, a start with too few positions for them, and a VQGAN."""
+    """Edits of one image of 96 pixels into another, a start with too few positions, and a VQGAN."""
     folder = tmp_path_factory.mktemp("edits")
     write_small_task(folder, num_items=1)
     tokenizer = load_text_tokenizer(folder / "tokenizer")
@@ -76,7 +77,8 @@ def test_two_images_beyond_the_start_s_positions_are_trained_and_drawn(task, tmp
     assert read_lines(tmp_path / "out")[0]["loss"] > 0
     checkpoint = tmp_path / "out" / "epoch0"
     assert [image.size for image in draw(task, checkpoint)] == [SIZE]
-    assert len(list((tmp_path / "out" / "samples").rglob("*.png"))) == 2  # the one given and the one drawn
+    # The one given and the one drawn.
+    assert len(list((tmp_path / "out" / "samples").rglob("*.png"))) == 2
     convert_checkpoint(checkpoint, tmp_path / "hf", shape="hf", vqgan_dir=task / "vqgan")
     convert_checkpoint(tmp_path / "hf", tmp_path / "back")
     assert [positions(folder) for folder in (checkpoint, tmp_path / "hf", tmp_path / "back")] == [MAX_SEQ_LEN] * 3
@@ -96,7 +98,6 @@ def test_adapters_have_the_positions_that_they_were_trained_with(task, tmp_path)
 
 @pytest.mark.parametrize(("saved", "expected"), [(" 64", 128), ("999", 999)])
 def test_a_resumed_run_has_the_larger_of_the_checkpoint_s_positions_and_max_seq_len(task, tmp_path, saved, expected):
-    """A checkpoint with too few is mended by the next one."""
     out = tmp_path / "out"
     assert call_main(edit_args(task, out))[0] == 0
     path = out / "epoch0" / "config.json"
@@ -107,13 +108,10 @@ def test_a_resumed_run_has_the_larger_of_the_checkpoint_s_positions_and_max_seq_
     assert positions(out / "epoch1") == expected
 
 
-def test_a_fresh_model_has_the_positions_of_its_data(task, tmp_path):
+def test_a_fresh_model_has_the_positions_of_its_data_and_positions_never_shrink(task):
     fresh = {"init_from": None, "model_size": "tiny", "tokenizer": task / "tokenizer", "max_seq_len": 5000}
-    assert call_main(edit_args(task, tmp_path / "out", **fresh))[0] == 0
-    assert positions(tmp_path / "out" / "epoch0") == 5000
-
-
-def test_positions_never_shrink():
+    options = Options.from_namespace(build_parser().parse_args(edit_args(task, task / "out", **fresh)))
+    assert find_config(options).max_position_embeddings == 5000
     config = small_config()
     assert grow_positions(config, 12) is None and config.max_position_embeddings == 512
 
@@ -125,9 +123,5 @@ def test_max_positions_helps_a_checkpoint_that_kept_too_few(task, tmp_path, caps
     assert infer(arguments) == 3
     assert "give more --max_positions" in capsys.readouterr().err
     assert infer([*arguments, "--max_positions", "128"]) == 0
-    drawn = Image.open(tmp_path / "out.png")
-    assert drawn.size == SIZE
-    # More positions than are needed change nothing.
-    assert infer([*arguments, "--max_positions", "1000"]) == 0
-    assert Image.open(tmp_path / "out.png").tobytes() == drawn.tobytes()
+    assert Image.open(tmp_path / "out.png").size == SIZE
     assert positions(task / "start") == START

@@ -16,17 +16,19 @@ from transformers import (
 
 from data.item_processor import load_text_tokenizer
 from model.chameleon import ChameleonXLLMXConfig, ChameleonXLLMXForConditionalGeneration
-from model.convert import export_hf, load_pretrained, main
+from model.convert import load_pretrained, main
 from model.decoder.chameleon import (
     build_config,
     build_model,
 )
 from model.vqgan import VQGAN, image_to_pixels, save_vqgan
 from tests.decoder_helpers import seed_weights, small_config, small_model, write_small_tokenizer
+from tests.small_run import export_hf
 from tests.test_convert import same_parameters
 from tests.tokenize_helpers import write_reference_tokenizer
 
-SIDE = 64  # of the VQGAN: an image has 16 codes
+# Pixels of the VQGAN: an image has 16 codes.
+SIDE = 64
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,8 @@ def test_auto_processor_makes_what_the_model_takes(folders):
     cropped = image_to_pixels(image.crop((left, 0, left + SIDE, SIDE)))
     torch.testing.assert_close(inputs["pixel_values"][0], cropped, rtol=0, atol=1e-5)
     stock = AutoModelForImageTextToText.from_pretrained(folders / "hf")
-    assert type(stock) is ChameleonForConditionalGeneration  # ours is imported, and does not stand in its way
+    # Registering ours does not replace the stock class.
+    assert type(stock) is ChameleonForConditionalGeneration
     with torch.no_grad():
         assert stock(**inputs).logits.isfinite().all()
 
@@ -76,7 +79,7 @@ def test_a_raw_checkpoint_is_loaded_by_the_auto_classes(folders, tmp_path):
     assert type(found) is ChameleonXLLMXForConditionalGeneration
     assert same_parameters(found, load_pretrained(folders / "raw"))
     assert AutoModelForCausalLM.from_pretrained(folders / "raw", dtype="bfloat16").dtype == torch.bfloat16
-    # Of stock's model type, as checkpoints were until now.
+    # Older checkpoints have stock's model type.
     path = folders / "raw" / "config.json"
     values = json.loads(path.read_text())
     assert values["model_type"] == "chameleon_xllmx"

@@ -24,9 +24,9 @@ from exps.tiny.scenes import (
     read,
 )
 from exps.tiny.train_vqgan import k_means
-from model.convert import export_hf
 from model.decoder.chameleon import build_config, build_model
 from model.vqgan import image_to_pixels, load_vqgan, pixels_to_image
+from tests.small_run import export_hf
 
 VQGAN_DIR = Path(__file__).parents[1] / "exps" / "tiny" / "vqgan"
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from model.checks import prepare
-from model.convert import clean_name, export_hf, load_checkpoint_weights, load_pretrained
+from model.convert import clean_name, load_checkpoint_weights, load_pretrained
 from model.decoder.chameleon import build_config, build_model, init_weights, reset_rotary_buffers
 from model.distributed import Launch, detect_launch, end_process, process_group
 from model.optim import OptimOptions, build_optimizer
@@ -18,7 +18,7 @@ from model.options import Options, build_parser
 from model.parallelize import ParallelOptions, allocate, build_mesh, clip_grad_norm, parallelize
 from model.trainable import LORA_TARGETS, TrainableOptions, choose_trainable, init_adapters, is_added
 from tests import forked
-from tests.small_run import ROOT, command, environment, solver_args
+from tests.small_run import ROOT, command, environment, export_hf, solver_args
 
 LORA = TrainableOptions(lora_rank=4)
 IMAGE_HEAD = TrainableOptions(train_only=["image_head"])
