@@ -58,7 +58,7 @@ from model.distributed import (
     stop_at_start,
     sum_counts,
 )
-from model.gpu_peaks import peak_tokens_per_s
+from model.flops import peak_tokens_per_s
 from model.hf_folder import resolve_checkpoint
 from model.image_head import HEAD
 from model.optim import build_optimizer, lr_at, set_lr
@@ -241,7 +241,7 @@ class Solver:
         )
         self.say = self.run_log.progress.say
         self.bad_data = BadData(options, self.bad_items, self.dataset.place, self.say, self.launch.is_main)
-        self.guard = StepGuard(options.guard, torch.device("cpu") if options.parallel.cpu_offload else self.device)
+        self.guard = StepGuard(options.guard)
         output_dir, rank = options.checkpoint.output_dir, self.launch.rank
         self.profiler = StepProfiler(options.watch.profiled_steps, output_dir, rank, self.say)
         # The tokenizer is written from memory: the folder that it came from may be gone by then.

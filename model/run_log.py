@@ -32,7 +32,7 @@ class RunLog:
         types: Sequence[str],
         peak_tokens_per_s: float | None = None,
     ) -> None:
-        """Goes on after `resume_step`; `peak_tokens_per_s`: at the peak of all GPUs (`model/gpu_peaks.py`)."""
+        """Goes on after `resume_step`; `peak_tokens_per_s`: at the peak of all GPUs (`model/flops.py`)."""
         self.progress = Progress(enabled=is_main)
         self.sums = MetricSums(device, len(types))
         self._device, self._types, self._z_loss_weight = device, types, options.model.z_loss_weight

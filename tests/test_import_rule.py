@@ -22,7 +22,6 @@ ROOMS = [
     (3, "generation", "model.image_grammar model.requests model.progress model.serve"),
     (4, "run", "model.options model.checks model.metrics model.run_log model.trackers model.watch model.stop_signal"),
     (4, "run", "model.bad_data model.validation model.samples model.sample_prompts model.samples_format model.flops"),
-    (4, "run", "model.gpu_peaks"),
     (5, "plan", "model.plan model.plan_disk model.storage_tracker"),
     (5, "pages", "model.report_page model.charts model.report_assets"),
     (6, "scripts", "*"),

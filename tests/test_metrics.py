@@ -18,7 +18,7 @@ import torch
 from small_run import call_main, environment, read_lines, solver_args, train
 
 from model.distributed import detect_launch, process_group
-from model.gpu_peaks import mean_document_len, peak_flops
+from model.flops import mean_document_len, peak_flops
 from model.metrics import (
     SUMMED_FIELDS,
     MetricsFile,
