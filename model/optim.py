@@ -97,17 +97,15 @@ def _build_adamw_8bit(groups: list[dict[str, Any]], lr: float) -> torch.optim.Op
         def step(self, closure: None = None) -> None:
             # One parameter after the other, so that only one has a copy in memory.
             groups = self.param_groups
-            try:
-                for group in groups:
-                    for parameter in group["params"]:
-                        if parameter.grad is not None:
-                            self.param_groups = [group | {"params": [parameter]}]
-                            self._step_one(parameter)
-            finally:
-                self.param_groups = groups
+            for group in groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self.param_groups = [group | {"params": [parameter]}]
+                        self._step_one(parameter)
+            self.param_groups = groups
 
         def _step_one(self, parameter: torch.Tensor) -> None:
-            """A step of the only parameter in the groups, undone if `found_inf` is set: the host does not know."""
+            """A step of the only parameter in the groups, undone on the device if `found_inf` is set there."""
             state = self.state[parameter]
             # As torchao does in its first step, but before the copy: an undone first step leaves moments of zero.
             if not state:

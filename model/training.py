@@ -66,15 +66,10 @@ def forward_row(
 ) -> ChameleonXLLMXOutput:
     """The model's output for one row; the loss is the sum over targets times `loss_scale`."""
     # Copied here, non-blocking: FSDP's root would copy tensors of the host itself, and wait for all queued work.
-    return model(
-        input_ids=row["input_ids"].to(device, non_blocking=True),
-        labels=row["labels"].to(device, non_blocking=True),
-        position_ids=row["position_ids"].to(device, non_blocking=True),
-        cu_seqlens=row["cu_seqlens"].to(device, non_blocking=True),
-        max_seqlen=max_seqlen,
-        num_valid=row["num_valid_tokens"],
-        loss_scale=loss_scale,
-    )
+    names = ("input_ids", "labels", "position_ids", "cu_seqlens")
+    tensors = {name: row[name].to(device, non_blocking=True) for name in names}
+    # With the lengths known on the host, nothing of the forward waits for the device either.
+    return model(**tensors, max_seqlen=max_seqlen, num_valid=row["num_valid_tokens"], loss_scale=loss_scale)
 
 
 def optimizer_step(
@@ -91,6 +86,7 @@ def optimizer_step(
     `step` and `items` (of this rank's rows) are for the guard, which reports skipped steps.
     """
     grad_norm = clip_grad_norm(model, mesh, clip_grad)
+    # AdamW reads this flag on the device.
     optimizer.found_inf = guard.check(grad_norm, step, items)
     optimizer.step()
     optimizer.zero_grad()

@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 from model.decoder.chameleon import build_config, build_model, init_weights
 from model.distributed import Launch, process_group
 from model.optim import OptimOptions, build_optimizer
-from model.options import build_parser
 from model.parallelize import (
     DTYPES,
     ParallelOptions,
@@ -137,9 +136,9 @@ def micro_step_traces(train_only: list[str] | None = None, **options) -> list[tu
     return traces
 
 
-def types_in_bf16(**options) -> dict[str, set[torch.dtype]]:
-    """The types met in one step under bf16."""
-    parallel, computation = ParallelOptions(precision="bf16", **options), set()
+def types_in_bf16() -> dict[str, set[torch.dtype]]:
+    """The types met in one step in bf16, whose gradients are summed in bf16."""
+    parallel, computation = ParallelOptions(precision="bf16", grad_precision="bf16"), set()
     model, _ = build_sharded(parallel)
     optimizer = build_optimizer(model, OptimOptions())
     model.model.layers[-1].self_attn.q_proj.register_forward_pre_hook(
@@ -170,8 +169,7 @@ JOBS: dict[str, tuple[Any, dict[str, Any]]] = {
     "fsdp_traces": (micro_step_traces, {}),
     "hsdp_traces": (micro_step_traces, HSDP),
     "image_head_traces": (micro_step_traces, {"train_only": ["image_head"]}),
-    "types_fp32": (types_in_bf16, {}),
-    "types_bf16": (types_in_bf16, {"grad_precision": "bf16"}),
+    "types": (types_in_bf16, {}),
 }
 
 
@@ -222,12 +220,10 @@ def test_gradients_stay_sharded_between_micro_steps(results):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("grad_precision", ["fp32", "bf16"])
-def test_masters_and_reduction_types(results, grad_precision):
-    found = results[f"types_{grad_precision}"]
-    assert found["computation"] == {torch.bfloat16}
+def test_masters_and_reduction_types(results):
+    found = results["types"]
+    assert found["computation"] == found["reduction"] == {torch.bfloat16}
     assert found["masters"] == found["gradients"] == found["moments"] == {torch.float32}
-    assert found["reduction"] == {DTYPES[grad_precision]}
 
 
 # One rank
@@ -306,12 +302,6 @@ def test_gradients_on_cuda():
     """In fp32, one call per document: those of the plain model on a CPU."""
     with process_group(Launch(), "cuda", timeout_s=60):
         assert_equal_to_plain(sharded_gradients(device="cuda", compile=False), bound=1e-4)
-
-
-def test_compile_is_a_switch():
-    parse = build_parser().parse_args
-    given = [parse(["--data_config", "data.yaml", *flag]).compile for flag in ([], ["--compile"], ["--no_compile"])]
-    assert given == [None, True, False]
 
 
 def test_problems():
