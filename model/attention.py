@@ -203,7 +203,7 @@ def _attend_documents(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scaling: float | None
 ) -> torch.Tensor:
     """[1, H or H_kv, T, head_dim] -> [1, T, H, head_dim] by one call per document, in any type."""
-    # On a CPU faster than one call with a block-diagonal mask, and than one padded batch of all documents.
+    # On a CPU faster than one call with a block-diagonal mask, and than one batch of documents gathered by length.
     doc_lens = _document_lens(cu_seqlens)
     is_grouped = query.shape[1] > key.shape[1]
     documents = zip(*(x.split(doc_lens, dim=2) for x in (query, key, value)), strict=True)

@@ -9,7 +9,13 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
-from model.decoder.chameleon import ChameleonXLLMXConfig, build_config, build_model, init_weights
+from model.decoder.chameleon import (
+    ChameleonXLLMXConfig,
+    TiedHeadLayerNorm,
+    build_config,
+    build_model,
+    init_weights,
+)
 from model.loss import IGNORE_INDEX
 from tests.decoder_helpers import code_name, random_tokens, seed_weights, small_model, small_vocabulary
 
@@ -182,6 +188,14 @@ def test_dropout_is_on_both_branches_in_training(monkeypatch, swin):
     assert len(dropped) == len(added) == 2 * model.config.num_hidden_layers
     assert all(p == 0.25 and training for _, p, training in dropped)
     assert all(seen is out for (seen, _, _), out in zip(dropped, added, strict=True))
+
+
+def test_heads_of_a_group_share_norm_weights():
+    norm, hidden = TiedHeadLayerNorm(num_groups=2, num_heads=4, head_dim=8), torch.randn(3, 4, 8)
+    with torch.no_grad():
+        norm.weight[1], norm.bias[1] = 2.0, 5.0
+    plain = F.layer_norm(hidden, (8,))
+    torch.testing.assert_close(norm(hidden), torch.cat([plain[:, :2], 2 * plain[:, 2:] + 5], 1))
 
 
 def test_masked_image_logits():

@@ -116,6 +116,8 @@ def sharded_gradients(backend: Any = "none", device: str = "cpu", **options):
         name.replace("_checkpoint_wrapped_module.", ""): parameter.grad.full_tensor().clone()
         for name, parameter in model.named_parameters()
     }
+    # A bound above the norm changes nothing.
+    clip_grad_norm(model, mesh, max_norm=1e6)
     norm = clip_grad_norm(model, mesh, max_norm=0.01)
     return gradients, norm, clip_grad_norm(model, mesh, max_norm=0.0)
 

@@ -71,7 +71,7 @@ class ChameleonXLLMXConfig(ChameleonConfig):
         codebook_sha256: the VQGAN whose codes the model was trained on (model/vqgan.py); None: not known.
     """
 
-    # Not "chameleon", as in the recipe's checkpoints: that is the name of stock Chameleon.
+    # "chameleon", which the recipe's checkpoints have, is the type of stock Chameleon.
     model_type = "chameleon_xllmx"
     dropout: float | int = 0.0
     z_loss_weight: float | int = 0.0
