@@ -44,7 +44,7 @@ from model.checkpoint import (
 )
 from model.convert import carried_vqgan, clean_name, export_tensors, write_config
 from model.decoder.chameleon import ChameleonXLLMXConfig
-from model.local_shards import rows_by_rank
+from model.local_shards import local_rows
 
 # The others wait while one rank writes its share, on a disk that may be slow; a dead rank ends the training's own
 # collectives long before.
@@ -316,7 +316,7 @@ class _Gather:
         tensor = self._tensors[name]
         if not isinstance(tensor, DTensor):
             return tensor
-        parts = rows_by_rank(tensor)
+        parts = _rows_by_rank(tensor)
         if list(parts) == [0]:
             return tensor.to_local()
         self._ask(self._names.index(name))
@@ -333,7 +333,7 @@ class _Gather:
         rank = dist.get_rank()
         while (number := self._ask()) != self.END:
             tensor = self._tensors[self._names[number]]
-            if rank in rows_by_rank(tensor):
+            if rank in _rows_by_rank(tensor):
                 dist.send(tensor.to_local().cpu().contiguous(), dst=0, group=self._group)
 
     def end(self) -> None:
@@ -344,6 +344,17 @@ class _Gather:
         box = torch.tensor(number, dtype=torch.int64)
         dist.broadcast(box, src=0, group=self._group)
         return int(box)
+
+
+def _rows_by_rank(tensor: torch.Tensor) -> dict[int, tuple[slice, ...]]:
+    """The parts of a sharded tensor by global rank, without empty parts and second replicas: the full tensor once."""
+    mesh, found = tensor.device_mesh, {}
+    for coordinate in (mesh.mesh >= 0).nonzero().tolist():
+        is_replica = any(c and p.is_replicate() for c, p in zip(coordinate, tensor.placements, strict=True))
+        rows = local_rows(tensor, coordinate)
+        if not is_replica and all(part.stop > part.start for part in rows):
+            found[int(mesh.mesh[tuple(coordinate)])] = rows
+    return found
 
 
 def _num_bytes(values: Any) -> int:

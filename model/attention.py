@@ -1,8 +1,8 @@
 """
-Packed attention: several documents in one row, none of which sees another.
+Packed attention: several documents in one row, none of which attends to another.
 
-Where it stands: registered with `transformers` under `ATTENTION_NAME`, and called by every attention layer of
-`model/decoder/chameleon.py`, in training (a packed row, or a padded batch) and in generation (with a key/value cache).
+Registered with `transformers` as `ATTENTION_NAME`. Every attention layer of `model/decoder/chameleon.py` calls it, in
+training (a packed row or a padded batch) and in generation (with a key/value cache).
 """
 
 import contextlib
@@ -16,23 +16,23 @@ from torch import nn
 from transformers import AttentionInterface
 
 ATTENTION_NAME = "chameleon_packed"
-FLASH_DTYPES = (torch.float16, torch.bfloat16)  # all that the kernel for rows of several documents computes in
+# The only types that the flash kernel for packed rows takes.
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
-
-_plans_for_cuda = False  # see `as_on_cuda`
+# Set by `as_on_cuda`.
+_plans_for_cuda = False
 
 
 @dataclass(frozen=True)
 class PackedRow:
     """
-    Where the documents of one row begin and end, found once per forward and shared by all layers.
-
-    The bounds are tensors on the host too: a compiled layer that read them as integers would hold for one layout only.
+    The bounds of the documents in one row, computed once per forward and shared by all layers.
 
     Attributes:
         cu_seqlens: int32 [num_documents + 1] on the device of the activations, from 0 to the length of the row.
         max_seqlen: an upper bound of the longest document, in tokens.
-        host_cu_seqlens: `cu_seqlens` on the host; None if only the device knows it.
+        host_cu_seqlens: `cu_seqlens` on the host, as a tensor: integers would be constants of a compiled graph, and
+            each layout of documents would need a graph of its own. None if only the device knows the bounds.
     """
 
     cu_seqlens: torch.Tensor
@@ -52,27 +52,28 @@ def build_packed_row(
 
     Args:
         cu_seqlens: int [num_documents + 1], cumulative lengths, `cu_seqlens[0] == 0` and `cu_seqlens[-1] == row_len`.
-            On the host it costs no synchronisation. If it is on CUDA already, the host waits for it once when it must
-            know the lengths: `max_seqlen` is not given, or `dtype` is one that the kernel does not take.
+            On CUDA the host waits for the lengths once, if `max_seqlen` is None or the flash kernel is not used.
         row_len: tokens in the row.
         device: where the activations are.
-        max_seqlen: an upper bound of the longest document, filler included; found from `cu_seqlens` if not given.
-        dtype: of the activations; None if not known, which is taken for one of `FLASH_DTYPES`.
+        max_seqlen: an upper bound of the longest document, filler included; None: read from `cu_seqlens`.
+        dtype: of the activations; None: one of `FLASH_DTYPES`.
 
     Raises:
-        ValueError: `cu_seqlens` does not cover the row, or `max_seqlen` is below a document (only checked when the
-            host knows the lengths).
+        ValueError: `cu_seqlens` does not cover the row, or `max_seqlen` is below a document. Both are only checked
+            when the host knows the lengths.
     """
     on_device = cu_seqlens.to(device=device, dtype=torch.int32, non_blocking=True)
     on_host = None
     if cu_seqlens.device.type != "cuda" or max_seqlen is None or dtype not in (None, *FLASH_DTYPES):
         on_host = cu_seqlens.to(device="cpu", dtype=torch.int32)
-        longest = _check_documents(on_host, row_len, max_seqlen)
+        longest = _longest_document(on_host, row_len, max_seqlen)
         max_seqlen = max_seqlen or longest
-    for bounds in (on_device, on_host):
-        if bounds is not None:  # one graph for any number of documents
-            torch._dynamo.maybe_mark_dynamic(bounds, 0)
-    return PackedRow(on_device, _round_up_length(max_seqlen, row_len), on_host)
+        torch._dynamo.maybe_mark_dynamic(on_host, 0)
+    # One graph of a compiled layer for any number of documents.
+    torch._dynamo.maybe_mark_dynamic(on_device, 0)
+    # The kernel takes the bound as an integer, so each value is another graph: powers of two are few.
+    max_seqlen = min(row_len, 1 << (max_seqlen - 1).bit_length())
+    return PackedRow(on_device, max_seqlen, on_host)
 
 
 def positions_from_cu_seqlens(cu_seqlens: torch.Tensor, row_len: int, device: torch.device) -> torch.Tensor:
@@ -84,7 +85,7 @@ def positions_from_cu_seqlens(cu_seqlens: torch.Tensor, row_len: int, device: to
 
 
 def positions_from_mask(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, past_len: int) -> torch.Tensor:
-    """Positions [B or 1, T] that skip padding, or just count on from the cache."""
+    """Positions [B or 1, T] that skip the padding of a mask [B, S], or continue those of the cache."""
     num_new = input_ids.shape[1]
     if attention_mask is not None and attention_mask.ndim == 2:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_new:]
@@ -94,13 +95,10 @@ def positions_from_mask(input_ids: torch.Tensor, attention_mask: torch.Tensor | 
 def causal_mask(
     attention_mask: torch.Tensor | None, past_len: int, num_new: int, device: torch.device
 ) -> torch.Tensor | None:
-    """
-    The mask of `packed_attention` from a padding mask [B, S], S = past_len + num_new (a 4D mask is taken as it is).
-
-    Padding may see itself, so that no softmax is empty: a NaN there would reach other rows through 0 * NaN.
-    """
+    """The mask of `packed_attention` from a padding mask [B, S], S = past_len + num_new; 4D masks are returned."""
     if attention_mask is not None and attention_mask.ndim == 4:
         return attention_mask
+    # No mask at all is the fast way: the kernel masks the future itself, and one new token sees the whole cache.
     if attention_mask is None and (past_len == 0 or num_new == 1):
         return None
     queries = torch.arange(past_len, past_len + num_new, device=device)[:, None]
@@ -108,6 +106,7 @@ def causal_mask(
     causal = (keys <= queries)[None, None]
     if attention_mask is None:
         return causal
+    # Padding attends to itself: a softmax over nothing is NaN, and 0 * NaN would spread to other rows.
     return (causal & attention_mask.to(device=device, dtype=torch.bool)[:, None, None]) | (keys == queries)[None, None]
 
 
@@ -123,35 +122,47 @@ def packed_attention(
     **_unused: object,
 ) -> tuple[torch.Tensor, None]:
     """
-    Causal attention, with the signature that `transformers` calls.
+    Causal attention, with the signature that `transformers` calls (`module`, the layer, is not used).
 
     Args:
-        module: the attention layer; not looked at.
         query: [B, H, T, head_dim].
         key, value: [B, H_kv, S, head_dim], S = T without a cache; H is a multiple of H_kv.
-        attention_mask: bool [B, 1, T, S], True where a query may look; None for plain causal.
-        packed_row: the documents of the row (B = 1); None for ordinary batches.
+        attention_mask: bool [B, 1, T, S], True where a query attends to a key; None: plain causal.
+        packed_row: the documents of the row (B = 1); None: an ordinary batch.
 
     Returns:
         ([B, T, H, head_dim], None).
 
     Raises:
-        ValueError: dropout with the kernel for packed rows, which has none.
+        ValueError: dropout with a packed row.
     """
     if packed_row is None:
-        is_causal = attention_mask is None and query.shape[2] > 1
-        return _sdpa(query, key, value, scaling, dropout, attention_mask, is_causal).transpose(1, 2), None
+        out = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            dropout_p=dropout,
+            is_causal=attention_mask is None and query.shape[2] > 1,
+            scale=scaling,
+            enable_gqa=query.shape[1] > key.shape[1],
+        )
+        return out.transpose(1, 2), None
+    if dropout:
+        raise ValueError(
+            f"attention_dropout={dropout} cannot be used with packed rows: the kernel has no dropout. "
+            "Set attention_dropout to 0 (`dropout`, on the residuals, is not affected)."
+        )
     if (query.is_cuda or _plans_for_cuda) and query.dtype in FLASH_DTYPES:
-        return _varlen(query, key, value, scaling, dropout, packed_row), None
+        return _varlen(query, key, value, scaling, packed_row), None
     cu_seqlens = packed_row.cu_seqlens if packed_row.host_cu_seqlens is None else packed_row.host_cu_seqlens
-    if torch.compiler.is_compiling() and not dropout:
-        return _attend_documents_in_graph(query, key, value, cu_seqlens, scaling), None
-    return _attend_documents(query, key, value, cu_seqlens, scaling, dropout), None
+    attend = _attend_documents_in_graph if torch.compiler.is_compiling() else _attend_documents
+    return attend(query, key, value, cu_seqlens, scaling), None
 
 
 @contextlib.contextmanager
 def as_on_cuda() -> Iterator[None]:
-    """Inside, fake tensors take the kernel of CUDA wherever they are: a plan counts what a GPU would keep."""
+    """Fake tensors take the flash kernel's branch on any device: `--plan` counts the memory of a GPU."""
     global _plans_for_cuda
     _plans_for_cuda = True
     try:
@@ -160,28 +171,52 @@ def as_on_cuda() -> Iterator[None]:
         _plans_for_cuda = False
 
 
-def _attend_documents(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    scaling: float | None,
-    dropout: float = 0.0,
+def _varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, packed_row: PackedRow
 ) -> torch.Tensor:
-    """
-    [1, H or H_kv, T, head_dim] -> [1, T, H, head_dim], by one call per document.
+    """[1, H or H_kv, T, head_dim] -> [1, T, H, head_dim] by the flash kernel for packed rows."""
+    # Imported late: the module registers operators of CUDA.
+    from torch.nn.attention.varlen import varlen_attn
 
-    Exact in every dtype, and on a CPU faster than one batched call over gathered documents (gathering costs more than
-    it saves) or than one call with a block-diagonal mask.
-    """
+    # The kernel of torch 2.11 has no grouped kv heads. Repeating copies them, and the backward sums the copies.
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    # squeeze, not x[0]: the backward of indexing fills a tensor with zeros and copies the gradient into it.
+    query, key, value = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))
+    out = varlen_attn(
+        query,
+        key,
+        value,
+        packed_row.cu_seqlens,
+        packed_row.cu_seqlens,
+        packed_row.max_seqlen,
+        packed_row.max_seqlen,
+        scale=scaling,
+        # All keys before the query, none after: causal.
+        window_size=(-1, 0),
+    )
+    return out[None]
+
+
+def _attend_documents(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    """[1, H or H_kv, T, head_dim] -> [1, T, H, head_dim] by one call per document, in any type."""
+    # On a CPU faster than one call with a block-diagonal mask, and than one batch of documents gathered by length.
     doc_lens = _document_lens(cu_seqlens)
-    splits = (x.split(doc_lens, dim=2) for x in (query, key, value))
-    outs = [_sdpa(*qkv, scaling, dropout, None, True).transpose(1, 2) for qkv in zip(*splits, strict=True)]
-    return torch.cat(outs, dim=1).contiguous()
+    is_grouped = query.shape[1] > key.shape[1]
+    documents = zip(*(x.split(doc_lens, dim=2) for x in (query, key, value)), strict=True)
+    outs = [
+        F.scaled_dot_product_attention(*document, is_causal=True, scale=scaling, enable_gqa=is_grouped)
+        for document in documents
+    ]
+    return torch.cat([out.transpose(1, 2) for out in outs], dim=1).contiguous()
 
 
-# The same as one operator, whose inside a compiler does not look into: split into documents, a graph would hold for
-# one layout only. Its backward computes the forward again, so outside of compiled layers it is not used.
+# `_attend_documents` for compiled layers: one operator that the compiler does not trace into. A traced split would be
+# right for one layout of documents only, so every row would compile another graph. The price: the backward runs the
+# forward again.
 @torch.library.custom_op("packed_attention::attend_documents", mutates_args=())
 def _attend_documents_in_graph(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scaling: float | None
@@ -195,6 +230,7 @@ def _(query, key, value, cu_seqlens, scaling):
     return query.new_empty(batch_size, row_len, num_heads, head_dim)
 
 
+# The backward reads the layout too, so it is an operator of its own.
 @torch.library.custom_op("packed_attention::attend_documents_backward", mutates_args=())
 def _attend_documents_backward(
     grad_out: torch.Tensor,
@@ -204,7 +240,7 @@ def _attend_documents_backward(
     cu_seqlens: torch.Tensor,
     scaling: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    # vjp, since inside an operator autograd does not record.
+    # vjp, because autograd does not record inside an operator.
     _, pull_back = torch.func.vjp(lambda *qkv: _attend_documents(*qkv, cu_seqlens, scaling), query, key, value)
     grad_query, grad_key, grad_value = (grad.contiguous() for grad in pull_back(grad_out))
     return grad_query, grad_key, grad_value
@@ -215,83 +251,31 @@ def _(grad_out, query, key, value, cu_seqlens, scaling):
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _keep_for_backward(ctx, inputs, output) -> None:
+def _save_inputs(ctx, inputs, output) -> None:
     *tensors, ctx.scaling = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward_in_graph(ctx, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    # cu_seqlens and scaling have no gradient.
     return *_attend_documents_backward(grad_out, *ctx.saved_tensors, ctx.scaling), None, None
 
 
-_attend_documents_in_graph.register_autograd(_backward_in_graph, setup_context=_keep_for_backward)
+_attend_documents_in_graph.register_autograd(_backward_in_graph, setup_context=_save_inputs)
 
 
-def _sdpa(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float | None,
-    dropout: float,
-    mask: torch.Tensor | None,
-    is_causal: bool,
-) -> torch.Tensor:
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=is_causal,
-        scale=scaling,
-        enable_gqa=query.shape[1] > key.shape[1],
-    )
+def _document_lens(cu_seqlens: torch.Tensor) -> list[int]:
+    # tolist() before any arithmetic: under `--plan` cu_seqlens has values, but operators return tensors without.
+    return [stop - start for start, stop in pairwise(cu_seqlens.tolist())]
 
 
-def _varlen(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float | None,
-    dropout: float,
-    packed_row: PackedRow,
-) -> torch.Tensor:
-    """[1, H or H_kv, T, head_dim] -> [1, T, H, head_dim] by the flash kernel for rows of several documents."""
-    from torch.nn.attention.varlen import varlen_attn  # the first use loads CUDA-only operators
-
-    if dropout:
+def _longest_document(cu_seqlens: torch.Tensor, row_len: int, max_seqlen: int | None) -> int:
+    """Tokens of the longest document. Raises ValueError as `build_packed_row` does."""
+    bounds, doc_lens = cu_seqlens.tolist(), _document_lens(cu_seqlens)
+    if not doc_lens or bounds[0] != 0 or bounds[-1] != row_len or min(doc_lens) < 1:
         raise ValueError(
-            f"attention_dropout={dropout} cannot be used with packed rows on CUDA: the kernel has no dropout. "
-            "Set attention_dropout to 0 (`dropout`, on the residuals, is not affected)."
-        )
-    # torch 2.11's kernel knows no grouped kv heads, so they are repeated (a copy, which the backward sums up).
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    # squeeze: the backward of x[0] would fill a tensor with zeros and copy the gradient into it.
-    query, key, value = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))
-    out = varlen_attn(
-        query,
-        key,
-        value,
-        packed_row.cu_seqlens,
-        packed_row.cu_seqlens,
-        packed_row.max_seqlen,
-        packed_row.max_seqlen,
-        scale=scaling,
-        window_size=(-1, 0),  # causal
-    )
-    return out[None]
-
-
-def _check_documents(cu_seqlens: torch.Tensor, row_len: int, max_seqlen: int | None) -> int:
-    """The length of the longest document. Raises ValueError as `build_packed_row` does."""
-    doc_lens = _document_lens(cu_seqlens)
-    if not doc_lens or cu_seqlens.tolist()[0] or sum(doc_lens) != row_len or min(doc_lens) < 1:
-        raise ValueError(
-            f"cu_seqlens {cu_seqlens.tolist()} gives documents of {doc_lens} tokens (sum {sum(doc_lens)}); they must "
-            f"be at least one token each and fill the row of {row_len}. Start at 0 and make the filler the last "
-            "document."
+            f"cu_seqlens {bounds} gives documents of {doc_lens} tokens (sum {sum(doc_lens)}); they must be at least "
+            f"one token each and fill the row of {row_len}. Start at 0 and make the filler the last document."
         )
     longest = max(doc_lens)
     if max_seqlen is not None and max_seqlen < longest:
@@ -300,16 +284,6 @@ def _check_documents(cu_seqlens: torch.Tensor, row_len: int, max_seqlen: int | N
             f"{longest} tokens: the kernel would leave out the rest. Give a bound of at least {longest}."
         )
     return longest
-
-
-def _document_lens(cu_seqlens: torch.Tensor) -> list[int]:
-    bounds = cu_seqlens.tolist()  # read before it is reckoned with: a plan without values has these alone
-    return [stop - start for start, stop in pairwise(bounds)]
-
-
-def _round_up_length(max_seqlen: int, row_len: int) -> int:
-    """The next power of two, at most the row: the kernel needs a bound, and few values mean few compilations."""
-    return min(row_len, 1 << (max_seqlen - 1).bit_length())
 
 
 AttentionInterface.register(ATTENTION_NAME, packed_attention)

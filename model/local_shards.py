@@ -1,9 +1,8 @@
 """
-Which part of a full tensor a rank holds, and filling it, without importing anything distributed.
+Which part of a full tensor a rank holds, and filling a parameter from it, without communication.
 
-Where it stands: under `init_weights` in `model/decoder/`, the loading in `model/convert.py` and the gathering in
-`model/async_checkpoint.py`. A sharded parameter (DTensor) knows its mesh and its place in it; that is all that is asked
-of it here, and nothing is communicated.
+Used by `init_weights` (model/decoder/), `init_adapters` (model/trainable.py) and the loading in model/convert.py. A
+sharded parameter (DTensor) knows its mesh and its place in it, so nothing of torch.distributed is imported.
 """
 
 from collections.abc import Sequence
@@ -11,51 +10,33 @@ from collections.abc import Sequence
 import torch
 
 
-def local_rows(parameter: torch.Tensor) -> tuple[slice, ...]:
-    """
-    The part of the full tensor that this rank holds, as one slice per dimension.
-
-    Works on plain tensors (everything) and on sharded ones (DTensor, sharded in contiguous chunks or replicated over
-    each dimension of their mesh), without importing anything distributed.
-    """
-    mesh = getattr(parameter, "device_mesh", None)
-    return _rows_at(parameter, () if mesh is None else mesh.get_coordinate())
-
-
-def rows_by_rank(parameter: torch.Tensor) -> dict[int, tuple[slice, ...]]:
-    """
-    The parts of a sharded tensor by global rank, as `local_rows` gives them.
-
-    Only of ranks that hold something, and of replicas only the first: together the full tensor, without overlap.
-    """
-    mesh, found = parameter.device_mesh, {}
-    for coordinate in (mesh.mesh >= 0).nonzero().tolist():
-        is_replica = any(c and p.is_replicate() for c, p in zip(coordinate, parameter.placements, strict=True))
-        rows = _rows_at(parameter, coordinate)
-        if not is_replica and all(part.stop > part.start for part in rows):
-            found[int(mesh.mesh[tuple(coordinate)])] = rows
-    return found
-
-
 @torch.no_grad()
 def copy_into_parameter(parameter: torch.Tensor, full: torch.Tensor) -> None:
-    """Fill a plain or sharded parameter from the full tensor of the same shape (no communication)."""
+    """Fill a plain or sharded parameter from the full tensor of the same shape."""
     local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    # A rank may hold nothing of a small parameter.
     if local.numel():
         local.copy_(full[local_rows(parameter)])
 
 
-def _rows_at(parameter: torch.Tensor, coordinate: Sequence[int]) -> tuple[slice, ...]:
-    """The part that the rank at that place in the mesh holds; no place: everything."""
+def local_rows(parameter: torch.Tensor, coordinate: Sequence[int] | None = None) -> tuple[slice, ...]:
+    """The part of the full tensor that a rank holds, one slice per dimension; of a plain tensor all of it.
+
+    `coordinate` is the rank's place in the mesh; None: that of this rank.
+    """
     ranges = [(0, size) for size in parameter.shape]
-    for mesh_dim, place in enumerate(coordinate):
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is not None and coordinate is None:
+        coordinate = mesh.get_coordinate()
+    for mesh_dim, place in enumerate(coordinate or ()):
         placement = parameter.placements[mesh_dim]
         if placement.is_replicate():
             continue
         if type(placement).__name__ != "Shard":
             raise ValueError(f"a parameter placed as {placement} cannot be filled; use Shard or Replicate.")
         start, stop = ranges[placement.dim]
-        chunk = -(-(stop - start) // parameter.device_mesh.size(mesh_dim))
+        # As torch.chunk: all parts are of the rounded-up size, the last ones shorter or empty.
+        chunk = -(-(stop - start) // mesh.size(mesh_dim))
         first = min(start + chunk * place, stop)
         ranges[placement.dim] = (first, min(first + chunk, stop))
     return tuple(slice(start, stop) for start, stop in ranges)

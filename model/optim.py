@@ -1,10 +1,7 @@
-"""The optimizer and its learning rate: AdamW as the recipe sets it, and the cosine curve as a pure function.
+"""The optimizer, AdamW as the recipe sets it, and the learning rate, a pure function of the position in the run.
 
-Where `found_inf` is set (model/step_guard.py), either AdamW leaves weights, moments and step counts as they were, and
-the host waits for nothing.
-
-`finetune_solver.py` builds the optimizer once, after sharding, and sets `lr_at(epoch + step / num_steps)` before every
-optimizer step, so that a resumed run finds its place on the curve without any state.
+`finetune_solver.py` builds the optimizer after sharding, and sets `lr_at(epoch + step / num_steps)` before every step,
+so a resumed run needs no state of the curve. If `found_inf` is set (model/step_guard.py), a step changes nothing.
 """
 
 import argparse
@@ -21,10 +18,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from data.flags import flag
 
-ADAMW_8BIT = "adamw_8bit"  # torchao's
+# By torchao.
+ADAMW_8BIT = "adamw_8bit"
 TORCHAO_PIN = "torchao==0.18.0"
 OPTIMIZERS = ("adamw", ADAMW_8BIT)
-BETAS = (0.9, 0.95)  # the recipe's
+# The recipe's.
+BETAS = (0.9, 0.95)
 
 
 def parse_optim(name: str) -> str:
@@ -36,9 +35,7 @@ def parse_optim(name: str) -> str:
 
 @dataclass(frozen=True)
 class OptimOptions:
-    """Learning rate over epochs (fractions count), decoupled weight decay, and the bound of the gradient's norm.
-
-    `optim`: one of `OPTIMIZERS`, which differ in the memory of the moments: 8 or 2 bytes per parameter."""
+    """The optimizer and the curve of its learning rate."""
 
     optim: str = flag(
         "adamw", "moments in fp32, or in 8 bits by torchao (a quarter)", choices=OPTIMIZERS, type=parse_optim
@@ -73,7 +70,7 @@ class OptimOptions:
 
 
 def lr_at(epoch_fraction: float, options: OptimOptions) -> float:
-    """The learning rate at a moment of the run, counted in epochs from 0.
+    """The learning rate at a position of the run, in epochs from 0.
 
     Linear from 0 to `lr` over `warmup_epochs`, then half a cosine down to `min_lr` at `epochs`, and `min_lr` after.
     """
@@ -86,48 +83,43 @@ def lr_at(epoch_fraction: float, options: OptimOptions) -> float:
 
 
 def build_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Optimizer:
-    """AdamW over all parameters of a (sharded) model that are trained; its moments as `options.optim` says.
+    """AdamW over the trained parameters of a plain or sharded model. Raises what `import_adamw_8bit` raises.
 
-    Weight decay applies to matrices only (projections, embedding, output head); with `decay_all` to gains and biases
-    too, as the recipe does. Raises what `import_adamw_8bit` raises.
+    Weight decay applies to matrices (projections, embedding, head), with `decay_all` to gains too, as in the recipe.
     """
     trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
     decayed, kept = split_by_decay(trained, options.decay_all)
     groups = [{"params": decayed, "weight_decay": options.wd}, {"params": kept, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     if options.optim == ADAMW_8BIT:
-        return build_adamw_8bit(groups, options.lr, BETAS)
+        return _build_adamw_8bit(groups, options.lr)
     return torch.optim.AdamW(groups, lr=options.lr, betas=BETAS, fused=True)
 
 
-def build_adamw_8bit(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
-    """
-    torchao's AdamW8bit (Dettmers et al., 2022) that leaves everything as it was where `found_inf` is set.
+def _build_adamw_8bit(groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+    """torchao's AdamW8bit (Dettmers et al., 2022) that changes nothing in a step with `found_inf` set.
 
     Moments of parameters with fewer than 4,096 values on a rank, or not in whole blocks of 256, stay in fp32.
-
-    Raises what `import_adamw_8bit` raises.
     """
-    adamw_8bit = import_adamw_8bit()
 
-    class SkippingAdamW8bit(adamw_8bit):
+    class SkippingAdamW8bit(import_adamw_8bit()):
         found_inf: torch.Tensor | None = None
 
         @torch.no_grad()
         def step(self, closure: None = None) -> None:
+            # One parameter after the other, so that only one has a copy in memory.
             groups = self.param_groups
-            try:
-                for group in groups:
-                    for parameter in group["params"]:
-                        if parameter.grad is not None:
-                            self.param_groups = [group | {"params": [parameter]}]
-                            self._step_one(parameter)
-            finally:
-                self.param_groups = groups
+            for group in groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self.param_groups = [group | {"params": [parameter]}]
+                        self._step_one(parameter)
+            self.param_groups = groups
 
         def _step_one(self, parameter: torch.Tensor) -> None:
-            """A step of the only parameter in the groups, undone where it must not be taken."""
+            """A step of the only parameter in the groups, undone on the device if `found_inf` is set there."""
             state = self.state[parameter]
+            # As torchao does in its first step, but before the copy: an undone first step leaves moments of zero.
             if not state:
                 state["step"] = torch.zeros((), device=parameter.device)
                 state["exp_avg"] = self._new_buffer(parameter, True)
@@ -135,18 +127,18 @@ def build_adamw_8bit(groups: list[dict[str, Any]], lr: float, betas: tuple[float
             state["step"] = state["step"].to(parameter.device)
             tensors = [part for tensor in (parameter, *state.values()) for part in plain_tensors(tensor)]
             before = [] if self.found_inf is None else [tensor.clone() for tensor in tensors]
-            # Compiling is for GPUs: on a host it needs a C++ compiler, and takes longer than it saves.
+            # torchao compiles its step. On a CPU that needs a C++ compiler, and takes longer than it saves.
             is_on_host = parameter.device.type == "cpu"
             with torch.compiler.set_stance("force_eager") if is_on_host else contextlib.nullcontext():
                 super().step()
             for tensor, old in zip(tensors if before else (), before, strict=True):
                 tensor.copy_(torch.where(self.found_inf.to(tensor.device).bool(), old, tensor))
 
-    return SkippingAdamW8bit(groups, lr=lr, betas=betas)
+    return SkippingAdamW8bit(groups, lr=lr, betas=BETAS)
 
 
 def import_adamw_8bit() -> type[torch.optim.Optimizer]:
-    """torchao's AdamW8bit. Raises ImportError, with the way out, if torchao is not there or too old to have it."""
+    """torchao's AdamW8bit. Raises ImportError, with the command that installs it, if torchao is missing or too old."""
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:
@@ -156,7 +148,7 @@ def import_adamw_8bit() -> type[torch.optim.Optimizer]:
 
 
 def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """What a tensor is made of on this rank: of a sharded one its shard, of a quantised one its codes and scales."""
+    """The local tensors behind a tensor: the shard of a sharded one, codes and scales of a quantized one."""
     if isinstance(tensor, DTensor):
         return plain_tensors(tensor.to_local())
     if is_traceable_wrapper_subclass(tensor):
@@ -167,12 +159,10 @@ def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
 def split_by_decay(
     named_parameters: Iterable[tuple[str, nn.Parameter]], decay_all: bool
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters that weight decay shrinks, and those it leaves alone.
-
-    Told apart by name as well as by shape: the gains of q_norm and k_norm are `[groups, head_dim]` and no matrices.
-    """
+    """Parameters with weight decay, and those without."""
     decayed, kept = [], []
     for name, parameter in named_parameters:
+        # By name too: the gains of q_norm and k_norm are [groups, head_dim], but no matrices.
         is_matrix = parameter.ndim >= 2 and "norm" not in name
         (decayed if decay_all or is_matrix else kept).append(parameter)
     return decayed, kept
@@ -181,7 +171,8 @@ def split_by_decay(
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Gives every parameter group the learning rate of this step."""
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):  # torchao's
+        # torchao holds it in a tensor, so that its compiled step is right for every value.
+        if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr

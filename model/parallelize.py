@@ -1,9 +1,7 @@
-"""Sharding: how one decoder is spread over the ranks, in a fixed order, without the model knowing.
+"""Sharding of a decoder over the ranks, and what depends on it: the switches of a micro-step, the gradient's norm.
 
-`parallelize` takes a decoder built on the meta device and gives it recomputation (model/recompute.py),
-`torch.compile`, then FSDP2 with fp32 master weights, layer by layer; `allocate` gives the shards their memory, and the
-caller fills them. The gradient's norm and the switches between micro-steps live here too, since they depend on the
-sharding.
+`build_sharded` (model/training.py) calls `parallelize` on a decoder on meta: recomputation (model/recompute.py), then
+`torch.compile`, then FSDP2 with fp32 master weights. `allocate` gives the shards memory, and the caller fills them.
 """
 
 import contextlib
@@ -26,19 +24,14 @@ DTYPES = {
     "fp16": torch.float16,
     "tf32": torch.float32,
     "fp32": torch.float32,
-    "fp64": torch.float64,  # not on the command line: for tests of exactness
+    # For exact tests only, not a choice of the command line.
+    "fp64": torch.float64,
 }
 
 
 @dataclass(frozen=True)
 class ParallelOptions:
-    """`data_parallel`: fsdp (parameters, gradients and optimizer sharded, parameters gathered again for the backward),
-    sdp (parameters stay gathered from forward to backward: faster, more memory), hsdp (fsdp within groups of
-    `hsdp_shard_size` ranks, replicated between them). Master weights are fp32 under every `precision`.
-    `checkpointing`: layers compute their activations again in the backward, every one or every `checkpointing_every`th;
-    with `checkpointing_selective` all but matrix products and attention. `cpu_offload`: weights, gradients and
-    optimizer live on the host, and the optimizer's step is taken there.
-    `compile`: `torch.compile` of the decoder's layers; None: on CUDA only."""
+    """How a decoder is spread over the ranks, and in which types it computes. Master weights are always fp32."""
 
     data_parallel: str = flag(
         "fsdp",
@@ -60,12 +53,11 @@ class ParallelOptions:
 
     @property
     def recompute_every(self) -> int:
-        """Of each so many layers one computes its activations again; 0: none does."""
-        is_on = self.checkpointing or self.checkpointing_selective
-        return self.checkpointing_every or int(is_on)
+        """One in so many layers recomputes its activations; 0: none."""
+        return self.checkpointing_every or int(self.checkpointing or self.checkpointing_selective)
 
     def problems(self, world_size: int, local_world_size: int) -> list[str]:
-        """What is wrong with these options for so many ranks, one sentence each."""
+        """What is wrong with these options for `world_size` ranks, one sentence each."""
         found = []
         if self.precision == "fp16":
             found.append(
@@ -98,25 +90,26 @@ def build_mesh(options: ParallelOptions, device_type: str, local_world_size: int
 
 
 def set_matmul_precision(precision: str) -> None:
-    """Lets fp32 matrix products run in TF32 on GPUs that have it, unless `fp32` asks for every bit."""
+    """Lets fp32 matrix products run in TF32 on GPUs, except under `fp32`."""
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
 
 
 def parallelize(
     model: nn.Module, mesh: DeviceMesh, options: ParallelOptions, compile_backend: str | Callable = "inductor"
 ) -> nn.Module:
-    """Shards a decoder (`model.model.layers`, `.embed_tokens`, `.norm`, `lm_head`) in place, and returns it.
+    """Shards a decoder on meta in place, and returns it. `compile_backend` is that of `torch.compile`.
 
     Gradients are summed over the ranks, not averaged: the loss is already divided by the targets of the whole step.
-    Layers are compiled one by one (by `compile_backend`, as `torch.compile` takes it): equal as they are, they share
-    one graph, compiled once for rows of a fixed length and once more when other lengths come.
     """
+    # The order is fixed: recomputation is part of the compiled graph, FSDP's hooks are not.
     decoder = model.model
     recompute_layers(decoder.layers, options.recompute_every, options.checkpointing_selective)
     is_compiled = mesh.device_type == "cuda" if options.compile is None else options.compile
     if is_compiled:
+        # Layer by layer: all layers share one graph, compiled once for rows of one length, once more for any length.
         for layer in decoder.layers:
-            layer.compile(backend=compile_backend)  # in place: the names of the parameters stay
+            # In place: a wrapper of `torch.compile` would rename the parameters.
+            layer.compile(backend=compile_backend)
 
     policy = MixedPrecisionPolicy(
         param_dtype=DTYPES[options.precision], reduce_dtype=DTYPES[options.grad_precision], cast_forward_inputs=True
@@ -133,28 +126,26 @@ def parallelize(
 
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            if mesh.size() > 1:  # a rank alone would divide by 1.0: another copy of each gradient in fp32
+            # A sum over the ranks. With one rank no factor is needed: dividing by 1.0 would copy each gradient in fp32.
+            if mesh.size() > 1:
                 module.set_gradient_divide_factor(1.0)
-            # A plain sum: gloo has no premultiplied one, and NCCL's mean is not to be trusted with a single rank.
+            # A plain sum: gloo has no premultiplied one, and NCCL's mean is not reliable with one rank.
             module.set_force_sum_reduction_for_comms(True)
     return model
 
 
 def allocate(model: nn.Module, device: torch.device, options: ParallelOptions) -> None:
-    """Gives a sharded model on meta its memory: on `device`, where it computes, or on the host under `cpu_offload`.
+    """Gives a sharded model on meta its memory, on `device` or under `cpu_offload` on the host.
 
-    Weights are undefined until they are filled; the rotary buffers are right, and always on `device`.
+    Weights are undefined until they are filled; the rotary buffers are right.
     """
     model.to_empty(device="cpu" if options.cpu_offload else device)
-    if options.cpu_offload:
-        for module in model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(device))
-    reset_rotary_buffers(model)
+    # FSDP moves parameters to the device for the computation, but not buffers.
+    reset_rotary_buffers(model, device)
 
 
 def reshard(model: nn.Module) -> None:
-    """Lets go of gathered parameters, which a forward without a backward leaves behind."""
+    """Frees the gathered parameters that a forward without a backward leaves behind."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -162,14 +153,17 @@ def reshard(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module, options: ParallelOptions, keep_gathered: bool) -> Iterator[None]:
-    """For many forwards without a backward: evaluation mode, layers not compiled (each shape would be another graph),
-    and with `keep_gathered` every weight gathered once for all of them. Afterwards the model is as it was."""
+    """For many forwards without a backward: evaluation mode, no compilation; afterwards the model is as it was.
+
+    With `keep_gathered` every weight is gathered once for all forwards.
+    """
     was_training = model.training
     parts = [model.model.embed_tokens, *model.model.layers]
     model.eval()
     for part in parts:
         part.set_reshard_after_forward(not keep_gathered, recurse=False)
     try:
+        # Each shape would compile another graph.
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
@@ -180,34 +174,30 @@ def evaluating(model: nn.Module, options: ParallelOptions, keep_gathered: bool) 
 
 
 def begin_micro_step(model: nn.Module, options: ParallelOptions, is_last: bool) -> None:
-    """To be called before each micro-step's forward.
-
-    Gradients are reduce-scattered in every micro-step (to keep them whole would cost 26 GiB at 7B); under hsdp the sum
-    over the replicas waits for the last one.
-    """
+    """To be called before the forward of each micro-step."""
+    # Every micro-step reduce-scatters its gradients: unsharded ones would take 26 GiB at 7B.
     model.set_is_last_backward(is_last)
     if options.data_parallel == "hsdp":
+        # One sum over the replicas, after the last micro-step, is enough.
         model.set_requires_all_reduce(is_last)
 
 
 def clip_grad_norm(model: nn.Module, mesh: DeviceMesh, max_norm: float) -> torch.Tensor:
-    """The L2 norm of the whole gradient (a scalar on the device), after which the gradient is scaled to `max_norm`.
+    """The L2 norm of the whole gradient, a scalar on the gradients' device, in fp32 or wider.
 
-    The norm is in fp32, or in the type of the gradients if that is wider, and on the device where they are: the host
-    under `cpu_offload`. `max_norm` of 0 or less only measures. One collective over the local shards; nothing waits for
-    the host.
+    Scales the gradient down to `max_norm`, unless that is 0 or less. The host does not wait for the device.
     """
-    gradients = [_local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+    # On the local shards: one collective for the whole gradient.
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    gradients = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
     dtype = torch.promote_types(gradients[0].dtype, torch.float32)
     squares = torch.stack(torch._foreach_norm(gradients, dtype=dtype)).square().sum()
+    # Under hsdp the replicas hold equal gradients: the sum is over one group of shards.
     group = mesh.get_group("shard")
     if dist.get_world_size(group) > 1:
         dist.all_reduce(squares, group=group)
     norm = squares.sqrt()
     if max_norm > 0:
+        # A factor of 1 below the bound, so that the host need not know the norm.
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -36,8 +36,7 @@ from model.adapter_folder import open_weights
 from model.attention import as_on_cuda
 from model.decoder.chameleon import IMAGE_TOKEN_PREFIX, ChameleonXLLMXConfig, build_config, build_model, grow_positions
 from model.distributed import Launch, stop_at_start
-from model.flops import trained_flops_per_token
-from model.gpu_peaks import mean_document_len
+from model.flops import mean_document_len, trained_flops_per_token
 from model.hf_folder import load_config
 from model.optim import OptimOptions, build_optimizer
 from model.options import Options, resolve_model
@@ -76,7 +75,7 @@ HUB_VQGAN_BYTES = 4 * 29_423_616
 class EpochSize:
     """The first epoch of the data: optimizer steps, tokens of items, and the longest row that any epoch may have.
 
-    `mean_document_len` is that of `model/gpu_peaks.py`, as in the run's `mfu`.
+    `mean_document_len` is that of `model/flops.py`, as the run's own figures of speed have it.
     """
 
     num_steps: int
@@ -231,7 +230,7 @@ def count_step(
     """
     device, row_len = torch.device(mesh.device_type), cu_seqlens.tolist()[-1]
     num_micro = min(options.data.accum_iter, 2)
-    guard = StepGuard(options.guard, device)
+    guard = StepGuard(options.guard)
     _init_states(model, optimizer)
     _name_kinds(model, optimizer, tracker)
     with tracker:

@@ -1,8 +1,7 @@
 """Recomputation: which activations of the decoder's layers are kept for the backward, and which are computed again.
 
-Where it stands: the first step of `parallelize` (model/parallelize.py). Whatever is chosen, what is computed again is
-computed from the same inputs, by the same operators and with the same random numbers, so that gradients are those of a
-run that keeps everything, to the bit where the operators themselves give the same bits twice.
+The first step of `parallelize` (model/parallelize.py). Recomputation has the same inputs, operators and random numbers
+as the forward, so the gradients are the same to the bit, if the operators are deterministic.
 """
 
 from functools import partial
@@ -13,19 +12,24 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-# Operators by "namespace::name", whatever their overload: most of a layer's work, in few of its activations.
-MATRIX_PRODUCTS = frozenset(
-    {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::_scaled_mm"}
-)
-ATTENTION = frozenset(
+# Matrix products and attention, by "namespace::name": most of a layer's work, in few of its activations.
+KEPT_OPERATORS = frozenset(
     {
+        "aten::mm",
+        "aten::addmm",
+        "aten::bmm",
+        "aten::baddbmm",
+        "aten::linear",
+        "aten::_scaled_mm",
         "aten::_scaled_dot_product_flash_attention_for_cpu",
         "aten::_scaled_dot_product_flash_attention",
         "aten::_scaled_dot_product_efficient_attention",
         "aten::_scaled_dot_product_cudnn_attention",
         "aten::_scaled_dot_product_attention_math",
-        "torch_attn::_varlen_attn",  # packed rows on CUDA
-        "packed_attention::attend_documents",  # packed rows in a compiled layer (model/attention.py)
+        # Packed rows on CUDA.
+        "torch_attn::_varlen_attn",
+        # Packed rows in a compiled layer (model/attention.py).
+        "packed_attention::attend_documents",
     }
 )
 
@@ -36,19 +40,18 @@ def recompute_layers(layers: nn.ModuleList, every: int, selective: bool) -> None
 
     Args:
         layers: the decoder's.
-        every: of each so many layers the first is wrapped: 1 for all of them, 0 for none.
-        selective: keep the results of matrix products and of attention, and compute again only what lies between them
-            (norms, rotary embedding, activations, dropout), cheap to compute. Otherwise nothing is kept but the input.
+        every: one in `every` layers is wrapped, starting with the first: 1 for all of them, 0 for none.
+        selective: keep the results of matrix products and attention, and compute again only the cheap rest (norms,
+            rotary embedding, activations, dropout). Otherwise only the layer's input is kept.
     """
     arguments: dict[str, Any] = {}
     if selective:
-        arguments["context_fn"] = partial(create_selective_checkpoint_contexts, keep_products_and_attention)
+        arguments["context_fn"] = partial(create_selective_checkpoint_contexts, _choose_kept)
     for index in range(0, len(layers), every) if every else ():
         layers[index] = checkpoint_wrapper(layers[index], **arguments)
 
 
-def keep_products_and_attention(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    """The policy of selective recomputation, as `create_selective_checkpoint_contexts` calls it."""
+def _choose_kept(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    # An operator's name ends in its overload: `aten::mm.default`.
     name = operator.name().partition(".")[0] if isinstance(operator, torch._ops.OpOverload) else ""
-    is_kept = name in MATRIX_PRODUCTS or name in ATTENTION
-    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if name in KEPT_OPERATORS else CheckpointPolicy.PREFER_RECOMPUTE

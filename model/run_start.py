@@ -24,7 +24,7 @@ from model.checks import Setup, settle_codebook
 from model.convert import load_checkpoint_weights, load_config
 from model.decoder.chameleon import build_config, grow_positions, init_weights
 from model.distributed import from_main
-from model.gpu_peaks import peak_tokens_per_s
+from model.flops import peak_tokens_per_s
 from model.hf_folder import resolve_checkpoint
 from model.image_head import HEAD
 from model.optim import build_optimizer
@@ -146,7 +146,7 @@ def build_run(setup: Setup, folder: Path | None, state: TrainerState, hang_watch
         model=model,
         mesh=mesh,
         optimizer=optimizer,
-        guard=StepGuard(options.guard, torch.device("cpu") if options.parallel.cpu_offload else setup.device),
+        guard=StepGuard(options.guard),
         saver=CheckpointSaver(checkpoint, model, optimizer, model.config, write_tokenizer, setup.say, adapted),
         sampler=sampler,
         bad_data=BadData(setup, state.bad_items),

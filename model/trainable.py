@@ -1,13 +1,12 @@
-"""What of a decoder is trained: everything, LoRA adapters (by peft), the rows of image tokens, or what patterns name.
+"""What of a decoder is trained: everything, LoRA adapters (by peft), the rows of image tokens, or named parameters.
 
-`choose_trainable` stands between `build_model` and `parallelize`, on the meta device: what is frozen takes the type of
-the arithmetic (bf16 unless the run computes in fp32: half the memory, and no gradient, moments or checkpoint), what is
-trained keeps its fp32 masters. How such a training looks on disk is in model/adapter_folder.py.
+`build_sharded` (model/training.py) calls `choose_trainable` between `build_model` and `parallelize`, on meta. Frozen
+weights are in bf16 (fp32 if the run computes in fp32), without gradient and moments; trained ones are fp32 masters.
+model/adapter_folder.py has the files of such a training.
 """
 
 import fnmatch
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,16 +25,7 @@ EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 @dataclass(frozen=True)
 class TrainableOptions:
-    """
-    What is trained; by default everything.
-
-    Attributes:
-        lora_rank: of the adapters beside the projections; 0: no adapters.
-        lora_alpha: what they add is scaled by lora_alpha / lora_rank.
-        lora_targets: names of the projections that get one; None: `LORA_TARGETS`, all of attention and MLP.
-        train_only: what of the weights themselves is trained: `image_head` (the rows of image tokens in lm_head and
-            embedding) and patterns of parameter names (as a shell's); None: everything, or with adapters nothing.
-    """
+    """What is trained; by default everything."""
 
     lora_rank: int = flag(0, "rank of the LoRA adapters to train, by peft; 0: no adapters")
     lora_alpha: float = flag(16.0, "adapters are scaled by lora_alpha / lora_rank")
@@ -70,6 +60,9 @@ class TrainableOptions:
             found.append(f"--lora_alpha must be above 0, got {self.lora_alpha:g}")
         if self.lora_targets is not None and not self.lora_rank:
             found.append("--lora_targets has a meaning only with --lora_rank")
+        unknown = sorted(set(self.lora_targets or []) - set(LORA_TARGETS))
+        if unknown:
+            found.append(f"--lora_targets {' '.join(unknown)}: no such projection; choose of {' '.join(LORA_TARGETS)}")
         if self.lora_rank and self.patterns:
             found.append(
                 f"--train_only {' '.join(self.patterns)}: with --lora_rank it may only be {IMAGE_HEAD}; train the "
@@ -87,26 +80,26 @@ def choose_trainable(
     model: nn.Module, options: TrainableOptions, frozen_dtype: torch.dtype = torch.bfloat16
 ) -> nn.Module:
     """
-    Freezes what is not trained, and adds what is trained beside it, in place.
+    Freezes what is not trained, and adds adapters and trained rows, in place.
 
     Args:
-        model: the decoder as `build_model` makes it on meta, in the type of the master weights.
-        options: without anything to freeze the model stays as it is.
+        model: the decoder on meta, as `build_model` returns it, in the type of the master weights.
         frozen_dtype: of frozen weights.
 
     Raises:
-        ImportError: LoRA, and peft does not work.
-        ValueError: a target or pattern that names nothing, or no image tokens in the vocabulary.
+        ImportError: peft does not work.
+        ValueError: a pattern matches no parameter, or the vocabulary has no image tokens.
     """
     if not options.is_partial:
         return model
-    trained = match_names([name for name, _ in model.named_parameters()], options)
+    trained = _match_names([name for name, _ in model.named_parameters()], options)
     if options.lora_rank:
-        add_adapters(model, options)
+        _add_adapters(model, options)
     master_dtype = model.lm_head.weight.dtype
     for name, parameter in list(model.named_parameters()):
         module, _, kind = name.rpartition(".")
         is_trained = name in trained or is_added(name)
+        # A new parameter, because the type of an old one is fixed.
         values = parameter.detach().to(master_dtype if is_trained else frozen_dtype)
         setattr(model.get_submodule(module), kind, nn.Parameter(values, requires_grad=is_trained))
     if options.trains_image_rows:
@@ -118,52 +111,43 @@ def choose_trainable(
     return model
 
 
-def add_adapters(model: nn.Module, options: TrainableOptions) -> None:
-    """
-    Puts peft's adapters beside the projections of a model on meta; each weight then belongs to a `base_layer`.
+@torch.no_grad()
+def init_adapters(model: nn.Module, seed: int = 0) -> None:
+    """Fills the adapters of a plain or sharded model, if it has any: A uniform within 1 / sqrt(its inputs), B zero."""
+    # As peft does it. Every rank draws every full A and keeps its part, so the number of ranks does not matter.
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            parameter.zero_()
+        elif ".lora_A." in name:
+            bound = 1 / math.sqrt(parameter.shape[1])
+            full = torch.empty(parameter.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+            copy_into_parameter(parameter, full)
 
-    Without peft they are `PlannedAdapter`s: only a plan comes so far (`TrainableOptions.problems`).
 
-    Raises:
-        ImportError: peft does not work.
-    """
+def is_added(name: str) -> bool:
+    """Whether `choose_trainable` adds the parameter of that name, so that no other checkpoint has it."""
+    return ".lora_" in name or name.endswith(f".{ROWS_NAME}")
+
+
+def lora_config(options: TrainableOptions, **more: Any) -> Any:
+    """peft's configuration of the adapters, with the fields `more`. Raises what `import_peft` raises."""
+    targets = list(options.lora_targets or LORA_TARGETS)
+    values = {"r": options.lora_rank, "lora_alpha": options.lora_alpha, "target_modules": targets, "bias": "none"}
+    return import_peft().LoraConfig(**values, **more)
+
+
+def import_peft() -> Any:
+    """The peft library. Raises ImportError, with the command that installs it."""
     try:
-        peft = import_peft()
-    except ImportError:
-        targets = options.lora_targets or LORA_TARGETS
-        for name, module in list(model.named_modules()):
-            if name.rpartition(".")[2] in targets:
-                model.set_submodule(name, PlannedAdapter(module, options))
-        return
-    try:
-        peft.inject_adapter_in_model(lora_config(options), model, low_cpu_mem_usage=True)
-    except ImportError as error:  # of a library that it looks for, and finds too old
-        raise ImportError(f"--lora_rank: peft does not work here: {error}; upgrade or uninstall it") from error
+        import peft
+    except ImportError as error:
+        raise ImportError(f"--lora_rank needs peft: pip install {PEFT_PIN} ({error})") from error
+    return peft
 
 
-class PlannedAdapter(nn.Module):
-    """What peft's adapter is to a plan: parameters of the same names and shapes, and the same tensors in a forward."""
-
-    def __init__(self, base_layer: nn.Linear, options: TrainableOptions):
-        super().__init__()
-        self.base_layer, self.scaling = base_layer, options.lora_alpha / options.lora_rank
-        like = {"bias": False, "device": base_layer.weight.device, "dtype": base_layer.weight.dtype}
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(base_layer.in_features, options.lora_rank, **like)})
-        self.lora_B = nn.ModuleDict({"default": nn.Linear(options.lora_rank, base_layer.out_features, **like)})
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[..., in_features] -> [..., out_features]."""
-        added = self.lora_B["default"](self.lora_A["default"](hidden_states)) * self.scaling
-        return self.base_layer(hidden_states) + added
-
-
-def match_names(names: Iterable[str], options: TrainableOptions) -> set[str]:
-    """The parameters that `train_only` names. Raises ValueError for a target or pattern that names none."""
-    names = list(names)
-    modules = {name.split(".")[-2] for name in names if ".layers." in name and name.endswith(".weight")}
-    unknown = sorted(set(options.lora_targets or []) - {name for name in modules if name.endswith("_proj")})
-    if unknown:
-        raise ValueError(f"--lora_targets {' '.join(unknown)}: no such projection; choose of {' '.join(LORA_TARGETS)}")
+def _match_names(names: list[str], options: TrainableOptions) -> set[str]:
+    """The parameters that `train_only` names. Raises ValueError for a pattern that matches none."""
     matched: set[str] = set()
     for pattern in options.patterns:
         found = fnmatch.filter(names, pattern)
@@ -182,40 +166,33 @@ def match_names(names: Iterable[str], options: TrainableOptions) -> set[str]:
     return matched
 
 
-@torch.no_grad()
-def init_adapters(model: nn.Module, seed: int = 0) -> None:
-    """
-    Fills fresh adapters of a plain or sharded model: A uniform within 1 / sqrt(its inputs), as peft does it, B zero.
-
-    Every rank draws every full A from the same generator and keeps its part, so that the values do not depend on the
-    number of ranks. Without adapters nothing happens.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if ".lora_B." in name:
-            parameter.zero_()
-        elif ".lora_A." in name:
-            bound = 1 / math.sqrt(parameter.shape[1])
-            full = torch.empty(parameter.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
-            copy_into_parameter(parameter, full)
-
-
-def is_added(name: str) -> bool:
-    """Whether a parameter is one that `choose_trainable` adds, which no other checkpoint has."""
-    return ".lora_" in name or name.endswith(f".{ROWS_NAME}")
-
-
-def lora_config(options: TrainableOptions, **more: Any) -> Any:
-    """peft's configuration of the adapters, and what else it is to hold. Raises what `import_peft` raises."""
-    targets = list(options.lora_targets or LORA_TARGETS)
-    values = {"r": options.lora_rank, "lora_alpha": options.lora_alpha, "target_modules": targets, "bias": "none"}
-    return import_peft().LoraConfig(**values, **more)
-
-
-def import_peft() -> Any:
-    """The library of adapters. Raises ImportError, with the way out, if it is not there or does not work."""
+def _add_adapters(model: nn.Module, options: TrainableOptions) -> None:
+    """Puts peft's adapters beside the projections of a model on meta; each weight then belongs to a `base_layer`."""
     try:
-        import peft
+        peft = import_peft()
+    except ImportError:
+        # Only a plan comes this far without peft (`TrainableOptions.problems`).
+        for name, module in list(model.named_modules()):
+            if name.rpartition(".")[2] in (options.lora_targets or LORA_TARGETS):
+                model.set_submodule(name, _PlannedAdapter(module, options))
+        return
+    try:
+        peft.inject_adapter_in_model(lora_config(options), model, low_cpu_mem_usage=True)
     except ImportError as error:
-        raise ImportError(f"--lora_rank needs peft: pip install {PEFT_PIN} ({error})") from error
-    return peft
+        # peft looks for other libraries here, and rejects versions that are too old.
+        raise ImportError(f"--lora_rank: peft does not work here: {error}; upgrade or uninstall it") from error
+
+
+class _PlannedAdapter(nn.Module):
+    """Stands in for peft's adapter in a plan: the same names, shapes, and tensors of the forward."""
+
+    def __init__(self, base_layer: nn.Linear, options: TrainableOptions):
+        super().__init__()
+        self.base_layer, self.scaling = base_layer, options.lora_alpha / options.lora_rank
+        like = {"bias": False, "device": base_layer.weight.device, "dtype": base_layer.weight.dtype}
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base_layer.in_features, options.lora_rank, **like)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(options.lora_rank, base_layer.out_features, **like)})
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        added = self.lora_B["default"](self.lora_A["default"](hidden_states)) * self.scaling
+        return self.base_layer(hidden_states) + added

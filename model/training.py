@@ -1,8 +1,8 @@
 """
-What a training run does with a model, from building to the optimizer step.
+What a training run does with a model: building, micro-step and optimizer step.
 
-Where it stands: `finetune_solver.py` calls these functions on real tensors, `model/plan.py` the same ones on tensors
-without values, to count the memory of a run before there is one. They read no file and wait for no device.
+`finetune_solver.py` calls these functions on real tensors, `model/plan.py` on tensors without values, to count the
+memory of a run. They read no file, and the host does not wait for the device.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,9 +27,9 @@ def build_sharded(
     float8: Float8Options,
     compile_backend: str | Callable = "inductor",
 ) -> nn.Module:
-    """The decoder that a run trains, with what is trained chosen, spread over the ranks of `mesh`; still on meta.
+    """The decoder of a run, sharded over the ranks of `mesh`, on meta: `model.parallelize.allocate` gives it memory.
 
-    `model.parallelize.allocate` gives it memory. Raises what `use_float8` and `choose_trainable` raise.
+    Raises what `use_float8` and `choose_trainable` raise.
     """
     model = build_model(config, device="meta")
     if float8.float8:
@@ -48,12 +48,12 @@ def micro_step(
     max_seqlen: int,
     divisor: float,
 ) -> ChameleonXLLMXOutput:
-    """Forward and backward of one row (as `data.rows.collate_row` makes it): adds its part to the gradients.
+    """Forward and backward of one row (as `data.rows.collate_row` makes it), added to the gradients.
 
     Args:
         is_last: whether it is the last micro-step of the optimizer step.
         max_seqlen: an upper bound of the longest document, in tokens.
-        divisor: what the sum of the loss over the row's targets is divided by; 0 counts as 1.
+        divisor: of the sum of the loss over the row's targets; below 1 it counts as 1.
     """
     begin_micro_step(model, options, is_last=is_last)
     output = forward_row(model, row, device, max_seqlen, 1.0 / max(divisor, 1))
@@ -64,20 +64,12 @@ def micro_step(
 def forward_row(
     model: nn.Module, row: Mapping[str, Any], device: torch.device, max_seqlen: int, loss_scale: float = 1.0
 ) -> ChameleonXLLMXOutput:
-    """The model's output for one row, its loss the sum over targets times a scale.
-
-    Everything goes through the forward of the root, which gathers what the ranks share. What FSDP finds there on the
-    host it copies itself, and waits until the device has done all that was queued: so nothing is left for it to copy.
-    """
-    return model(
-        input_ids=row["input_ids"].to(device, non_blocking=True),
-        labels=row["labels"].to(device, non_blocking=True),
-        position_ids=row["position_ids"].to(device, non_blocking=True),
-        cu_seqlens=row["cu_seqlens"].to(device, non_blocking=True),
-        max_seqlen=max_seqlen,
-        num_valid=row["num_valid_tokens"],
-        loss_scale=loss_scale,
-    )
+    """The model's output for one row; the loss is the sum over targets times `loss_scale`."""
+    # Copied here, non-blocking: FSDP's root would copy tensors of the host itself, and wait for all queued work.
+    names = ("input_ids", "labels", "position_ids", "cu_seqlens")
+    tensors = {name: row[name].to(device, non_blocking=True) for name in names}
+    # With the lengths known on the host, nothing of the forward waits for the device either.
+    return model(**tensors, max_seqlen=max_seqlen, num_valid=row["num_valid_tokens"], loss_scale=loss_scale)
 
 
 def optimizer_step(
@@ -89,11 +81,12 @@ def optimizer_step(
     step: int,
     items: list[int],
 ) -> torch.Tensor:
-    """Takes the step, unless the guard forbids it, and clears the gradients. Returns the gradient's norm (a scalar).
+    """Takes the step, unless the guard skips it, and clears the gradients. Returns the gradient's norm (a scalar).
 
-    `step` and `items` (those of this rank's rows) are for the guard, which names them if the step is not taken.
+    `step` and `items` (of this rank's rows) are for the guard, which reports skipped steps.
     """
     grad_norm = clip_grad_norm(model, mesh, clip_grad)
+    # AdamW reads this flag on the device.
     optimizer.found_inf = guard.check(grad_norm, step, items)
     optimizer.step()
     optimizer.zero_grad()

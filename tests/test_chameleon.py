@@ -9,7 +9,13 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
-from model.decoder.chameleon import MODEL_SIZES, ChameleonXLLMXConfig, build_config, build_model, init_weights
+from model.decoder.chameleon import (
+    ChameleonXLLMXConfig,
+    TiedHeadLayerNorm,
+    build_config,
+    build_model,
+    init_weights,
+)
 from model.loss import IGNORE_INDEX
 from tests.decoder_helpers import code_name, random_tokens, seed_weights, small_model, small_vocabulary
 
@@ -30,7 +36,7 @@ def reference_model(run: dict):
         max_position_embeddings=512,
         swin_norm=run["config"].get("swin", False),
         z_loss_weight=1e-5,
-        **({"mask_image_logits": True} if run["config"].get("mask") else {}),  # otherwise the default
+        mask_image_logits=run["config"].get("mask", False),
     )
     return seed_weights(build_model(config, "cpu"))
 
@@ -39,8 +45,10 @@ def pad_right(rows, value):
     return torch.tensor([row + [value] * (max(map(len, rows)) - len(row)) for row in rows])
 
 
-@pytest.mark.parametrize("name", ["mha_nomask", "swin_gqa_nomask", "mha_mask_textlabels"])
-@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "is_packed"),
+    [("mha_nomask", False), ("mha_nomask", True), ("swin_gqa_nomask", True), ("mha_mask_textlabels", True)],
+)
 def test_reference_figures(name, is_packed):
     golden = json.loads((GOLDEN / "model.json").read_text())
     run = golden["runs"][name]
@@ -56,14 +64,15 @@ def test_reference_figures(name, is_packed):
     output.loss.backward()
     assert output.loss.item() == pytest.approx(run["loss"], abs=1e-5)
     assert (output.ce_loss / output.num_valid_tokens).item() == pytest.approx(run["c_loss"], abs=1e-5)
-    # Its figures are about 123, where numbers of fp32 lie 8e-6 apart: the last two bits depend on the CPU.
+    # About 123, where numbers of fp32 are 8e-6 apart: the last two bits depend on the CPU.
     assert (output.z_loss / output.num_valid_tokens).item() == pytest.approx(run["z_loss"], rel=5e-7)
     norms = {key: parameter.grad.norm().item() for key, parameter in model.named_parameters()}
     assert norms.keys() == run["grad_norms"].keys()
     for key, norm in norms.items():
         assert norm == pytest.approx(run["grad_norms"][key], rel=1e-4), key
     assert math.hypot(*norms.values()) == pytest.approx(run["total_grad_norm"], rel=1e-4)
-    model.config.mask_image_logits = False  # the reference logits are those before the mask
+    # The reference logits are those before the mask.
+    model.config.mask_image_logits = False
     logits = model(pad_right(golden["input_ids"], 0)).logits
     for entry in run["logits"]:
         found = logits[entry["batch"], entry["pos"], entry["idx"]]
@@ -79,49 +88,33 @@ def pack(docs):
 
 
 @pytest.mark.parametrize("overrides", VARIANTS)
-def test_packed_row_equals_separate_documents_and_padded_batch(overrides):
-    models = [small_model(z_loss_weight=1e-3, **overrides) for _ in range(3)]
-    docs = [random_tokens(n, seed=n) for n in DOC_LENS]
-    scale = 1 / sum(n - 1 for n in DOC_LENS)
-    row, cu_seqlens = pack(docs)
-    packed = models[0](row, row, cu_seqlens=cu_seqlens, loss_scale=scale)
-    packed.loss.backward()
-    separate = [models[1](doc[None], doc[None], loss_scale=scale) for doc in docs]
-    sum(output.loss for output in separate).backward()
-    rows = [doc.tolist() for doc in docs]
-    batch = pad_right(rows, 1)
-    padded = models[2](batch, pad_right(rows, IGNORE_INDEX), loss_scale=scale)
-    padded.loss.backward()
-    expected = [models[1].model(doc[None])[0] for doc in docs]
-    hidden = models[0].model(row, cu_seqlens=cu_seqlens)[0].split(DOC_LENS)
-    for n, alone, in_row, in_batch in zip(DOC_LENS, expected, hidden, models[2].model(batch), strict=True):
-        assert (in_row - alone).abs().max() < 1e-5
-        assert (in_batch[:n] - alone).abs().max() < 1e-5
-    assert packed.num_valid_tokens == sum(o.num_valid_tokens for o in separate) == padded.num_valid_tokens
-    assert packed.image_ce_sum.item() == pytest.approx(sum(o.image_ce_sum.item() for o in separate), rel=1e-5)
-    for total in (sum(o.loss.item() for o in separate), padded.loss.item()):
-        assert packed.loss.item() == pytest.approx(total, rel=1e-5)
-    for parameters in zip(*(model.parameters() for model in models), strict=True):
-        for other in parameters[1:]:
-            assert (parameters[0].grad - other.grad).norm() < 1e-5 * other.grad.norm()
-
-
-@pytest.mark.parametrize("overrides", VARIANTS)
-@pytest.mark.parametrize(("device", "bound"), [("cpu", 2e-2), pytest.param("cuda", 5e-2, marks=pytest.mark.gpu)])
-def test_packed_row_in_bf16(overrides, device, bound):
-    """Against the documents alone; on CUDA those go through another kernel than the row, so its rounding differs."""
-    packed, separate = (small_model(**overrides).to(device, torch.bfloat16) for _ in range(2))
+@pytest.mark.parametrize(
+    ("device", "dtype", "hidden_bound", "grad_bound"),
+    [
+        ("cpu", torch.float32, 1e-5, 1e-5),
+        ("cpu", torch.bfloat16, 2e-2, 2e-2),
+        # The documents alone are computed by another kernel than the row, which rounds differently.
+        pytest.param("cuda", torch.bfloat16, 2e-2, 5e-2, marks=pytest.mark.gpu),
+    ],
+)
+def test_packed_row_equals_separate_documents(overrides, device, dtype, hidden_bound, grad_bound):
+    packed, separate = (small_model(z_loss_weight=1e-3, **overrides).to(device, dtype) for _ in range(2))
     docs = [random_tokens(n, seed=n).to(device) for n in DOC_LENS]
-    scale = 1 / sum(n - 1 for n in DOC_LENS)
     row, cu_seqlens = pack(docs)
     hidden = packed.model(row, cu_seqlens=cu_seqlens)
     expected = torch.cat([separate.model(doc[None]) for doc in docs], 1)
-    assert hidden.dtype == torch.bfloat16
-    assert (hidden - expected).abs().max() < 2e-2 * expected.abs().max()
-    packed(row, row, cu_seqlens=cu_seqlens, loss_scale=scale).loss.backward()
-    sum(separate(doc[None], doc[None], loss_scale=scale).loss for doc in docs).backward()
+    assert hidden.dtype == dtype
+    assert (hidden - expected).abs().max() < hidden_bound * expected.abs().max()
+    scale = 1 / sum(n - 1 for n in DOC_LENS)
+    output = packed(row, row, cu_seqlens=cu_seqlens, loss_scale=scale)
+    output.loss.backward()
+    outputs = [separate(doc[None], doc[None], loss_scale=scale) for doc in docs]
+    sum(o.loss for o in outputs).backward()
+    assert output.num_valid_tokens == sum(o.num_valid_tokens for o in outputs)
+    for figure in ("loss", "image_ce_sum"):
+        assert output[figure].item() == pytest.approx(sum(o[figure].item() for o in outputs), rel=hidden_bound)
     for (name, ours), theirs in zip(packed.named_parameters(), separate.parameters(), strict=True):
-        assert (ours.grad - theirs.grad).norm() < bound * theirs.grad.norm(), name
+        assert (ours.grad - theirs.grad).norm() < grad_bound * theirs.grad.norm(), name
 
 
 def test_sums_are_split_by_the_kind_of_the_target():
@@ -137,14 +130,18 @@ def test_sums_are_split_by_the_kind_of_the_target():
     assert torch.isclose(output.loss, ce.mean())
 
 
-def test_left_padding_and_cache_agree_with_plain_rows():
+def test_padding_and_cache_agree_with_plain_rows():
+    """Padding on the right needs no mask."""
     model = small_model().eval()
     rows = [random_tokens(n, seed=n) for n in (4, 9)]
     input_ids = torch.stack([F.pad(row, (9 - len(row), 0), value=1) for row in rows])
     mask = torch.stack([F.pad(torch.ones(len(row)), (9 - len(row), 0)) for row in rows])
-    logits = model(input_ids, attention_mask=mask).logits
-    for row, padded in zip(rows, logits, strict=True):
-        assert (padded[9 - len(row) :] - model(row[None]).logits[0]).abs().max() < 1e-5
+    left = model(input_ids, attention_mask=mask).logits
+    right = model(pad_right([row.tolist() for row in rows], 1)).logits
+    for row, after_padding, before_padding in zip(rows, left, right, strict=True):
+        expected = model(row[None]).logits[0]
+        assert (after_padding[9 - len(row) :] - expected).abs().max() < 1e-5
+        assert (before_padding[: len(row)] - expected).abs().max() < 1e-5
     cache = DynamicCache(config=model.config)
     steps = [model(part[None], past_key_values=cache).logits for part in rows[1].split([4, 3, 1, 1])]
     assert (torch.cat(steps, 1) - model(rows[1][None]).logits).abs().max() < 1e-5
@@ -159,8 +156,7 @@ def test_logits_may_be_kept_for_some_positions():
     assert torch.allclose(picked[:, 0], torch.stack([logits[0, 1], logits[1, 4]]), atol=1e-6)
 
 
-@pytest.mark.parametrize("is_packed", [True, False])
-@pytest.mark.parametrize("mask_image_logits", [False, True])
+@pytest.mark.parametrize(("is_packed", "mask_image_logits"), [(True, False), (False, True)])
 def test_no_valid_target_gives_zero_loss_and_gradients(is_packed, mask_image_logits):
     model = small_model(mask_image_logits=mask_image_logits, z_loss_weight=1e-3)
     tokens = random_tokens(12)[None] if is_packed else random_tokens(12).view(2, 6)
@@ -171,20 +167,11 @@ def test_no_valid_target_gives_zero_loss_and_gradients(is_packed, mask_image_log
     assert all(not parameter.grad.any() for parameter in model.parameters())
 
 
-def test_dropout_works_in_training_only():
-    model = small_model(dropout=0.5)
-    tokens = random_tokens(12)[None]
-    torch.manual_seed(0)
-    first = model.train()(tokens).logits
-    assert not torch.equal(first, model(tokens).logits)
-    torch.manual_seed(0)
-    assert torch.equal(first, model(tokens).logits)
-    assert torch.equal(model.eval()(tokens).logits, small_model()(tokens).logits)
-
-
 @pytest.mark.parametrize("swin", [False, True])
-def test_dropout_is_on_both_branches(monkeypatch, swin):
-    """On what attention and MLP add to the residual stream: as it is added, so after the norms under swin."""
+def test_dropout_is_on_both_branches_in_training(monkeypatch, swin):
+    """On what attention and MLP add to the residual stream, so after the norms under swin."""
+    plain = small_model(swin_norm=swin)(random_tokens(12)[None]).logits
+    assert torch.equal(small_model(dropout=0.25, swin_norm=swin).eval()(random_tokens(12)[None]).logits, plain)
     model = small_model(dropout=0.25, swin_norm=swin).train()
     dropped, added = [], []
 
@@ -201,6 +188,14 @@ def test_dropout_is_on_both_branches(monkeypatch, swin):
     assert len(dropped) == len(added) == 2 * model.config.num_hidden_layers
     assert all(p == 0.25 and training for _, p, training in dropped)
     assert all(seen is out for (seen, _, _), out in zip(dropped, added, strict=True))
+
+
+def test_heads_of_a_group_share_norm_weights():
+    norm, hidden = TiedHeadLayerNorm(num_groups=2, num_heads=4, head_dim=8), torch.randn(3, 4, 8)
+    with torch.no_grad():
+        norm.weight[1], norm.bias[1] = 2.0, 5.0
+    plain = F.layer_norm(hidden, (8,))
+    torch.testing.assert_close(norm(hidden), torch.cat([plain[:, :2], 2 * plain[:, 2:] + 5], 1))
 
 
 def test_masked_image_logits():
@@ -234,40 +229,33 @@ def test_init_weights_depends_on_the_seed_only():
     assert not one["model.layers.3.self_attn.k_norm.bias"].any()
 
 
-@pytest.mark.parametrize("size", MODEL_SIZES)
-def test_named_sizes(size):
-    model = build_model(build_config(size, small_vocabulary()))
-    num_parameters = sum(p.numel() for n, p in model.named_parameters() if "embed" not in n and "lm_head" not in n)
-    billions = {"7B": 6.476, "34B": 33.22, "1B": 1.012, "tiny": 0.00316, "bench": 0.00316}[size]
-    assert num_parameters / 1e9 == pytest.approx(billions, rel=0.01)
-    assert all(parameter.is_meta for parameter in model.parameters())
-    assert model.config.vocab_size == (65536 if size == "bench" else len(small_vocabulary()))
-
-
 SHAPE = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"),
-    *("swin_norm", "model_parallel_size"),
+    *("swin_norm", "model_parallel_size", "vocab_size"),
 )
 
 
 @pytest.mark.parametrize(
-    ("size", "expected"),
+    ("size", "billions", "expected"),
     [
-        ("7B", (4096, 32, 32, 32, 11008, False, 1)),
-        ("34B", (8192, 48, 64, 8, 22016, True, 8)),
-        ("bench", (256, 4, 4, 4, 688, False, 1)),
+        ("7B", 6.476, (4096, 32, 32, 32, 11008, False, 1, len(small_vocabulary()))),
+        ("34B", 33.22, (8192, 48, 64, 8, 22016, True, 8, len(small_vocabulary()))),
+        ("bench", 0.00316, (256, 4, 4, 4, 688, False, 1, 65536)),
     ],
 )
-def test_shapes_of_named_sizes(size, expected):
-    config = build_config(size)
+def test_named_sizes(size, billions, expected):
+    config = build_config(size, small_vocabulary())
     assert tuple(getattr(config, name) for name in SHAPE) == expected
-    attention = build_model(config).model.layers[0].self_attn
-    head_dim = expected[0] // expected[2]
-    assert attention.q_norm.weight.shape == attention.k_norm.weight.shape == (expected[-1], head_dim)
+    model = build_model(config)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    num_parameters = sum(p.numel() for n, p in model.named_parameters() if "embed" not in n and "lm_head" not in n)
+    assert num_parameters / 1e9 == pytest.approx(billions, rel=0.01)
+    attention, head_dim = model.model.layers[0].self_attn, expected[0] // expected[2]
+    assert attention.q_norm.weight.shape == attention.k_norm.weight.shape == (expected[6], head_dim)
     assert attention.k_proj.weight.shape == (expected[3] * head_dim, expected[0])
 
 
-def test_bad_configurations_are_refused():
+def test_bad_configurations_are_rejected():
     with pytest.raises(ValueError, match="13B.*7B, 34B"):
         build_config("13B")
     with pytest.raises(ValueError, match="vocab_size=10"):

@@ -22,7 +22,7 @@ ROOMS = [
     (3, "generation", "model.image_grammar model.requests model.progress model.serve"),
     (4, "run", "model.options model.checks model.metrics model.run_log model.trackers model.watch model.stop_signal"),
     (4, "run", "model.bad_data model.validation model.samples model.sample_prompts model.samples_format model.flops"),
-    (4, "run", "model.run_start model.gpu_peaks"),
+    (4, "run", "model.run_start"),
     (5, "plan", "model.plan model.storage_tracker"),
     (5, "pages", "model.report_page model.charts model.report_assets"),
     (6, "scripts", "*"),

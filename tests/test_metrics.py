@@ -12,7 +12,7 @@ from small_run import call_main, read_lines, solver_args, train
 from model import run_log
 from model.checks import Setup
 from model.distributed import Launch, process_group
-from model.gpu_peaks import mean_document_len, peak_flops
+from model.flops import mean_document_len, peak_flops
 from model.metrics import SUMMED_FIELDS, MetricsFile, MetricSums, flatten, read_metrics, summarize
 from model.options import Options, build_parser
 from model.run_log import RunLog

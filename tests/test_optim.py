@@ -12,26 +12,16 @@ OPTIONS = OptimOptions(lr=1.0, min_lr=0.1, warmup_epochs=0.5, epochs=2)
 
 
 @pytest.mark.parametrize(
-    ("epoch", "expected"),
-    [(0.0, 0.0), (0.25, 0.5), (0.5, 1.0), (1.25, 0.55), (2.0, 0.1), (3.0, 0.1), (1.0, 0.1 + 0.45 * 1.5)],
+    ("options", "curve"),
+    [
+        (OPTIONS, {0.0: 0.0, 0.25: 0.5, 0.5: 1.0, 1.0: 0.1 + 0.45 * 1.5, 1.25: 0.55, 2.0: 0.1, 3.0: 0.1}),
+        (OptimOptions(lr=2e-5, warmup_epochs=0.0), {0.0: 2e-5}),
+        (OptimOptions(lr=2e-5, min_lr=2e-5, warmup_epochs=0.01, epochs=2), {0.01: 2e-5, 0.3: 2e-5, 2.0: 2e-5}),
+        (OptimOptions(lr=1.0, warmup_epochs=1.0, epochs=1), {0.5: 0.5, 1.0: 0.0}),
+    ],
 )
-def test_lr_at(epoch, expected):
-    assert lr_at(epoch, OPTIONS) == pytest.approx(expected)
-
-
-def test_lr_at_without_warmup_starts_at_lr():
-    assert lr_at(0.0, OptimOptions(lr=2e-5, warmup_epochs=0.0)) == 2e-5
-
-
-def test_lr_at_is_constant_when_min_lr_is_lr():
-    options = OptimOptions(lr=2e-5, min_lr=2e-5, warmup_epochs=0.01, epochs=2)
-    assert {lr_at(epoch, options) for epoch in (0.01, 0.3, 1.7, 2.0)} == {2e-5}
-
-
-def test_lr_at_is_only_warmup():
-    options = OptimOptions(lr=1.0, warmup_epochs=1.0, epochs=1)
-    assert lr_at(0.5, options) == 0.5
-    assert lr_at(1.0, options) == 0.0
+def test_lr_at(options, curve):
+    assert {epoch: lr_at(epoch, options) for epoch in curve} == pytest.approx(curve)
 
 
 def test_split_by_decay_takes_matrices_only():
@@ -51,6 +41,7 @@ def test_build_optimizer_follows_adamw():
     module.matrix = torch.nn.Parameter(torch.full((2, 2), 3.0))
     module.norm = torch.nn.Parameter(torch.full((2,), 3.0))
     optimizer = build_optimizer(module, OptimOptions(wd=0.5))
+    assert optimizer.defaults["betas"] == (0.9, 0.95)
     set_lr(optimizer, 0.1)
     for parameter in (module.matrix, module.norm):
         parameter.grad = torch.full_like(parameter, 2.0)
@@ -60,7 +51,7 @@ def test_build_optimizer_follows_adamw():
     assert torch.allclose(module.norm, torch.full((2,), 3.0 - moved))
 
 
-def train(optim: str, num_steps: int = 30):
+def train(optim: str):
     """Losses of a regression, and the optimizer."""
     generator = torch.Generator().manual_seed(0)
     layer = torch.nn.Linear(64, 64)
@@ -68,7 +59,7 @@ def train(optim: str, num_steps: int = 30):
         layer.weight.normal_(generator=generator), layer.bias.zero_()
     inputs, wanted = torch.randn(256, 64, generator=generator), torch.randn(256, 64, generator=generator)
     optimizer, losses = build_optimizer(layer, OptimOptions(optim=optim, wd=0.1)), []
-    for _ in range(num_steps):
+    for _ in range(30):
         set_lr(optimizer, 0.03)
         loss = (layer(inputs) - wanted).square().mean()
         loss.backward()
@@ -78,7 +69,7 @@ def train(optim: str, num_steps: int = 30):
     return losses, optimizer, layer
 
 
-def test_smaller_states_train_as_adamw_does():
+def test_smaller_states_train_as_adamw_does_and_stay_small_when_loaded():
     losses, optimizer, layer = train("adamw_8bit")
     expected, _, _ = train("adamw")
     assert losses[0] == expected[0] and losses[-1] < 0.2 * losses[0]
@@ -86,26 +77,17 @@ def test_smaller_states_train_as_adamw_does():
     moments = [optimizer.state[layer.weight][name] for name in ("exp_avg", "exp_avg_sq")]
     held = [tensor for moment in moments for tensor in plain_tensors(moment) if tensor.numel() > 256]
     assert sum(tensor.numel() * tensor.itemsize for tensor in held) == 2 * layer.weight.numel()
-
-
-def test_smaller_states_stay_small_when_they_are_loaded():
-    _, optimizer, layer = train("adamw_8bit", num_steps=3)
-    before = [plain_tensors(value) for value in optimizer.state[layer.weight].values()]
-    fresh = build_optimizer(layer, OptimOptions(optim="adamw_8bit", wd=0.1))
-    fresh.load_state_dict(optimizer.state_dict())
-    after = [plain_tensors(value) for value in fresh.state[layer.weight].values()]
-    for old, new in zip(sum(before, []), sum(after, []), strict=True):
+    loaded = build_optimizer(layer, OptimOptions(optim="adamw_8bit", wd=0.1))
+    loaded.load_state_dict(optimizer.state_dict())
+    before, after = (
+        [tensor for value in o.state[layer.weight].values() for tensor in plain_tensors(value)]
+        for o in (optimizer, loaded)
+    )
+    for old, new in zip(before, after, strict=True):
         assert old.dtype == new.dtype and torch.equal(old, new)
 
 
-def test_frozen_parameters_are_not_in_the_optimizer():
-    layer = torch.nn.Linear(4, 4)
-    layer.weight.requires_grad_(False)
-    (group,) = build_optimizer(layer, OptimOptions()).param_groups
-    assert [id(parameter) for parameter in group["params"]] == [id(layer.bias)]
-
-
-def test_problems_are_all_told():
+def test_all_problems_are_reported():
     problems = OptimOptions(lr=-1.0, min_lr=1.0, warmup_epochs=5.0, epochs=0, wd=-1.0).problems()
     assert len(problems) == 5
     assert not OPTIONS.problems()

@@ -22,7 +22,7 @@ from model.adapter_folder import NOTE_NAME, TRAINED_NAME, BaseWeights
 from model.convert import convert_checkpoint, load_config
 from model.decoder.chameleon import build_config, build_model, init_weights
 from model.distributed import Launch, process_group
-from model.flops import flops_per_token, trained_flops_per_token
+from model.flops import trained_flops_per_token
 from model.optim import build_optimizer
 from model.options import Options, build_parser
 from model.parallelize import allocate, build_mesh
@@ -125,7 +125,7 @@ def measure_step(options: Options, config, device: torch.device) -> dict[str, in
     was a model.
     """
     mesh = build_mesh(options.parallel, device.type, 1)
-    guard = StepGuard(options.guard, device)
+    guard = StepGuard(options.guard)
     found, num_micro = {}, options.data.accum_iter
     # What earlier tests left would else be given back while the profiler listens.
     gc.collect()
@@ -252,7 +252,8 @@ def test_steps_and_tokens_are_those_of_the_data(small_task, tmp_path, capsys):
     # As in the run's `mfu`: of the document in which a token stands, on average.
     model, lengths = build_model(load_config(small_task / "init")), dataset.table.lengths.astype(float)
     mean_len = (lengths**2).sum() / lengths.sum()
-    assert figures["flops_per_token"] == pytest.approx(flops_per_token(model.config, mean_len), rel=1e-12)
+    assert figures["flops_per_token"] == pytest.approx(trained_flops_per_token(model, mean_len), rel=1e-12)
+    assert mean_len < lengths.max()
     assert figures["num_parameters"] == figures["num_trained_parameters"] == count_trained(model)
 
 

@@ -1,4 +1,4 @@
-"""What a run does with a row: all of it is on the device before the model sees it, and nothing waited for that."""
+"""A row is on the device before the model gets it, by copies that do not block the host."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -9,7 +9,7 @@ from model.training import forward_row
 
 
 class RecordCopies(TorchDispatchMode):
-    """Notes of every copy to another device whether it may go on beside the host."""
+    """Notes of every copy to another device whether it is non-blocking."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,8 +21,8 @@ class RecordCopies(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_row_is_on_the_device_before_the_model_sees_it_and_no_copy_waits():
-    """FSDP copies what a root is given on the host itself, on CUDA, and waits for all that was queued before."""
+def test_a_row_is_on_the_device_before_the_model_gets_it():
+    """On CUDA, FSDP would copy tensors of the host itself, and wait for all queued work."""
     row, seen = collate_row(make_items((20, 30), 512, seed=0), 64, pad_id=1), {}
     with RecordCopies() as record:
         forward_row(lambda **arguments: seen.update(arguments), row, torch.device("meta"), max_seqlen=30)

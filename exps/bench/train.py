@@ -33,7 +33,7 @@ from exps.bench import common  # noqa: E402
 from exps.bench.train_measure import parse_training  # noqa: E402
 from exps.bench.train_ways import Work, fill_rows, spread_lengths  # noqa: E402
 from model.decoder.chameleon import MODEL_SIZES  # noqa: E402
-from model.gpu_peaks import peak_flops  # noqa: E402
+from model.flops import peak_flops  # noqa: E402
 from model.options import Options  # noqa: E402
 
 MIN_GIB_FOR_7B = 110  # 16 bytes for each of its parameters are 104 GiB

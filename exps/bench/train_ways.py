@@ -110,8 +110,7 @@ class Ours:
         )
         fill(self.model, device, options)
         self.optimizer = build_optimizer(self.model, options.optim)
-        guarded = torch.device("cpu") if options.parallel.cpu_offload else device
-        self.guard, self.sums = StepGuard(options.guard, guarded), MetricSums(device)
+        self.guard, self.sums = StepGuard(options.guard), MetricSums(device)
         batches = (make_items(work.item_lens, config.vocab_size, seed) for seed in range(work.micro_steps))
         self.rows = [collate_row(items, work.row_len, PAD_ID, options.data.max_seq_len) for items in batches]
         if device.type == "cuda" and options.data.pin_mem:

@@ -1,10 +1,9 @@
 """
 The decoder: `transformers`' Chameleon with what training needs.
 
-Where it stands: `finetune_solver.py` trains it on the rows of `data/`, `model/convert.py` reads and writes its weights,
-`model/generation.py` samples from it. Different from stock Chameleon: residual dropout, q/k-norm weights tied per
-model-parallel group, packed rows, no VQGAN in memory, image logits masked only if asked, and a forward that returns
-the loss. It knows no cluster: all that FSDP needs is that everything goes through the root's `forward`.
+It adds residual dropout, q/k-norm weights tied per model-parallel group, packed rows, a forward that returns the loss,
+and image logits that are masked only if asked. The VQGAN is left out. `finetune_solver.py` trains it,
+`model/generation.py` samples from it, `model/convert.py` reads and writes its weights.
 """
 
 from collections.abc import Mapping
@@ -27,54 +26,35 @@ from transformers.utils import ModelOutput
 
 from model.attention import (
     ATTENTION_NAME,
-    PackedRow,
     build_packed_row,
     causal_mask,
     positions_from_cu_seqlens,
     positions_from_mask,
 )
 from model.local_shards import copy_into_parameter
-from model.loss import HeadLoss, LossHead, refuse_image_targets, shift_labels
+from model.loss import HeadLoss, LossHead, reject_image_targets, shift_labels
 
 IMAGE_TOKEN_PREFIX = "IMGIMG"
 
-TINY: dict[str, Any] = dict(
-    hidden_size=256,
-    intermediate_size=688,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    max_position_embeddings=4096,
-)
+
+def _shape(width: int, mlp_width: int, layers: int, heads: int, kv_heads: int, **more: Any) -> dict[str, Any]:
+    return dict(
+        hidden_size=width,
+        intermediate_size=mlp_width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=4096,
+        **more,
+    )
+
+
 MODEL_SIZES: dict[str, dict[str, Any]] = {
-    "7B": dict(
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        max_position_embeddings=4096,
-    ),
-    "34B": dict(
-        hidden_size=8192,
-        intermediate_size=22016,
-        num_hidden_layers=48,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        max_position_embeddings=4096,
-        model_parallel_size=8,
-        swin_norm=True,
-    ),
-    "1B": dict(
-        hidden_size=2048,
-        intermediate_size=5504,
-        num_hidden_layers=20,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        max_position_embeddings=4096,
-    ),
-    "tiny": TINY,
-    "bench": TINY | {"vocab_size": 65536},
+    "7B": _shape(4096, 11008, 32, 32, 32),
+    "34B": _shape(8192, 22016, 48, 64, 8, model_parallel_size=8, swin_norm=True),
+    "1B": _shape(2048, 5504, 20, 16, 16),
+    "tiny": _shape(256, 688, 4, 4, 4),
+    "bench": _shape(256, 688, 4, 4, 4, vocab_size=65536),
 }
 
 
@@ -85,13 +65,14 @@ class ChameleonXLLMXConfig(ChameleonConfig):
     Attributes:
         dropout: dropout on what attention and MLP add to the residual stream, in training.
         z_loss_weight: weight of the squared log-normalizer in the loss.
-        mask_image_logits: mask the logits of image tokens (stock Chameleon always does; ours only if asked).
-        tie_head_norm: q/k-norm weights are shared by the heads of a model-parallel group ([model_parallel_size,
-            head_dim], the recipe's shape); False gives every head its own ([heads, head_dim], stock's shape).
-        codebook_sha256: names the VQGAN whose codes it was trained on (model/vqgan.py); None: not known.
+        mask_image_logits: mask the logits of image tokens, as stock Chameleon always does.
+        tie_head_norm: heads of a model-parallel group share q/k-norm weights ([model_parallel_size, head_dim], the
+            recipe's shape); False: one row per head ([heads, head_dim], the shape of stock Chameleon).
+        codebook_sha256: the VQGAN whose codes the model was trained on (model/vqgan.py); None: not known.
     """
 
-    model_type = "chameleon_xllmx"  # stock's own is "chameleon", as in the recipe's checkpoints
+    # "chameleon", which the recipe's checkpoints have, is the type of stock Chameleon.
+    model_type = "chameleon_xllmx"
     dropout: float | int = 0.0
     z_loss_weight: float | int = 0.0
     mask_image_logits: bool = False
@@ -102,17 +83,17 @@ class ChameleonXLLMXConfig(ChameleonConfig):
 @dataclass
 class ChameleonXLLMXOutput(ModelOutput):
     """
-    What the decoder returns: with labels all but `logits`, without labels `logits` (and the cache).
+    What the decoder returns: without labels `logits` and `past_key_values`, with labels all the others.
 
     Attributes:
         loss: scalar to call `backward` on.
-        logits: [B, T, V] (or fewer positions, see `logits_to_keep`).
+        logits: [B, T, V], fewer positions with `logits_to_keep`.
         ce_loss: sum of the cross-entropy over valid targets, detached, like everything below.
         z_loss: sum of the squared log-normalizer over valid targets, without its weight.
         num_valid_tokens: valid targets, int64.
-        text_ce_sum, image_ce_sum: `ce_loss` split by the kind of the target.
-        num_text_tokens, num_image_tokens: `num_valid_tokens` split likewise.
-        past_key_values: the cache given in, filled.
+        text_ce_sum, image_ce_sum: `ce_loss` by the kind of the target.
+        num_text_tokens, num_image_tokens: `num_valid_tokens` by the kind of the target.
+        past_key_values: the given cache, filled.
     """
 
     loss: torch.Tensor | None = None
@@ -133,9 +114,9 @@ def build_config(model_size: str, vocabulary: Any = None, **overrides: Any) -> C
 
     Args:
         model_size: a key of `MODEL_SIZES`.
-        vocabulary: a tokenizer (with `get_vocab()`) or a mapping of token name to id. Its size is the model's, unless
-            the size or an override says otherwise; without one there are no image tokens to know.
-        overrides: configuration values that replace those of the table.
+        vocabulary: a tokenizer (with `get_vocab()`) or a mapping of token name to id, which gives `vocab_size`, unless
+            the named size or an override does. None: the model knows no image tokens.
+        overrides: configuration values that replace those of the named size.
 
     Raises:
         ValueError: unknown size, or a vocabulary with ids beyond `vocab_size`.
@@ -152,8 +133,7 @@ def build_config(model_size: str, vocabulary: Any = None, **overrides: Any) -> C
     num_ids = max(name_to_id.values(), default=-1) + 1
     if num_ids:
         values["vocab_size"] = num_ids
-    values |= MODEL_SIZES[model_size] | overrides
-    config = ChameleonXLLMXConfig(**values)
+    config = ChameleonXLLMXConfig(**(values | MODEL_SIZES[model_size] | overrides))
     if num_ids > config.vocab_size:
         raise ValueError(
             f"the vocabulary has ids up to {num_ids - 1}, but the model ({model_size}) has vocab_size="
@@ -163,14 +143,11 @@ def build_config(model_size: str, vocabulary: Any = None, **overrides: Any) -> C
 
 
 def grow_positions(config: ChameleonXLLMXConfig, least: int) -> str | None:
-    """
-    Give a configuration at least so many positions; what to tell of it, None where it has them.
-
-    Rotary frequencies do not depend on the number of positions, so no weight changes.
-    """
+    """Raise `max_position_embeddings` to `least`. Returns a message to print, None if nothing changed."""
     had = config.max_position_embeddings
     if had >= least:
         return None
+    # No weight depends on it: rotary frequencies are the same for any number of positions.
     config.max_position_embeddings = least
     return f"max_position_embeddings grows from {had:,} to {least:,}"
 
@@ -179,10 +156,10 @@ def build_model(
     config: ChameleonXLLMXConfig, device: str | torch.device = "meta", dtype: torch.dtype = torch.float32
 ) -> "ChameleonXLLMXForConditionalGeneration":
     """
-    The decoder without values: on "meta", or allocated on a device.
+    The decoder on "meta", or allocated on a device with undefined weights (the rotary buffers are right).
 
-    On a device the weights are undefined until `init_weights` or `convert.load_checkpoint_weights`; only the rotary
-    buffers are right. From meta: shard, `to_empty`, `reset_rotary_buffers`, then fill the weights.
+    `init_weights` or `convert.load_checkpoint_weights` fills the weights. From meta: shard, `to_empty`,
+    `reset_rotary_buffers`, then fill them.
     """
     with torch.device("meta"):
         model = ChameleonXLLMXForConditionalGeneration(config).to(dtype)
@@ -194,31 +171,25 @@ def build_model(
 
 @torch.no_grad()
 def init_weights(model: nn.Module, seed: int = 0) -> None:
-    """
-    Fill a plain or sharded model: norms 1 (their biases 0), all else normal(0, `initializer_range`).
-
-    Every rank draws every full tensor from the same generator and keeps its part, so the values do not depend on the
-    number of ranks or on the device.
-    """
-    std = model.config.initializer_range
+    """Fill a plain or sharded model: norms 1, biases 0, all else normal(0, `initializer_range`)."""
+    # Every rank draws every full tensor and keeps its part: the values depend neither on the number of ranks nor on the
+    # device.
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         module, _, kind = name.rpartition(".")
-        if "norm" in module.rpartition(".")[2]:
+        is_norm = "norm" in module.rpartition(".")[2]
+        if is_norm or kind != "weight":
             parameter.fill_(1.0 if kind == "weight" else 0.0)
-            continue
-        full = torch.empty(parameter.shape, dtype=torch.float32)
-        if kind == "weight":
-            full.normal_(0.0, std, generator=generator)
         else:
-            full.zero_()
-        copy_into_parameter(parameter, full)
+            full = torch.empty(parameter.shape, dtype=torch.float32)
+            full.normal_(0.0, model.config.initializer_range, generator=generator)
+            copy_into_parameter(parameter, full)
 
 
-def reset_rotary_buffers(model: nn.Module) -> None:
-    """Recompute the rotary frequencies, in fp32: they are in no checkpoint, and garbage after `to_empty`."""
+def reset_rotary_buffers(model: nn.Module, device: torch.device | None = None) -> None:
+    """Recompute the rotary frequencies, in fp32, on `device` (None: where they are): `to_empty` leaves garbage."""
     rotary = next(module for module in model.modules() if isinstance(module, ChameleonRotaryEmbedding))
-    device = rotary.inv_freq.device
+    device = device or rotary.inv_freq.device
     with torch.device("cpu"):
         fresh = ChameleonRotaryEmbedding(rotary.config)
     rotary.inv_freq = fresh.inv_freq.to(device)
@@ -242,14 +213,15 @@ class TiedHeadLayerNorm(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[N, num_heads, head_dim] -> the same shape."""
         weight, bias = self.weight, self.bias
-        repeats = self.num_heads // weight.shape[0]
+        # A single group broadcasts by itself.
         if 1 < weight.shape[0] < self.num_heads:
+            repeats = self.num_heads // weight.shape[0]
             weight, bias = weight.repeat_interleave(repeats, 0), bias.repeat_interleave(repeats, 0)
         return F.layer_norm(hidden_states, (self.head_dim,), None, None, self.eps) * weight + bias
 
 
 class ChameleonXLLMXDecoderLayer(nn.Module):
-    """Attention and MLP on the residual stream; norms before them, or with `swin_norm` after them."""
+    """Attention and MLP on the residual stream, each with a norm before it, or with `swin_norm` after it."""
 
     def __init__(self, config: ChameleonXLLMXConfig, layer_idx: int):
         super().__init__()
@@ -264,21 +236,9 @@ class ChameleonXLLMXDecoderLayer(nn.Module):
         self.input_layernorm = ChameleonRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = ChameleonRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: Any = None,
-        packed_row: PackedRow | None = None,
-    ) -> torch.Tensor:
-        """[B, T, D] -> [B, T, D]."""
-        attention = dict(
-            attention_mask=attention_mask,
-            position_embeddings=position_embeddings,
-            past_key_values=past_key_values,
-            packed_row=packed_row,
-        )
+    def forward(self, hidden_states: torch.Tensor, **attention: Any) -> torch.Tensor:
+        """[B, T, D] -> [B, T, D]; the other arguments are for the attention."""
+        # Dropout is on what is added to the residual stream: after the norm under swin_norm, as in the recipe.
         if self.swin_norm:
             added = self.input_layernorm(self.self_attn(hidden_states, **attention)[0])
             hidden_states = hidden_states + F.dropout(added, self.dropout, self.training)
@@ -291,7 +251,7 @@ class ChameleonXLLMXDecoderLayer(nn.Module):
 
 
 class ChameleonXLLMXModel(ChameleonPreTrainedModel):
-    """Embedding, layers and final norm; the keys are those of stock Chameleon without `vqmodel`."""
+    """Embedding, layers and final norm, with the parameter names of stock Chameleon; no `vqmodel`."""
 
     config_class = ChameleonXLLMXConfig
 
@@ -317,7 +277,12 @@ class ChameleonXLLMXModel(ChameleonPreTrainedModel):
         hidden_states = self.embed_tokens(input_ids)
         packed_row = None
         if cu_seqlens is not None:
-            _check_packed(input_ids, attention_mask, past_key_values)
+            if input_ids.shape[0] != 1 or attention_mask is not None or past_key_values is not None:
+                raise ValueError(
+                    "cu_seqlens describes the documents of one row, without mask or cache; got a batch of "
+                    f"{input_ids.shape[0]} rows, attention_mask {'absent' if attention_mask is None else 'given'}, "
+                    f"cache {'absent' if past_key_values is None else 'given'}."
+                )
             packed_row = build_packed_row(
                 cu_seqlens, input_ids.shape[1], hidden_states.device, max_seqlen, hidden_states.dtype
             )
@@ -364,7 +329,6 @@ class ChameleonXLLMXForConditionalGeneration(ChameleonPreTrainedModel, Generatio
         cu_seqlens: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
-        use_cache: bool | None = False,
         loss_scale: float | torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         max_seqlen: int | None = None,
@@ -375,24 +339,18 @@ class ChameleonXLLMXForConditionalGeneration(ChameleonPreTrainedModel, Generatio
         Args:
             input_ids: int64 [B, T]; a packed row has B = 1.
             labels: int64 [B, T], labels[t] is the token at t or `IGNORE_INDEX`; shifted here.
-            position_ids: int64 [B, T] or [1, T]; by default from `cu_seqlens`, `attention_mask` or the cache.
-            cu_seqlens: int [num_documents + 1], the documents of a packed row. Nothing attends across them, and the
-                first token of a document is never a target. Best kept on the host: then nothing waits for the device.
+            position_ids: int64 [B, T] or [1, T]; None: from `cu_seqlens`, `attention_mask` or the cache.
+            cu_seqlens: int [num_documents + 1], the documents of a packed row. Nothing attends across documents, and
+                the first token of a document is never a target.
             attention_mask: [B, S] with 0 at padding (right padding alone needs none), or bool [B, 1, T, S].
             past_key_values: a cache with `get_seq_length` and `update`.
-            use_cache: make a cache if none is given (as `transformers.generate` does).
-            loss_scale: None: the loss is the mean over valid targets; otherwise their sum times this.
-            logits_to_keep: how many positions at the end get logits (0: all), or int64 [B], one position per row.
-            max_seqlen: an upper bound of the longest document, on the host.
-            num_valid: number of targets (after the shift), on the host; without it the host waits for the device.
+            logits_to_keep: number of positions at the end that get logits (0: all), or int64 [B], one per row.
+            max_seqlen: as for `build_packed_row`.
+            loss_scale, num_valid: as for `LossHead.forward`.
 
         Raises:
             ValueError: `cu_seqlens` with a batch, a mask or a cache; an image target under `mask_image_logits`.
         """
-        if use_cache and past_key_values is None:
-            from transformers import DynamicCache
-
-            past_key_values = DynamicCache(config=self.config)
         hidden_states = self.model(input_ids, position_ids, cu_seqlens, attention_mask, past_key_values, max_seqlen)
         if labels is None:
             logits = self.lm_head(_keep_positions(hidden_states, logits_to_keep))
@@ -402,7 +360,7 @@ class ChameleonXLLMXForConditionalGeneration(ChameleonPreTrainedModel, Generatio
         targets = shift_labels(labels, cu_seqlens)
         image_ids = self.image_token_ids(labels.device)
         if self.config.mask_image_logits:
-            refuse_image_targets(targets, image_ids)
+            reject_image_targets(targets, image_ids)
         head_loss = self.lm_head(
             hidden_states,
             targets,
@@ -414,7 +372,8 @@ class ChameleonXLLMXForConditionalGeneration(ChameleonPreTrainedModel, Generatio
         return self._loss_output(head_loss, image_ids)
 
     def image_token_ids(self, device: torch.device) -> torch.Tensor:
-        """Sorted int64 ids of the image tokens (those named `IMGIMG...`), kept per device."""
+        """Sorted int64 ids of the image tokens (named `IMGIMG...`) on a device."""
+        # Kept per device, not as a buffer: `to_empty` would fill a buffer with garbage.
         if device not in self._image_ids:
             names = self.config.vocabulary_map or {}
             ids = sorted(token_id for name, token_id in names.items() if name.startswith(IMAGE_TOKEN_PREFIX))
@@ -423,6 +382,7 @@ class ChameleonXLLMXForConditionalGeneration(ChameleonPreTrainedModel, Generatio
 
     def _loss_output(self, head_loss: HeadLoss, image_ids: torch.Tensor) -> ChameleonXLLMXOutput:
         ce, targets = head_loss.ce, head_loss.targets
+        # A look-up table over the vocabulary: torch.isin would sort thousands of ids.
         is_image = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=ce.device)
         is_image = is_image.index_fill_(0, image_ids, True)[targets]
         ce_sum, image_ce_sum, num_image = ce.sum(), (ce * is_image).sum(), is_image.sum()
@@ -436,15 +396,6 @@ class ChameleonXLLMXForConditionalGeneration(ChameleonPreTrainedModel, Generatio
             image_ce_sum=image_ce_sum,
             num_text_tokens=num_valid - num_image,
             num_image_tokens=num_image,
-        )
-
-
-def _check_packed(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cache: Any) -> None:
-    if input_ids.shape[0] != 1 or attention_mask is not None or cache is not None:
-        raise ValueError(
-            f"cu_seqlens describes the documents of one row, without mask or cache; got a batch of "
-            f"{input_ids.shape[0]} rows, attention_mask {'given' if attention_mask is not None else 'absent'}, "
-            f"cache {'given' if cache is not None else 'absent'}."
         )
 
 
