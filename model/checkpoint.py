@@ -156,7 +156,7 @@ def seal(folder: Path, state: TrainerState) -> None:
         if path.is_file():
             sizes[str(path.relative_to(folder))] = path.stat().st_size
         sync_path(path)
-    content = asdict(state) | {"versions": collect_versions(), "files": sizes}
+    content = asdict(state) | {"files": sizes}
     beside = folder / (STATE_NAME + ".tmp")
     beside.write_text(json.dumps(content, indent=1, default=str) + "\n")
     sync_path(beside)
