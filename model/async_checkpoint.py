@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import functools
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -74,18 +75,19 @@ class CheckpointSaver:
         say: Callable[[str], None],
         adapted: AdapterWriter | None = None,
     ) -> None:
-        self._options, self._model, self._optimizer, self._config = options, model, optimizer, config
-        self._write_extras, self._say, self._adapted = write_extras, say, adapted
+        self.options, self.config, self.adapted = options, config, adapted
+        self.write_extras, self.say = write_extras, say
+        self._model, self._optimizer = model, optimizer
         self._is_main = dist.get_rank() == 0
-        self._device = next(model.parameters()).device
+        self.device = next(model.parameters()).device
         # Groups of their own: a collective of the writing thread must not mix with those of training.
         self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
-        self._first_rank_group = dist.new_group([0], backend="gloo")
-        # Frozen weights already have their VQGAN beside them.
-        self._vqgan = {} if adapted else carried_vqgan(model, config, self._is_main)
+        self.first_rank_group = dist.new_group([0], backend="gloo")
+        # A checkpoint of adapters notes where the frozen weights are, and the VQGAN is there.
+        self.vqgan = {} if adapted else carried_vqgan(model, config, self._is_main)
         self._stager = _HostStager()
         self._saving: Future[Any] | None = None
-        self._name = ""
+        self._folder = Path()
         self._last_position: Position | None = None
 
     @property
@@ -101,33 +103,19 @@ class CheckpointSaver:
     def save(self, name: str, state: TrainerState) -> None:
         """Saves a checkpoint as `output_dir/name`; returns as soon as training may change the weights.
 
-        Waits for the save before it. The position that was saved last is not saved again under another name.
-
-        Raises:
-            SaveError: the disk is too small (nothing was written), or the save before failed, or, without
-                `--async_save`, this one.
+        Waits for the save before it. The position that was saved last is not saved again under another name. Raises
+        SaveError if the save before failed or, without `--async_save`, this one.
         """
         self.wait()
         if state.position == self._last_position:
             return
-        started = time.perf_counter()
         model_state, optimizer_state = get_state_dict(self._model, self._optimizer, options=TRAINED_STATE)
         tensors = {"model": model_state, "optimizer": optimizer_state}
-        self._check_space(name, tensors)
         # Versions come from git, a process: a loader worker forked meanwhile by the main thread would keep its pipe.
         state = dataclasses.replace(copy.deepcopy(state), versions=collect_versions())
-        shapes = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in model_state.items()}
-
-        def complete(folder: Path, metadata: dcp.Metadata) -> None:
-            self._write_hf_files(folder, shapes, metadata)
-            seal(folder, state)
-            publish(folder, self._options.output_dir / name)
-            remove_old(self._options.output_dir, self._options.ckpt_max_keep)
-            self._say(f"saved {self._options.output_dir / name} in {time.perf_counter() - started:.1f} s")
-
-        writer = _CheckpointWriter(self._options.output_dir / f"{SAVING_PREFIX}{name}", self._device, complete)
-        self._name, self._last_position = name, state.position
-        if self._options.async_save:
+        self._folder, self._last_position = self.options.output_dir / name, state.position
+        writer = _CheckpointWriter(self, self._folder, state, tensors)
+        if self.options.async_save:
             self._saving = dcp.async_save(
                 tensors, storage_writer=writer, process_group=self._group, async_stager=self._stager
             )
@@ -145,59 +133,86 @@ class CheckpointSaver:
         if error is None:
             return
         if self._is_main:
-            shutil.rmtree(self._options.output_dir / f"{SAVING_PREFIX}{self._name}", ignore_errors=True)
+            shutil.rmtree(_hidden(self._folder), ignore_errors=True)
         if not isinstance(error, CheckpointException):
             # The process group failed: another rank is gone.
-            raise SaveError(f"checkpoint {self._name} was interrupted: {_one_line(error)}") from error
-        rank, (cause, _) = next(iter(error.failures.items()))
-        reason = str(cause) if dist.get_world_size() == 1 else f"rank {rank}: {cause}"
+            raise SaveError(f"checkpoint {self._folder} was interrupted: {_one_line(error)}") from error
+        rank, (reason, _) = next(iter(error.failures.items()))
+        where = f"rank {rank}: " if dist.get_world_size() > 1 else ""
         raise SaveError(
-            f"checkpoint {self._name} could not be written to {self._options.output_dir} ({reason}). Earlier checkpoints "
-            "are unchanged: repair the disk, then start the same command again"
+            f"checkpoint {self._folder} could not be written ({where}{reason}). Earlier checkpoints are unchanged: "
+            "repair the disk, then start the same command again to resume"
         )
 
-    def _check_space(self, name: str, tensors: Mapping[str, Any]) -> None:
-        problem, folder = None, self._options.output_dir
-        if self._is_main:
-            needed = _num_bytes(tensors) + _num_bytes(tensors["model"]) + _num_bytes(self._vqgan)
-            problem = find_space_problem(folder, needed, shutil.disk_usage(folder).free, self._options.ckpt_max_keep)
-        box = [problem]
-        dist.broadcast_object_list(box, src=0, group=self._group, device=torch.device("cpu"))
-        if box[0] is not None:
-            raise SaveError(f"checkpoint {name} was not begun: {box[0]}")
 
-    def _write_hf_files(
-        self, folder: Path, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], metadata: dcp.Metadata
-    ) -> None:
-        reader = _ShardReader(folder / SHARDS_NAME, metadata)
-        key_of = {clean_name(key): key for key in shapes}
-
-        def read(name: str) -> torch.Tensor:
-            shape, dtype = shapes[key_of[name]]
-            full = torch.empty(shape, dtype=dtype)
-            state = {"model": {key_of[name]: full}}
-            dcp.load(state, storage_reader=reader, process_group=self._first_rank_group)
-            return full
-
-        self._write_extras(folder)
-        shapes_by_name = {name: shapes[key] for name, key in key_of.items()}
-        if self._adapted is None:
-            export_tensors(shapes_by_name, read, self._config, folder, self._vqgan)
-        else:
-            write_config(self._config, folder, self._adapted.dtype)
-            self._adapted.write(folder, shapes_by_name, read, self._config)
-
-
-def find_space_problem(folder: Path, needed: int, free: int, keep: int) -> str | None:
-    """Why a checkpoint of `needed` bytes should not be begun where `free` bytes are free, if so."""
+def find_space_problem(folder: Path, needed: int, keep: int) -> str | None:
+    """Why a checkpoint of `needed` bytes has no room in `folder`, if so; `keep` is --ckpt_max_keep."""
+    free = shutil.disk_usage(folder).free
     if needed <= free:
         return None
-    kept = f"{keep} of them stay" if keep > 0 else "all of them stay"
+    kept = f"{keep} checkpoints stay" if keep > 0 else "all checkpoints stay"
     return (
-        f"it needs {needed / 1e9:.3g} GB, and the disk of {folder} has {free / 1e9:.3g} GB free. Make room there: "
-        f"checkpoints that are not needed can be removed ({kept} beside the one being written: --ckpt_max_keep), or "
-        "move the folder to a larger disk. Then start the same command again"
+        f"it needs {needed / 1e9:.3g} GB, and the disk has {free / 1e9:.3g} GB free; remove checkpoints that are not "
+        f"needed ({kept} beside the new one: --ckpt_max_keep), or use a larger disk"
     )
+
+
+class _CheckpointWriter(dcp.FileSystemWriter):
+    """Writes one checkpoint: all ranks their shards, then the first rank the rest, while the others wait.
+
+    DCP calls the methods within its collectives, so an error on one rank is raised on all.
+    """
+
+    def __init__(self, saver: CheckpointSaver, folder: Path, state: TrainerState, tensors: Mapping[str, Any]) -> None:
+        super().__init__(_hidden(folder) / SHARDS_NAME)
+        self._saver, self._folder, self._state, self._started = saver, folder, state, time.perf_counter()
+        weights = tensors["model"]
+        self._num_bytes = _num_bytes(tensors) + _num_bytes(weights) + _num_bytes(saver.vqgan)
+        self._keys = {clean_name(key): key for key in weights}
+        self._shapes = {name: (tuple(weights[key].shape), weights[key].dtype) for name, key in self._keys.items()}
+
+    def prepare_global_plan(self, plans: list[dcp.SavePlan]) -> list[dcp.SavePlan]:
+        options = self._saver.options
+        if problem := find_space_problem(options.output_dir, self._num_bytes, options.ckpt_max_keep):
+            raise SaveError(problem)
+        return super().prepare_global_plan(plans)
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future[Any]:
+        if self._saver.device.type == "cuda":
+            # A new thread starts at the first GPU, which may be another rank's.
+            torch.cuda.set_device(self._saver.device)
+        with _short_errors():
+            return super().write_data(plan, planner)
+
+    def finish(self, metadata: dcp.Metadata, results: list[Any]) -> None:
+        options = self._saver.options
+        with _short_errors():
+            super().finish(metadata, results)
+            self._write_hf_files(_hidden(self._folder))
+            seal(_hidden(self._folder), self._state)
+            publish(_hidden(self._folder), self._folder)
+            remove_old(options.output_dir, options.ckpt_max_keep)
+        self._saver.say(f"saved {self._folder} in {time.perf_counter() - self._started:.1f} s")
+
+    def _write_hf_files(self, folder: Path) -> None:
+        saver = self._saver
+        reader = dcp.FileSystemReader(self.path)
+        # DCP would read the metadata of all shards again for every tensor.
+        reader.read_metadata = functools.cache(reader.read_metadata)
+
+        def read(name: str) -> torch.Tensor:
+            shape, dtype = self._shapes[name]
+            full = torch.empty(shape, dtype=dtype)
+            state = {"model": {self._keys[name]: full}}
+            dcp.load(state, storage_reader=reader, process_group=saver.first_rank_group)
+            return full
+
+        saver.write_extras(folder)
+        if saver.adapted is None:
+            export_tensors(self._shapes, read, saver.config, folder, saver.vqgan)
+        else:
+            write_config(saver.config, folder, saver.adapted.dtype)
+            saver.adapted.write(folder, self._shapes, read, saver.config)
 
 
 class _HostStager(AsyncStager):
@@ -231,43 +246,9 @@ class _HostStager(AsyncStager):
         return self._buffers[path].copy_(value, non_blocking=True)
 
 
-class _CheckpointWriter(dcp.FileSystemWriter):
-    """Writes the shards of all ranks; the first rank then completes the folder, while the others wait for the result.
-
-    `complete(folder, metadata)` runs within DCP's last collective, so that its error reaches all ranks.
-    """
-
-    def __init__(self, folder: Path, device: torch.device, complete: Callable[[Path, dcp.Metadata], None]) -> None:
-        super().__init__(folder / SHARDS_NAME)
-        self._folder, self._device, self._complete = folder, device, complete
-
-    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future[Any]:
-        if self._device.type == "cuda":
-            # A new thread starts at the first GPU, which may be another rank's.
-            torch.cuda.set_device(self._device)
-        with _short_errors():
-            return super().write_data(plan, planner)
-
-    def finish(self, metadata: dcp.Metadata, results: list[Any]) -> None:
-        with _short_errors():
-            super().finish(metadata, results)
-            self._complete(self._folder, metadata)
-
-
-class _ShardReader(dcp.FileSystemReader):
-    """Reads shards whose metadata is in memory: DCP's own reads that file again for every tensor."""
-
-    def __init__(self, folder: Path, metadata: dcp.Metadata) -> None:
-        super().__init__(folder)
-        self._metadata = metadata
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> dcp.Metadata:
-        return self._metadata
-
-
 @contextlib.contextmanager
 def _short_errors() -> Iterator[None]:
-    """Replaces an error by one line that can be pickled for the other ranks: of the disk's own error, if there is one."""
+    """Replaces an error by one line, which can be pickled for the other ranks; the error of the disk comes first."""
     try:
         yield
     except (Exception, CheckpointException) as error:
@@ -276,6 +257,11 @@ def _short_errors() -> Iterator[None]:
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__cause__ or cause.__context__
         raise SaveError(_one_line(cause or error)) from None
+
+
+def _hidden(folder: Path) -> Path:
+    """Where a checkpoint is written before it is complete."""
+    return folder.with_name(f"{SAVING_PREFIX}{folder.name}")
 
 
 def _num_bytes(values: Any) -> int:
