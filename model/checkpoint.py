@@ -113,15 +113,8 @@ class Position:
 class TrainerState:
     """The content of `trainer_state.json`.
 
-    Attributes:
-        position: steps done.
-        units_per_step: rows of an optimizer step, over all ranks.
-        world_size: ranks that saved it.
-        options: resolved command-line options by name.
-        data_fingerprint: of the dataset.
-        bad_items: skipped items, path on disk to reason.
-        versions: see `collect_versions`.
-        files: size in bytes of every other file; `seal` fills it in.
+    `units_per_step` counts the rows of an optimizer step over all ranks, `options` are resolved command-line options.
+    `bad_items` maps the path of a skipped item to the reason. `seal` fills in `files`, their sizes in bytes.
     """
 
     position: Position

@@ -1,4 +1,4 @@
-"""A run of two ranks is ended by SIGTERM, by SIGKILL in a step and by SIGKILL in a save; the same command resumes it."""
+"""Two ranks get SIGTERM, SIGKILL in a step, and SIGKILL in a save; each time the same command resumes the run."""
 
 import os
 import signal

@@ -1,8 +1,8 @@
 """Launchers and their variables, errors before the ranks have joined, and two real ranks as SLURM starts them."""
 
 import os
+import select
 import signal
-import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +19,7 @@ from model.distributed import (
     process_group,
     stop_at_start,
 )
+from tests import forked
 from tests.small_run import call_main, command, environment, losses, solver_args
 
 SLURM = {
@@ -129,8 +130,8 @@ def test_a_rank_dies_with_its_launcher():
     assert os.read(reader, 1) == b"x"
     os.kill(launcher, signal.SIGKILL)
     os.waitpid(launcher, 0)
-    # The end of the pipe: no process has the other end open.
-    assert os.read(reader, 1) == b""
+    # The pipe ends once no process has its other end.
+    assert select.select([reader], [], [], 10)[0] and os.read(reader, 1) == b""
     os.close(reader)
 
 
@@ -147,8 +148,8 @@ def test_ranks_join_by_slurms_variables(small_task, tmp_path):
     ranks = []
     for rank in ("0", "1"):
         env = environment() | step | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}
-        ranks.append(subprocess.Popen(arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    printed = [rank.communicate(timeout=120)[0] for rank in ranks]
+        ranks.append(forked.Popen(arguments, env))
+    printed = [rank.communicate(timeout=120) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], printed
     # One process with the same rows in a step.
     assert call_main(solver_args(small_task, tmp_path / "alone", max_steps=3, accum_iter=2)) == (0, "")

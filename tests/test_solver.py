@@ -230,7 +230,7 @@ def test_resume_skips_a_damaged_checkpoint_and_says_so(task, tmp_path, capsys):
     capsys.readouterr()
     assert train_here(task, out, max_steps=8, save_iteration_interval=3) == whole
     said = capsys.readouterr().out
-    assert "epoch0-iter8 is not whole: training_state/__0_0.distcp is missing" in said
+    assert "epoch0-iter8 is incomplete: training_state/__0_0.distcp is missing" in said
     assert f"going on from {out / 'epoch0-iter6'} after step 6" in said
     assert read_state(out / "epoch0-iter8").position.global_step == 8, "the damaged one was replaced"
 
@@ -243,7 +243,7 @@ def test_no_whole_checkpoint_is_begun_over(task, tmp_path):
     before = sorted(path.name for path in out.iterdir())
     for changes in ({}, {"resume_anyway": True}, {"no_auto_resume": True}):
         code, message = call_main(solver_args(task, out, max_steps=3, **changes))
-        assert code == 2 and "epoch0-iter2 is not whole: model.safetensors has 0 bytes" in message
+        assert code == 2 and "epoch0-iter2 is incomplete: model.safetensors has 0 bytes" in message
     assert sorted(path.name for path in out.iterdir()) == before
     (out / "epoch0-iter2").rename(tmp_path / "moved")  # as the message says
     assert call_main(solver_args(task, out, max_steps=3)) == (0, "")
