@@ -1,16 +1,13 @@
-"""Checkpoints: `output_dir/epoch{E}` or `epoch{E}-iter{I}`, whole or absent.
+"""Checkpoints: the folders `output_dir/epoch{E}` and `epoch{E}-iter{I}`, which appear atomically.
 
-A checkpoint folder holds Hugging Face files, ready for `from_pretrained` (of what was trained alone, if anything is
-frozen: model/adapter_folder.py), and what a run needs to go on:
+A checkpoint holds Hugging Face files for `from_pretrained` (of the trained weights alone if others are frozen), and
 
-    training_state/      trained weights (fp32 masters) and both Adam moments, sharded, by torch.distributed.checkpoint
-    trainer_state.json   position, units per step, ranks, options, versions, and the size of every other file;
-                         written last, so that a folder without it, or whose files differ from it, is not whole
-                         (base_weights.json alone may be edited: where the frozen weights are now)
+    training_state/      weights (fp32 masters) and both Adam moments, sharded, by torch.distributed.checkpoint
+    trainer_state.json   position, rows per step, ranks, options, versions, and the size of every other file; written
+                         last, so a folder without it, or with other files, is incomplete
 
-It is written under another name (model/async_checkpoint.py), put on disk, and renamed. Random numbers need no file:
-every step draws from (seed, position, rank). This module also owns the rest of `output_dir` that belongs to no other:
-the lock that keeps a second run out, and the debris of a save that was killed.
+model/async_checkpoint.py writes one under a hidden name; `seal` and `publish` finish it. Random numbers need no file:
+every step draws from (seed, position, rank). This module also locks `output_dir` and removes what killed saves left.
 """
 
 import functools
@@ -32,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from data.flags import flag
-from data.whole_file import open_locked, sync_path
+from data.whole_file import open_locked, open_whole, sync_path
 from model.adapter_folder import NOTE_NAME
 from model.hf_folder import name_checkpoints_in
 from model.optim import ADAMW_8BIT
@@ -47,10 +44,12 @@ OPTIONS_TO_KEEP = (
     *("model_size", "seed", "batch_size", "max_seq_len"),
     *("packing", "length_clustering", "overlong", "context_dropout"),
 )
-# What is trained, and by which moments, decides what a checkpoint holds: it cannot change. With what older ones did.
+# These decide which tensors a checkpoint holds, so they cannot change. The values are those of older checkpoints.
 FIXED_OPTIONS = {"lora_rank": 0, "lora_alpha": 16.0, "lora_targets": None, "train_only": None, "optim": "adamw"}
-TRAINED_STATE = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen weights are in no checkpoint
-LOCK_PATIENCE_S = 5.0  # a killed run may need a moment to die
+# Frozen weights are in no checkpoint.
+TRAINED_STATE = StateDictOptions(ignore_frozen_params=True, strict=False)
+# A killed run may need a moment to end.
+LOCK_PATIENCE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -69,16 +68,17 @@ class CheckpointOptions:
     only_save_trainable: bool = flag(False, "accepted for the recipe's commands: frozen weights are never saved")
 
     def problems(self) -> list[str]:
-        """What is wrong with these options and with what is on disk, one sentence each."""
+        """What is wrong with these options and with the files of `output_dir`, one sentence each."""
         if self.output_dir.exists() and not self.output_dir.is_dir():
             return [f"--output_dir must be a folder, but {self.output_dir} is a file"]
         newest, skipped = find_newest(self.output_dir)
         found = []
-        if newest is None and skipped:  # a save that was killed has another name: these were whole once
+        if newest is None and skipped:
+            # A killed save has a hidden name, so these folders were complete once.
             found.append(
-                f"--output_dir {self.output_dir} holds checkpoints, and none is whole, so that a run would begin anew "
-                f"over them: {'; '.join(skipped)}. Restore one; or remove them or move them away; or begin another run "
-                "with --no_auto_resume and another --output_dir"
+                f"--output_dir {self.output_dir} holds checkpoints, but none is complete, so a run would start over: "
+                f"{'; '.join(skipped)}. Restore one; or move them away; or start another run with --no_auto_resume and "
+                "another --output_dir"
             )
         if self.resume_path is not None:
             try:
@@ -89,21 +89,21 @@ class CheckpointOptions:
                 is_own = self.resume_path.resolve().parent == self.output_dir.resolve()
                 if is_own and newest and read_state(newest).position.global_step > state.position.global_step:
                     found.append(
-                        f"--resume_path {self.resume_path} is older than {newest}: go on in another --output_dir, or "
+                        f"--resume_path {self.resume_path} is older than {newest}: resume in another --output_dir, or "
                         "remove the newer checkpoints first"
                     )
                 newest = None if is_own else newest
         if newest is not None and not self.auto_resume:
             found.append(
                 f"--output_dir {self.output_dir} holds checkpoints of an earlier run ({newest.name}): with "
-                "--no_auto_resume choose an empty folder, or leave the flag away to go on"
+                "--no_auto_resume choose an empty folder, or leave the flag out to resume"
             )
         return found
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: `step` optimizer steps of `epoch` (both from 0) are done, `global_step` since the start."""
+    """`step` optimizer steps of `epoch` (from 0) are done, and `global_step` steps of the whole run."""
 
     epoch: int = 0
     step: int = 0
@@ -112,10 +112,10 @@ class Position:
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What `trainer_state.json` holds; `options` are the resolved command-line options, by name.
+    """The content of `trainer_state.json`.
 
-    `data_fingerprint` is that of the dataset, `bad_items` are those that were left out so far; `versions` and `files`
-    (sizes in bytes) are filled in when it is written.
+    `units_per_step` counts the rows of an optimizer step over all ranks, `options` are resolved command-line options.
+    `bad_items` maps the path of a skipped item to the reason. `seal` fills in `files`, their sizes in bytes.
     """
 
     position: Position
@@ -123,7 +123,7 @@ class TrainerState:
     world_size: int
     options: dict[str, Any]
     data_fingerprint: str = ""
-    bad_items: dict[str, str] = field(default_factory=dict)  # place on disk: reason
+    bad_items: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str | None] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
 
@@ -137,11 +137,10 @@ def due_checkpoint(
     is_last: bool,
     is_first: bool = False,
 ) -> str | None:
-    """The name of the checkpoint to save after `step` of `num_steps` optimizer steps of `epoch` are done, if any.
+    """The name of the checkpoint to save after `step` of `num_steps` optimizer steps of `epoch`, if any.
 
-    `epoch{E}` at the end of an epoch and `epoch{E}-iter{I}` after I micro-steps of it, as the recipe names them. The
-    intervals count epochs and micro-steps (`micro_steps` to a step, rounded up to whole steps). A run saves at its end
-    and, so that a full disk shows early, after its very first step.
+    As in the recipe: `epoch{E}` at the end of an epoch, `epoch{E}-iter{I}` after I of its micro-steps, `micro_steps` to
+    a step. A run saves at its end and, so that a full disk shows early, after its first step.
     """
     if step == num_steps and (is_last or (options.save_interval > 0 and (epoch + 1) % options.save_interval == 0)):
         return f"epoch{epoch}"
@@ -151,37 +150,30 @@ def due_checkpoint(
 
 
 def seal(folder: Path, state: TrainerState) -> None:
-    """Puts every file on disk, then writes `trainer_state.json`, which makes the folder a whole checkpoint."""
-    sizes = {}
+    """Puts every file on disk, then writes `trainer_state.json`, which makes the folder a complete checkpoint."""
+    files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            sizes[str(path.relative_to(folder))] = path.stat().st_size
+            files[str(path.relative_to(folder))] = path.stat().st_size
         sync_path(path)
-    content = asdict(state) | {"versions": collect_versions(), "files": sizes}
-    beside = folder / (STATE_NAME + ".tmp")
-    beside.write_text(json.dumps(content, indent=1, default=str) + "\n")
-    sync_path(beside)
-    os.replace(beside, folder / STATE_NAME)
-    sync_path(folder)
+    content = json.dumps(asdict(state) | {"files": files}, indent=1, default=str) + "\n"
+    with open_whole(folder / STATE_NAME) as file:
+        file.write(content.encode())
 
 
 def publish(saving: Path, final: Path) -> None:
-    """Gives a sealed folder its name; an older folder of that name makes room and is removed."""
-    replaced = final.with_name(f"{REPLACED_PREFIX}{final.name}")
+    """Gives a sealed folder its name; an older folder of that name is removed."""
     if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.rename(final, replaced)
+        _remove(final)
     os.rename(saving, final)
     sync_path(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Fills a sharded model and its optimizer from a checkpoint of any number of ranks; every rank calls it.
 
-    The optimizer's settings (weight decay and the rest) stay those of this run: only its moments are read. Moments in
-    bf16, which older checkpoints may have, become fp32. Frozen weights are not in it. Raises ValueError, on all ranks,
-    if moments in 8 bits cannot be divided among so many.
+    The settings of the optimizer (weight decay and the like) stay those of this run. Moments in bf16, which older
+    checkpoints may have, become fp32. Raises ValueError, on all ranks, if moments in 8 bits cannot be divided.
     """
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     model_state, optimizer_state = get_state_dict(model, optimizer, options=TRAINED_STATE)
@@ -195,65 +187,70 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
             raise
         raise ValueError(
             f"{folder} was saved by {saved_by} ranks and cannot be divided among {dist.get_world_size()} ({cause}): "
-            f"moments in 8 bits are kept in blocks, which must stay whole. Go on with {saved_by} ranks, or begin "
-            "another run with --init_from the checkpoint"
+            f"blocks of moments in 8 bits cannot be split. Resume with {saved_by} ranks, or start another run with "
+            "--init_from the checkpoint"
         ) from None
-    loaded = optimizer_state | state["optimizer"]
     set_state_dict(
-        model, optimizer, model_state_dict=state["model"], optim_state_dict=loaded, options=TRAINED_STATE
-    )  # fmt: skip
+        model,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=optimizer_state | state["optimizer"],
+        options=TRAINED_STATE,
+    )
     for group, kept in zip(optimizer.param_groups, settings, strict=True):
         group.update(kept)
 
 
 def read_state(folder: Path) -> TrainerState:
-    """Reads and checks `trainer_state.json`. Raises ValueError, with the reason, if the checkpoint is not whole."""
+    """Reads `trainer_state.json` and compares the files with it. Raises ValueError if the checkpoint is incomplete."""
     if not folder.is_dir():
         raise ValueError(f"there is no checkpoint folder {folder}")
     try:
         raw = json.loads((folder / STATE_NAME).read_text())
         state = TrainerState(**{**raw, "position": Position(**raw["position"])})
-        if state.options.get("optim") == "adamw_bf16_states":  # of before: its moments are widened when they are loaded
+        if state.options.get("optim") == "adamw_bf16_states":
+            # An optimizer of older versions; its moments become fp32 when they are loaded.
             state.options["optim"] = "adamw"
     except FileNotFoundError:
         within = name_checkpoints_in(folder, STATE_NAME)
         advice = f"; give {within}" if within else ""
-        raise ValueError(f"{folder} is no checkpoint to go on from: it has no {STATE_NAME}{advice}") from None
+        raise ValueError(f"{folder} is not a checkpoint to resume from: it has no {STATE_NAME}{advice}") from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / STATE_NAME} cannot be read: {error!r}") from error
     for name, size in state.files.items():
         path = folder / name
         if not path.is_file():
-            raise ValueError(f"{folder} is not whole: {name} is missing")
+            raise ValueError(f"{folder} is incomplete: {name} is missing")
+        # The note of where the frozen weights are may be edited.
         if path.stat().st_size != size and name != NOTE_NAME:
-            raise ValueError(f"{folder} is not whole: {name} has {path.stat().st_size} bytes instead of {size}")
+            raise ValueError(f"{folder} is incomplete: {name} has {path.stat().st_size} bytes instead of {size}")
     return state
 
 
 def find_newest(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """The whole checkpoint of `output_dir` that is furthest on, and why others were skipped, one sentence each."""
-    states, skipped = _whole_checkpoints(output_dir)
+    """The complete checkpoint of `output_dir` with the most steps, and why others were skipped, one sentence each."""
+    states, skipped = _complete_checkpoints(output_dir)
     newest = max(states, key=lambda folder: states[folder].position.global_step, default=None)
     return newest, skipped
 
 
 def find_start(options: CheckpointOptions) -> tuple[Path | None, list[str]]:
-    """The checkpoint from which a run goes on, if any, and what should be said about the choice.
+    """The checkpoint to resume from, if any, and notes to print about the choice.
 
-    The run's own newest one comes before a `resume_path` elsewhere, so that the same command goes on after a kill.
+    The newest checkpoint of the run itself wins over a `resume_path` elsewhere: the same command resumes after a kill.
     """
     newest, notes = find_newest(options.output_dir) if options.auto_resume else (None, [])
     if options.resume_path is None:
         return newest, notes
     if newest is None or options.resume_path.resolve().parent == options.output_dir.resolve():
         return options.resume_path, notes
-    return newest, [*notes, f"{newest} goes before --resume_path {options.resume_path}: this run is already on its way"]
+    return newest, [*notes, f"{newest} is resumed, not --resume_path {options.resume_path}: this run has begun already"]
 
 
 def find_changes(options: CheckpointOptions, now: Mapping[str, Any], data_fingerprint: str) -> list[str]:
-    """What is not as it was when the checkpoint was saved that a run would go on from, one phrase each.
+    """Differences between the checkpoint to resume from and this run, one phrase each.
 
-    Of the options only those count that decide which items the next steps hold, or which model it is.
+    Only data and options are compared that decide which items the next steps hold, or which model is trained.
     """
     start, _ = find_start(options)
     if start is None:
@@ -265,12 +262,12 @@ def find_changes(options: CheckpointOptions, now: Mapping[str, Any], data_finger
         if str(saved.options.get(name, now[name])) != str(now[name])
     ]
     if saved.data_fingerprint not in ("", data_fingerprint):
-        changes.append("the items of --data_config, their lengths or ratios are others")
+        changes.append("the items of --data_config, their lengths or ratios have changed")
     return changes
 
 
 def find_fixed_changes(options: CheckpointOptions, now: Mapping[str, Any]) -> list[str]:
-    """What is not as in the checkpoint that a run would go on from, and must be: what is trained, kinds of moments."""
+    """Like `find_changes`, for the options that must not change: what is trained, and the kind of moments."""
     start, _ = find_start(options)
     if start is None:
         return []
@@ -284,20 +281,18 @@ def find_fixed_changes(options: CheckpointOptions, now: Mapping[str, Any]) -> li
 
 
 def remove_old(output_dir: Path, keep: int) -> None:
-    """Removes all but the `keep` furthest whole checkpoints (0 or less: keeps all)."""
-    states, _ = _whole_checkpoints(output_dir)
+    """Removes all but the `keep` complete checkpoints with the most steps (0 or less: keeps all)."""
+    states, _ = _complete_checkpoints(output_dir)
     by_age = sorted(states, key=lambda folder: states[folder].position.global_step)
     for folder in by_age[:-keep] if keep > 0 else []:
-        # Out of the way in one go first: half a checkpoint must not bear a checkpoint's name.
-        doomed = folder.with_name(f"{REPLACED_PREFIX}{folder.name}")
-        os.rename(folder, doomed)
-        shutil.rmtree(doomed)
+        _remove(folder)
 
 
 def lock_output_dir(output_dir: Path) -> TextIO:
     """Makes `output_dir`, and keeps other runs out of it until the returned file is closed or this process ends.
 
-    What a killed save left there is cleared. Raises ValueError if another run holds the folder.
+    Removes what a killed save left there; a save that was sealed gets its name. Raises ValueError if another run holds
+    the folder.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     try:
@@ -306,17 +301,21 @@ def lock_output_dir(output_dir: Path) -> TextIO:
         raise ValueError(
             f"another run writes to {output_dir}: wait for it, end it, or choose another --output_dir"
         ) from None
-    _clear_debris(output_dir)
+    for replaced in output_dir.glob(f"{REPLACED_PREFIX}*"):
+        shutil.rmtree(replaced)
+    for saving in output_dir.glob(f"{SAVING_PREFIX}*"):
+        try:
+            read_state(saving)
+        except ValueError:
+            shutil.rmtree(saving)
+        else:
+            publish(saving, output_dir / saving.name.removeprefix(SAVING_PREFIX))
     return file
 
 
 @functools.cache
 def collect_versions() -> dict[str, str | None]:
-    """Versions of what the numbers of a run depend on, and the commit of this code (None outside of git).
-
-    To be called in the main thread first: starts a process, which must not happen in a thread while another one forks
-    loader workers (a worker that inherits the pipe to that process keeps the thread waiting until the worker ends).
-    """
+    """Versions of what the numbers of a run depend on, and the commit of this code (None outside of git)."""
     git = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
@@ -325,13 +324,13 @@ def collect_versions() -> dict[str, str | None]:
 
 
 def _meaning(option: str, value: Any) -> Any:
-    """What an option of names says, whatever their order; None for `lora_targets` means all."""
+    """The value of an option without the order of its names; None means all `lora_targets`."""
     if option == "lora_targets" and value is None:
         return set(LORA_TARGETS)
     return set(value) if isinstance(value, list) else value
 
 
-def _whole_checkpoints(output_dir: Path) -> tuple[dict[Path, TrainerState], list[str]]:
+def _complete_checkpoints(output_dir: Path) -> tuple[dict[Path, TrainerState], list[str]]:
     states, skipped = {}, []
     for folder in filter(Path.is_dir, sorted(output_dir.glob("epoch*"))):
         try:
@@ -341,14 +340,8 @@ def _whole_checkpoints(output_dir: Path) -> tuple[dict[Path, TrainerState], list
     return states, skipped
 
 
-def _clear_debris(output_dir: Path) -> None:
-    """Removes what a kill left of a save; a save that was sealed and only lacks its name gets it."""
-    for saving in output_dir.glob(f"{SAVING_PREFIX}*"):
-        try:
-            read_state(saving)
-        except ValueError:
-            shutil.rmtree(saving)
-        else:
-            publish(saving, output_dir / saving.name.removeprefix(SAVING_PREFIX))
-    for replaced in output_dir.glob(f"{REPLACED_PREFIX}*"):
-        shutil.rmtree(replaced)
+def _remove(folder: Path) -> None:
+    """Hides a checkpoint before its files go: a kill must not leave half of it under its name."""
+    hidden = folder.with_name(f"{REPLACED_PREFIX}{folder.name}")
+    os.rename(folder, hidden)
+    shutil.rmtree(hidden)

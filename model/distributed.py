@@ -1,9 +1,7 @@
-"""Ranks: who this process is, joining and leaving the others, and the few collectives that training needs.
+"""Ranks: which one this process is, joining and leaving the process group, and the collectives that training needs.
 
-First in line after the options are checked: `detect_launch` reads the environment of `torchrun`, of `srun` or of
-nothing at all (one plain process), touching neither network nor GPU, so that a mistake can be reported before any rank
-waits for another. `process_group` then joins, always: a single process forms a group of one, so that sharding, mixed
-precision and checkpoints have one path.
+`detect_launch` reads the variables of `torchrun` or `srun`, without network or GPU. `process_group` then always joins:
+a single process is a group of one, so that sharding and checkpoints have one code path.
 """
 
 import contextlib
@@ -22,18 +20,23 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-# How long a rank other than the first waits, at a mistake before the start, for rank 0 to speak and the launcher to end
-# all; whoever outlives it met a mistake of its own (say, a file that only its node lacks) and speaks for itself.
+# At an error before the start, other ranks wait so long for rank 0 to print it and for the launcher to end them. A rank
+# that is still alive has an error of its own, such as a file that only its node lacks.
 GRACE_S = 20.0
-SLOW_MEETING_S = 10.0  # after which ranks of `srun` that wait for others say so
-PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+# Rank 0 of `srun` then prints that it waits for other ranks.
+SLOW_MEETING_S = 10.0
+# From linux/prctl.h.
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Where this process stands: `rank` of `world_size`, `local_rank` of `local_world_size` on its node."""
+    """This process is `rank` of `world_size`, and `local_rank` of `local_world_size` on its node.
 
-    launcher: str = "python"  # "python" | "torchrun" | "srun"
+    `launcher` is "python", "torchrun" or "srun".
+    """
+
+    launcher: str = "python"
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
@@ -47,7 +50,7 @@ class Launch:
 
 
 def detect_launch(environment: Mapping[str, str] | None = None) -> Launch:
-    """The place of this process according to `torchrun`'s or SLURM's variables; alone if there are none."""
+    """The rank of this process by `torchrun`'s or SLURM's variables; a group of one if there are none."""
     env = os.environ if environment is None else environment
     if "RANK" in env and "WORLD_SIZE" in env:
         return Launch(
@@ -59,7 +62,7 @@ def detect_launch(environment: Mapping[str, str] | None = None) -> Launch:
             master_addr=env.get("MASTER_ADDR", "127.0.0.1"),
             master_port=int(env.get("MASTER_PORT", 0)),
         )
-    # `SLURM_STEP_ID` is set by srun for the processes it starts; a plain python inside an sbatch script is alone.
+    # srun sets `SLURM_STEP_ID` for the processes that it starts; a plain python inside an sbatch script runs alone.
     if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
         return Launch(
             launcher="srun",
@@ -68,7 +71,11 @@ def detect_launch(environment: Mapping[str, str] | None = None) -> Launch:
             local_rank=int(env["SLURM_LOCALID"]),
             local_world_size=int(re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", "1")).group()),
             master_addr=env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1")),
-            master_port=int(env.get("MASTER_PORT") or _slurm_port(env)),
+            # A port that differs between jobs and steps on one node, below Linux's ephemeral range.
+            master_port=int(
+                env.get("MASTER_PORT")
+                or 15000 + (int(env.get("SLURM_JOB_ID", 0)) * 31 + int(env["SLURM_STEP_ID"])) % 15000
+            ),
         )
     return Launch()
 
@@ -80,10 +87,9 @@ def first_host(node_list: str) -> str:
 
 
 def stop_at_start(launch: Launch, message: str) -> int:
-    """Says once what is wrong before the ranks have met, and returns the exit code 2.
+    """Prints an error that all ranks have met before joining, once, and returns the exit code 2.
 
-    Every rank finds the same mistake by itself. A launcher ends all ranks as soon as one has failed, so the others wait
-    for rank 0 to speak.
+    A launcher ends all ranks as soon as one has failed, so the others wait for rank 0 to print.
     """
     if not launch.is_main:
         time.sleep(GRACE_S)
@@ -93,11 +99,10 @@ def stop_at_start(launch: Launch, message: str) -> int:
 
 
 def choose_device(name: str, launch: Launch) -> torch.device:
-    """The device of this rank for "auto", "cuda" or "cpu". Waits for no rank.
+    """The device of this rank for "auto", "cuda" or "cpu", without communication.
 
-    Raises ValueError if there is no CUDA for "cuda", or if the node has more ranks than GPUs. A rank that sees exactly
-    one GPU may have it to itself (`srun --gpus-per-task=1`, CUDA_VISIBLE_DEVICES per rank): then it is that one, and
-    `find_shared_gpu` looks again once the ranks have met.
+    A rank that sees one GPU may have it alone (`srun --gpus-per-task=1`, CUDA_VISIBLE_DEVICES per rank) and gets it;
+    `find_shared_gpu` checks that later. Raises ValueError if there is no CUDA for "cuda", or more ranks than GPUs.
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -112,7 +117,7 @@ def choose_device(name: str, launch: Launch) -> torch.device:
 
 
 def find_shared_gpu(device: torch.device) -> str | None:
-    """Why the ranks cannot train: some of them have the same GPU. None if each has one to itself; called by all."""
+    """The error if several ranks have the same GPU, else None. All ranks call it."""
     if device.type == "cpu" or dist.get_world_size() == 1:
         return None
     gpus = gather_lists([str(torch.cuda.get_device_properties(device).uuid)])
@@ -125,7 +130,7 @@ def _more_ranks_than_gpus(num_ranks: int, num_gpus: int) -> str:
 
 @contextlib.contextmanager
 def process_group(launch: Launch, device_name: str, timeout_s: float) -> Iterator[torch.device]:
-    """Joins the other ranks, yields this rank's device (as `choose_device` finds it), and leaves them at the end.
+    """Joins the process group, yields the device of this rank (see `choose_device`), and leaves the group at the end.
 
     CPU tensors travel by gloo, also beside NCCL, so that a small count never waits for the GPU.
     """
@@ -134,30 +139,43 @@ def process_group(launch: Launch, device_name: str, timeout_s: float) -> Iterato
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    timeout = datetime.timedelta(seconds=timeout_s)
-    store = None  # torchrun has one
+    place = f"{launch.master_addr}:{launch.master_port}"
+    advice = ""
+    if launch.launcher == "srun":
+        advice = (
+            f"; SLURM_NTASKS says that there are {launch.world_size} ranks: to run alone, as in `srun --pty bash`, "
+            "start the command with SLURM_NTASKS=1"
+        )
+    message = f"rank 0 waits for other ranks at {place}{advice}"
+    slow = threading.Timer(SLOW_MEETING_S, print, [message], {"file": sys.stderr, "flush": True})
+    slow.daemon = True
+    if advice and launch.is_main:
+        slow.start()
     try:
-        if launch.launcher == "python":
-            store = dist.HashStore()
-        elif launch.launcher == "srun":
-            store = _meet_on_slurm(launch, timeout_s)
-        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+        dist.init_process_group(
+            backend,
+            init_method=f"tcp://{place}" if launch.launcher == "srun" else None,
+            store=dist.HashStore() if launch.launcher == "python" else None,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=datetime.timedelta(seconds=timeout_s),
+        )
     except dist.DistError as error:
-        place = f"{launch.master_addr}:{launch.master_port}"
         reason = " ".join(str(error).split())[:200]
-        raise SystemExit(f"rank {launch.rank} cannot join the other ranks at {place}: {reason}") from None
+        raise SystemExit(f"rank {launch.rank} cannot join the other ranks at {place}: {reason}{advice}") from None
+    finally:
+        slow.cancel()
     yield device
-    # Not reached after an error: the others may be inside a collective, and leaving in order would wait for them.
+    # Not reached after an error: other ranks may be inside a collective, and would never come to this barrier.
     barrier()
     dist.destroy_process_group()
 
 
 def end_process(code: int) -> NoReturn:
-    """Ends this process at once, what it printed written out.
+    """Ends this process without finalizing the interpreter.
 
-    A gloo thread lets go of the tensors of the last collective after the main thread goes on, and needs the interpreter
-    for it; one that is just being torn down ends that thread, and with it the process, by SIGABRT. So it is not torn
-    down: the process group has been left, and all files are closed.
+    A gloo thread may still free the tensors of the last collective, which needs the interpreter: during finalization
+    that ends the process by SIGABRT. Files are closed by now, and the process group is left.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -165,10 +183,11 @@ def end_process(code: int) -> NoReturn:
 
 
 def die_with_launcher(launch: Launch) -> None:
-    """Asks Linux to kill this rank when its launcher dies, so that no orphan goes on writing."""
+    """Linux kills this rank when its launcher dies: an orphan must not continue to write."""
     if launch.launcher == "python" or not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
+    # The signal comes only if the parent dies after this call.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -191,72 +210,31 @@ def gather_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def sum_counts(*counts: int) -> list[int]:
-    """The sums over ranks of numbers that live on the host; does not wait for the GPU."""
+    """The sums over ranks of numbers on the host; does not wait for the GPU."""
     return sum_over_ranks(torch.tensor(counts, dtype=torch.int64)).tolist()
 
 
 def from_main(value: Any) -> Any:
-    """What rank 0 holds (any picklable value), on every rank; the others' argument is ignored."""
+    """The (picklable) value of rank 0, on every rank."""
     box = [value]
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
 
 
 def broadcast_from_main(values: torch.Tensor) -> torch.Tensor:
-    """The tensor of rank 0, on every rank in the place of its own; does not wait for the device."""
+    """Replaces a tensor by the one of rank 0, and returns it; does not wait for the device."""
     if dist.get_world_size() > 1:
         dist.broadcast(values, src=0)
     return values
 
 
 def gather_lists(values: list[Any]) -> list[Any]:
-    """The lists (of picklable values) of all ranks one after the other, on every rank."""
+    """The lists (of picklable values) of all ranks, concatenated, on every rank."""
     lists: list[list[Any] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(lists, values)
     return [value for part in lists for value in part]
 
 
 def barrier() -> None:
-    """Waits for all ranks, over CPU (gloo), so that it never depends on the GPU's queue."""
+    """Waits for all ranks by gloo, which does not depend on the GPU's queue."""
     sum_counts(0)
-
-
-def _meet_on_slurm(launch: Launch, timeout_s: float) -> dist.Store:
-    """Where the ranks of `srun` meet. Says after SLOW_MEETING_S who is waited for; raises after `timeout_s`."""
-    place = f"{launch.master_addr}:{launch.master_port}"
-    advice = (
-        f"SLURM_NTASKS says that there are {launch.world_size}; to run alone, as in `srun --pty bash`, begin the "
-        "command with SLURM_NTASKS=1"
-    )
-    slow = threading.Timer(SLOW_MEETING_S, _say, [f"rank 1 waits for rank 0 at {place}; {advice}"])
-    slow.daemon = True
-    if launch.rank == 1:  # one line, not one of each rank
-        slow.start()
-    deadline = time.monotonic() + timeout_s
-    try:
-        store = dist.TCPStore(
-            launch.master_addr, launch.master_port, launch.world_size, launch.is_main,
-            datetime.timedelta(seconds=timeout_s), wait_for_workers=False,
-        )  # fmt: skip
-    finally:
-        slow.cancel()
-    store.set(str(launch.rank), "")
-    say_at = deadline - timeout_s + SLOW_MEETING_S
-    while launch.is_main and (missing := [rank for rank in range(launch.world_size) if not store.check([str(rank)])]):
-        who = f"at {place} for {len(missing)} of {launch.world_size} ranks, first rank {missing[0]}; {advice}"
-        if time.monotonic() > deadline:
-            raise SystemExit(f"rank 0 waited {timeout_s:g} s {who}")
-        if time.monotonic() > say_at:
-            _say(f"rank 0 waits {who}")
-            say_at = deadline
-        time.sleep(0.1)
-    return store
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
-def _slurm_port(env: Mapping[str, str]) -> int:
-    """A port that differs between the jobs and steps that may share a node, below Linux's ephemeral range."""
-    return 15000 + (int(env.get("SLURM_JOB_ID", 0)) * 31 + int(env["SLURM_STEP_ID"])) % 15000

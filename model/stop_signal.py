@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1, as a batch system sends them before it takes the machine away: noted, so that a run can save."""
+"""SIGTERM and SIGUSR1, which a batch system sends before it ends a job: finetune_solver.py saves, then stops."""
 
 import multiprocessing
 import os
@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# A launcher passes on a signal that the batch system has sent to its ranks as well: the same request, twice.
+# A launcher passes on a signal that the batch system has sent to its ranks too: the second one is the same request.
 SAME_REQUEST_S = 3.0
-# How long a run that is told to end still waits for rows: with them it takes the step and saves.
+# After a signal a run still waits so long for rows. With them it takes the step and saves.
 ROWS_GRACE_S = 10.0
 T = TypeVar("T")
 
@@ -24,13 +24,13 @@ class NoRowsError(Exception):
     def __init__(self, number: int) -> None:
         self.number = number
         super().__init__(
-            f"ended by {signal.Signals(number).name} without saving, for no row came within {ROWS_GRACE_S:g} s "
-            "(its disk may hang); the same command continues from the last checkpoint"
+            f"ended by {signal.Signals(number).name} without saving: no row came within {ROWS_GRACE_S:g} s (a disk may "
+            "hang); the same command resumes from the last checkpoint"
         )
 
 
 class StopSignal:
-    """While it is entered, the first signal is noted as `number`; another one, 3 s later or more, ends the process."""
+    """Inside of `with`, the first signal sets `number`; another one, 3 s later or more, ends the process."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -39,7 +39,8 @@ class StopSignal:
         self._is_waiting = False
 
     def __enter__(self) -> "StopSignal":
-        if threading.current_thread() is threading.main_thread():  # nobody else may set a handler
+        # Other threads cannot set a handler.
+        if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
             self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._end_waiting)
         return self
@@ -51,11 +52,11 @@ class StopSignal:
             signal.signal(number, handler)
 
     def counts(self) -> tuple[int, ...]:
-        """For each of SIGNALS, 1 if it was noted: what ranks add up to agree on stopping."""
+        """1 for the one of SIGNALS that came, else 0. Ranks sum these to stop at the same step."""
         return tuple(int(self.number == number) for number in SIGNALS)
 
     def waiting(self, rows: Iterable[T]) -> Iterator[T]:
-        """The rows. Raises NoRowsError, told to end, once one has not come for ROWS_GRACE_S."""
+        """The rows. Raises NoRowsError if none comes within ROWS_GRACE_S after a signal."""
         rows = iter(rows)
         while True:
             self._is_waiting = True
@@ -71,7 +72,7 @@ class StopSignal:
 
     def _end_waiting(self, _number: int, _frame: object) -> None:
         if self._is_waiting:
-            # Loader workers: whoever closes a loader would wait 5 s for each that is stuck.
+            # Closing a loader would wait 5 s for each stuck worker.
             for worker in multiprocessing.active_children():
                 worker.terminate()
             raise NoRowsError(self.number)
@@ -86,7 +87,7 @@ class StopSignal:
 
 
 def requeue_on_slurm(environment: Mapping[str, str] | None = None) -> str | None:
-    """Puts the SLURM job of this process back into the queue; what became of it, or None outside of SLURM."""
+    """Requeues the SLURM job of this process. Returns a line about the result, None outside of SLURM."""
     job = (os.environ if environment is None else environment).get("SLURM_JOB_ID")
     scontrol = shutil.which("scontrol")
     if job is None or scontrol is None:

@@ -1,9 +1,8 @@
-"""Scripts run as processes forked from one server that has torch and transformers imported: 0.2 s, not 5, for a start.
+"""Scripts as processes forked from one server that has torch and transformers imported: a start takes 0.2 s, not 5.
 
 `run` and `Popen` take the command lines that `subprocess` takes: `[python, script, ...]`, `[python, "-c", code]`, and
-`[python, "-m", "torch.distributed.run", "--nproc_per_node=N", script, ...]`. Ranks then have a parent that stands in
-for torchrun: it sets their variables and, as soon as one fails, ends all. Tests of a launcher, of /proc, and of what is
-decided while torch or huggingface_hub is imported start real processes instead.
+`[python, "-m", "torch.distributed.run", "--nproc_per_node=N", script, ...]`, for which a stand-in for torchrun starts
+the ranks. Tests of a launcher, or of what is decided while torch is imported, start real processes instead.
 """
 
 import contextlib
@@ -22,18 +21,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from unittest import mock
 
-import torch
 import torch.multiprocessing
 
 ROOT = Path(__file__).parents[1]
-PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "transformers", "tests.preloaded"]
-# What torchrun gives its ranks to end well after SIGTERM.
+# The libraries that scripts import late are among them, our own modules are not.
+PRELOADED = [
+    *("torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "accelerate", "safetensors.torch"),
+    *("tokenizers", "transformers", "transformers.models.chameleon.modeling_chameleon"),
+]
+# torchrun gives its ranks so long to end after SIGTERM.
 GRACE_S = 30.0
 
 
 @functools.cache
 def _context() -> multiprocessing.context.BaseContext:
-    """The server starts with the first process. It inherits this environment: what modules read on import."""
+    """The server starts with the first process, and inherits the environment of this moment."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -41,7 +43,7 @@ def _context() -> multiprocessing.context.BaseContext:
 
 
 class Popen:
-    """A running script. What it prints is in `stdout` and `stderr` (paths), also while it runs."""
+    """A running script. `stdout` and `stderr` are the paths of what it prints, also while it runs."""
 
     def __init__(
         self, command: Sequence[object], env: Mapping[str, str], cwd: Path = ROOT, start_new_session: bool = False
@@ -49,7 +51,7 @@ class Popen:
         self.args = [str(part) for part in command]
         folder = Path(tempfile.mkdtemp(prefix="forked"))
         self.stdout, self.stderr = folder / "stdout", folder / "stderr"
-        # They are there also if the process is killed before it can open them.
+        # A process that is killed early would not create them.
         self.stdout.touch()
         self.stderr.touch()
         self._process = _context().Process(
@@ -74,13 +76,13 @@ class Popen:
         return self._process.exitcode
 
     def wait_for_output(self, text: str, path: Path | None = None, timeout: float = 60) -> str:
-        """What is in `stdout`, or `path`, once `text` is in it."""
+        """The content of `stdout`, or of `path`, once `text` is in it."""
         path, deadline = path or self.stdout, time.monotonic() + timeout
-        while text not in (said := path.read_text()):
-            assert self.poll() is None, f"it ended before it said {text!r}:\n{self.stderr.read_text()}"
-            assert time.monotonic() < deadline, f"it never said {text!r}"
+        while text not in (content := path.read_text() if path.exists() else ""):
+            assert self.poll() is None, f"it ended before it printed {text!r}:\n{self.stderr.read_text()}"
+            assert time.monotonic() < deadline, f"it never printed {text!r}"
             time.sleep(0.005)
-        return said
+        return content
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
@@ -103,12 +105,11 @@ def run(
     """As `subprocess.run` with captured text. A script that outlives `timeout` seconds is killed."""
     process = Popen(command, env, cwd)
     try:
-        said = process.communicate(timeout)
+        printed = process.communicate(timeout)
     finally:
         process.kill()
-    done = subprocess.CompletedProcess(process.args, process.returncode, *said)
-    if check:
-        assert done.returncode == 0, done.stdout + done.stderr
+    done = subprocess.CompletedProcess(process.args, process.returncode, *printed)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
 
@@ -121,7 +122,7 @@ def spawn(function: Callable[..., None], args: tuple[object, ...], num_processes
 
 @contextlib.contextmanager
 def _without_main() -> Iterator[None]:
-    """A script brings its own main module: pytest's is not imported. The server has one thread, as have its forks."""
+    """A script has a main module of its own: pytest's is not imported. The server and its forks have one thread."""
     prepare = multiprocessing.spawn.get_preparation_data
 
     def prepare_without_main(name: str) -> dict[str, object]:
@@ -138,22 +139,22 @@ def _without_main() -> Iterator[None]:
 
 
 def _launch(
-    command: list[str], env: dict[str, str], cwd: Path, said: tuple[Path, Path], start_new_session: bool
+    command: list[str], env: dict[str, str], cwd: Path, outputs: tuple[Path, Path], start_new_session: bool
 ) -> None:
     if start_new_session:
         os.setsid()
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
-    for number, path in enumerate(said, start=1):
-        # To append, so that ranks do not write over each other.
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    for number, path in enumerate(outputs, start=1):
+        # In append mode ranks do not overwrite each other's lines.
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     sys.stdout.reconfigure(line_buffering=True)
-    multiprocessing.process._parent_process = None  # a script is no child of multiprocessing
-    arguments = [part for part in command[1:] if part != "-u"]
+    # A script is not a child of multiprocessing.
+    multiprocessing.process._parent_process = None
+    arguments = [part for part in command[1:] if part not in ("-u", "--standalone")]
     if arguments[:2] == ["-m", "torch.distributed.run"]:
-        arguments = [part for part in arguments[2:] if part != "--standalone"]
-        _supervise(int(arguments[0].removeprefix("--nproc_per_node=")), arguments[1:])
+        _supervise(int(arguments[2].removeprefix("--nproc_per_node=")), arguments[3:])
     _run_script(arguments)
 
 
@@ -168,33 +169,33 @@ def _run_script(arguments: list[str]) -> None:
 
 
 def _supervise(num_ranks: int, arguments: list[str]) -> None:
-    """Stands in for torchrun: does not return."""
+    """Starts the ranks, and ends all as soon as one fails, like torchrun. Does not return."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks: dict[int, int] = {}
+    ranks: set[int] = set()
     for rank in range(num_ranks):
         pid = os.fork()
         if pid == 0:
-            places = shared | {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_RUN_ID": "forked"}
-            os.environ.update({name: str(value) for name, value in places.items()})
+            variables = shared | {"RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_RUN_ID": "forked"}
+            os.environ.update({name: str(value) for name, value in variables.items()})
             _end_with_script(arguments)
-        ranks[pid] = rank
+        ranks.add(pid)
     signal.signal(signal.SIGTERM, lambda number, _: _signal_all(ranks, number))
     code, deadline = 0, None
     while ranks:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid in ranks:
-            del ranks[pid]
+            ranks.remove(pid)
             if status and not code:
-                code, deadline = abs(os.waitstatus_to_exitcode(status)), time.monotonic() + GRACE_S
+                code, deadline = 1, time.monotonic() + GRACE_S
                 _signal_all(ranks, signal.SIGTERM)
         elif deadline and time.monotonic() > deadline:
             _signal_all(ranks, signal.SIGKILL)
         else:
             time.sleep(0.005)
-    os._exit(min(code, 1))
+    os._exit(code)
 
 
 def _end_with_script(arguments: list[str]) -> None:
@@ -212,7 +213,7 @@ def _end_with_script(arguments: list[str]) -> None:
         os._exit(code)
 
 
-def _signal_all(pids: Mapping[int, int], number: int) -> None:
+def _signal_all(pids: set[int], number: int) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)

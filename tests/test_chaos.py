@@ -1,60 +1,47 @@
-"""Runs whose whole process tree is killed at random moments, and started again by the same command."""
+"""Two ranks get SIGTERM, SIGKILL in a step, and SIGKILL in a save; each time the same command resumes the run."""
 
 import os
-import random
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
 from tests import forked
 from tests.small_run import command, environment, losses, solver_args, train
-from tests.test_launch import descendants
-
-NUM_KILLS = int(os.environ.get("TRAINING_KILLS", "1"))
-
-
-def kill_tree(pid: int) -> None:
-    """SIGKILL to a process and all below it, while it can start no more."""
-    os.kill(pid, signal.SIGSTOP)
-    for each in [pid, *descendants(pid)]:
-        try:
-            os.kill(each, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-
-
-def last_step(out: Path) -> int:
-    metrics = out / "metrics.jsonl"
-    return metrics.read_text().count("\n") if metrics.exists() else 0
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments_has_the_losses_of_an_undisturbed_one(small_task, tmp_path):
-    changes = {
-        "epochs": 2 + NUM_KILLS, "batch_size": 1, "dropout": 0.1, "num_workers": 1, "save_iteration_interval": 3,
-        "precision": "bf16",
-    }  # fmt: skip
-    train(2, solver_args(small_task, tmp_path / "calm", **changes))
-    calm, out = losses(tmp_path / "calm"), tmp_path / "out"
-    args, rng = solver_args(small_task, out, **changes), random.Random(time.time_ns())
-    killed, is_over = 0, False
-    while killed < NUM_KILLS and not is_over:
-        run = forked.Popen(command(2, args), environment())
-        if rng.random() < 0.2:
-            time.sleep(rng.uniform(0, 2))  # while it starts, goes on, or trains
-        else:
-            wanted = last_step(out) + rng.randint(1, 12)
-            while run.poll() is None and last_step(out) < wanted:
-                time.sleep(0.002)
-            time.sleep(rng.uniform(0, 0.1))  # in a step, or while a checkpoint is written
-        is_over = run.poll() is not None
-        if not is_over:
-            kill_tree(run.pid)
-            killed += 1
+def test_a_run_that_is_killed_three_times_has_the_losses_of_an_undisturbed_one(small_task, tmp_path):
+    changes = {"epochs": 4, "batch_size": 1, "dropout": 0.1, "num_workers": 1, "precision": "bf16"}
+    out, args = tmp_path / "out", solver_args(small_task, tmp_path / "out", save_iteration_interval=3, **changes)
+
+    def num_lines() -> int:
+        metrics = out / "metrics.jsonl"
+        return metrics.read_text().count("\n") if metrics.exists() else 0
+
+    def run_until(is_time) -> forked.Popen:
+        run = forked.Popen(command(2, args), environment(), start_new_session=True)
+        while not is_time():
+            assert run.poll() is None, run.stderr.read_text()
+            time.sleep(0.001)
+        return run
+
+    def kill_all(run: forked.Popen) -> None:
+        """SIGKILL to the launcher, its ranks and their loader workers at once."""
+        os.killpg(run.pid, signal.SIGKILL)
         run.wait()
-    assert killed >= NUM_KILLS / 2, "the run was over too soon"
+
+    run = run_until(lambda: num_lines() >= 3)
+    run.terminate()
+    assert run.wait(timeout=60) != 0
+    assert run.stderr.read_text().count("ended by SIGTERM after step") == 1, run.stderr.read_text()
+    steps = num_lines()
+    assert 3 <= steps < 12 and (out / f"epoch0-iter{steps}").is_dir()
+
+    kill_all(run_until(lambda: num_lines() >= steps + 5 and not list(out.glob(".saving-*"))))
+    kill_all(run_until(lambda: list(out.glob(".saving-epoch2*/*"))))
+    assert list(out.glob(".saving-epoch2*"))
     train(2, args)
-    assert losses(out) == calm
     assert not list(out.glob(".saving-*")) and not list(out.glob(".replaced-*"))
+    train(2, solver_args(small_task, tmp_path / "undisturbed", **changes))
+    assert losses(out) == losses(tmp_path / "undisturbed")
