@@ -189,7 +189,7 @@ class Sampler:
         with evaluating(model, self._parallel, keep_gathered):
             generations = generate_batch(
                 model, self._contexts, self._vocab, self._sampling, self._options.sample_max_gen_len, self._starts,
-                batch_size, root_forward=forward,
+                batch_size, forward=forward,
             )  # fmt: skip
         if self._is_main:
             try:

@@ -58,7 +58,7 @@ def test_the_whole_model_s_forward_draws_what_the_lean_step_draws(overrides, opt
     model, forced = make_model(**overrides), [IMAGE_START, [], IMAGE_START[:1], [], IMAGE_START]
     arguments = (model, make_prompts(), VOCAB, options, 40, forced, 3)
     root_forward = RootForward(model, VOCAB, torch.device("cpu"), torch.float32)
-    found = generate_batch(*arguments, root_forward=root_forward)
+    found = generate_batch(*arguments, forward=root_forward)
     assert found == generate_batch(*arguments)
     assert any(VOCAB.end_image_id in generation.tokens for generation in found)
 
@@ -76,11 +76,11 @@ def test_compiled_layers_of_a_sharded_model_are_run_as_they_are_written(keep_gat
         root_forward = RootForward(model, VOCAB, device, torch.float32)
         with evaluating(model, options, keep_gathered):
             assert not model.training
-            found = generate_batch(model, make_prompts(), VOCAB, GREEDY, 30, root_forward=root_forward)
+            found = generate_batch(model, make_prompts(), VOCAB, GREEDY, 30, forward=root_forward)
         assert found == expected and counter.frame_count == 0 and model.training
         assert not any(module._get_fsdp_state()._fsdp_param_group.is_unsharded for module in model.model.layers)
         with pytest.raises(ValueError, match="leaves no room"), evaluating(model, options, keep_gathered):
-            generate_batch(model, [[VOCAB.bos_id] * 512], VOCAB, GREEDY, 30, root_forward=root_forward)
+            generate_batch(model, [[VOCAB.bos_id] * 512], VOCAB, GREEDY, 30, forward=root_forward)
         assert model.training, "an error leaves it as it was, too"
         row = torch.tensor([make_prompts()[1]])
         model(row, labels=row).loss.backward()
