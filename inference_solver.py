@@ -28,27 +28,11 @@ from model import serve
 from model.convert import load_config, load_pretrained, resolve_checkpoint
 from model.decode_step import LeanForward
 from model.decoder.chameleon import grow_positions
-from model.generation import (
-    CUT_BY_LENGTH,
-    CUT_BY_NAN,
-    CUT_BY_POSITIONS,
-    SamplingOptions,
-    fit_batch_size,
-    generate_batch,
-)
+from model.generation import CUT_BY_NAN, SamplingOptions, fit_batch_size, generate_batch
 from model.hf_folder import find_tokenizer
 from model.kv_cache import free_bytes, naming_shortage
 from model.progress import GenerationMeter, show_progress
-from model.requests import (
-    Answer,
-    RequestCodec,
-    check_image_symbols,
-    check_request,
-    check_size,
-    describe_cuts,
-    parse_size,
-)
-from model.sampling import MAX_SEED
+from model.requests import Answer, RequestCodec, check_image_symbols, describe_cuts, parse_size
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 # Of free memory; the rest is for what a forward needs.
@@ -93,9 +77,7 @@ class FlexARInferenceSolver(RequestCodec):
         config, tokenizer = load_config(folder, mask_image_logits=False), tokenizer or find_tokenizer(folder)
         grow_positions(config, max_positions)
         codebook_sha256 = None if any_vqgan else config.codebook_sha256
-        super().__init__(
-            load_text_tokenizer(tokenizer), vqgan_dir, choose_device(device), target_size, codebook_sha256
-        )
+        super().__init__(load_text_tokenizer(tokenizer), vqgan_dir, choose_device(device), target_size, codebook_sha256)
         if self.vocab.vocab_size > config.vocab_size:
             raise ValueError(
                 f"the tokenizer {tokenizer} has {self.vocab.vocab_size} ids, but the model {folder} "
@@ -133,9 +115,8 @@ class FlexARInferenceSolver(RequestCodec):
             seed: the same seed gives the same answer; for one among others see `generate_many`.
         """
         request = {"images": images, "qas": qas, "size": size}
-        options = replace(logits_processor or self.create_logits_processor(), temperature=temperature, seed=seed)
-        answer = self.answer_many([request], max_gen_len, options)[0]
-        return answer.text, answer.images
+        options = logits_processor or self.create_logits_processor()
+        return self.generate_many([request], max_gen_len, temperature, options, seed=seed, desc=None)[0]
 
     def generate_many(
         self,
@@ -146,17 +127,15 @@ class FlexARInferenceSolver(RequestCodec):
         *,
         seed: int = 0,
         batch_size: int = 64,
-        desc: str = "generating",
+        desc: str | None = "generating",
     ) -> list[tuple[str, list[Image.Image]]]:
         """
-        Answers to many requests, batched: (text, images) of each.
+        (text, images) of each of many requests, batched.
 
         A request is {"qas", "images" (optional), "size" (optional)}, as the arguments of `generate`; request i draws
         with the seed `seed` + i. Without a `logits_processor` there is no guidance. At most `batch_size` are drawn at a
-        time, fewer where memory is short. `desc` names the progress bar.
-
-        In fp32 an answer is the same alone and among others. In tf32, bf16 and fp16 it may differ: the last digits of
-        logits depend on how many rows are computed at once.
+        time, fewer where memory is short. In fp32 an answer is the same alone and among others; in tf32, bf16 and fp16
+        it may differ, since the last digits of logits depend on the number of rows. `desc` names the progress bar; None shows none.
 
         Raises:
             ValueError: a request, number or image that cannot be used.
@@ -184,50 +163,24 @@ class FlexARInferenceSolver(RequestCodec):
         for name, value in (("max_gen_len", max_gen_len), ("batch_size", batch_size)):
             if not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number from 1 on")
-        last_seed = options.seed + len(requests) - 1
-        if last_seed > MAX_SEED:
-            raise ValueError(f"the seeds go up to {last_seed}; the last must be {MAX_SEED} at most")
         # A setting of the process: another solver may have changed it.
         torch.backends.cuda.matmul.allow_tf32 = self.allow_tf32
-        prompts, sizes = self._encode_requests(requests)
+        prompts, sizes = self.encode_requests(requests)
         starts = [self.image_start(size) for size in sizes]
         lens = [len(prompt) + len(start) for prompt, start in zip(prompts, starts, strict=True)]
         num_bytes = int(CACHE_SHARE * free_bytes(self.device))
         config, dtype = self.model.config, self.model.dtype
         batch_size = fit_batch_size(config, lens, max_gen_len, options, dtype, num_bytes, batch_size)
-        meter = GenerationMeter(sizes, batch_size, max_gen_len)
         advice = f"make --max_gen_len ({max_gen_len}), --size or the number of answers ({len(requests)}) smaller"
         with naming_shortage(advice):
             with show_progress(desc) if desc else nullcontext(on_progress) as show:
-
-                def report(num_tokens: int, num_finished: int) -> None:
-                    meter.update(num_tokens, num_finished)
-                    if show is not None:
-                        show(meter)
-
+                report = GenerationMeter(sizes, batch_size, max_gen_len, show).update
                 arguments = (self.model, prompts, self.vocab, options, max_gen_len, starts, batch_size, report)
                 generations = generate_batch(*arguments, forward=self.forward)
             answers = self.decode(generations)
         if cuts := describe_cuts(answers, max_gen_len):
             logger.warning("%s", cuts)
         return answers
-
-    def _encode_requests(
-        self, requests: Sequence[Mapping[str, Any]]
-    ) -> tuple[list[list[int]], list[tuple[int, int] | None]]:
-        """Token ids and image size of each; the same request several times is encoded once."""
-        encoded: dict[int, tuple[list[int], tuple[int, int] | None]] = {}
-        for index, request in enumerate(requests):
-            if id(request) in encoded:
-                continue
-            try:
-                check_request(request)
-                size = check_size(request.get("size"))
-                encoded[id(request)] = self.encode_request(request["qas"], request.get("images")), size
-            except ValueError as error:
-                raise ValueError(f"request {index}: {error}" if index else str(error)) from None
-        pairs = [encoded[id(request)] for request in requests]
-        return [prompt for prompt, _ in pairs], [size for _, size in pairs]
 
 
 def choose_device(device: str) -> torch.device:
@@ -354,20 +307,16 @@ def answer_once(solver: FlexARInferenceSolver, args: argparse.Namespace) -> int:
     request = {"qas": [[args.prompt, None]], "images": args.image, "size": args.size and parse_size(args.size)}
     answer = solver.answer_many([request], args.max_gen_len, build_options(args), desc="generating")[0]
     print(answer.text)
-    if args.out is None and answer.images:
-        print(f"{len(answer.images)} images were drawn and not kept; give --out to keep them.", file=sys.stderr)
-    if args.out is not None:
-        for path in save_images(answer.images, args.out):
-            print(path, file=sys.stderr)
-    if args.out is not None and not answer.images:
-        advice = {
-            None: "--size makes it draw one",
-            CUT_BY_LENGTH: "give a larger --max_gen_len",
-            CUT_BY_POSITIONS: "make --prompt, --target_size or --size smaller, or give more --max_positions",
-            CUT_BY_NAN: "give another --model_path or --precision (fp32, bf16)",
-        }[answer.cut_by]
-        print(f"inference_solver.py: no complete image in the answer, so no {args.out}; {advice}.", file=sys.stderr)
+    if args.out is None:
+        if answer.images:
+            print(f"{len(answer.images)} images were drawn and not kept; give --out to keep them.", file=sys.stderr)
+        return 3 if answer.cut_by == CUT_BY_NAN else 0
+    if not answer.images:
+        advice = "" if answer.is_cut_off else "; --size makes it draw one"
+        print(f"inference_solver.py: no complete image in the answer, so no {args.out}{advice}.", file=sys.stderr)
         return 3
+    for path in save_images(answer.images, args.out):
+        print(path, file=sys.stderr)
     return 3 if answer.cut_by == CUT_BY_NAN else 0
 
 

@@ -30,12 +30,19 @@ class GenerationMeter:
         max_tokens: most new tokens of all answers together.
     """
 
-    def __init__(self, sizes: Sequence[tuple[int, int] | None], batch_size: int, max_gen_len: int):
+    def __init__(
+        self,
+        sizes: Sequence[tuple[int, int] | None],
+        batch_size: int,
+        max_gen_len: int,
+        show: Callable[["GenerationMeter"], None] | None = None,
+    ):
         """
         Args:
             sizes: for each answer (width, height) in pixels of the image that it must begin with, or None.
             batch_size: answers that are drawn in step; with more of them than that, rows are not known.
             max_gen_len: most new tokens per answer.
+            show: called after every update.
         """
         self.num_answers, self.num_tokens, self.num_finished = len(sizes), 0, 0
         self.rows, self._row_len, per_answer = 0, 0, max_gen_len
@@ -46,13 +53,15 @@ class GenerationMeter:
             # The ends of the image and of the turn come after its rows.
             per_answer = min(max_gen_len, self.rows * self._row_len + 2)
         self.max_tokens = per_answer * self.num_answers
-        self._start, self._seconds = time.monotonic(), 0.0
+        self._show, self._start, self._seconds = show, time.monotonic(), 0.0
 
     def update(self, num_tokens: int, num_finished: int) -> None:
         """The callback of `generate_batch`."""
         self.num_tokens += num_tokens
         self.num_finished += num_finished
         self._seconds = time.monotonic() - self._start
+        if self._show is not None:
+            self._show(self)
 
     @property
     def fraction(self) -> float:

@@ -118,6 +118,27 @@ class RequestCodec:
         turns = [Turn("gpt" if index % 2 else "human", text) for index, text in enumerate(texts)]
         return self.item_processor.encode_prompt(turns, opened)
 
+    def encode_requests(
+        self, requests: Sequence[Mapping[str, Any]]
+    ) -> tuple[list[list[int]], list[tuple[int, int] | None]]:
+        """
+        Token ids and image size of each request {"qas", "images" (optional), "size" (optional)}.
+
+        The same object several times is encoded once. Raises ValueError for one of another form.
+        """
+        encoded: dict[int, tuple[list[int], tuple[int, int] | None]] = {}
+        for index, request in enumerate(requests):
+            if id(request) in encoded:
+                continue
+            try:
+                check_request(request)
+                prompt = self.encode_request(request["qas"], request.get("images"))
+                encoded[id(request)] = prompt, check_size(request.get("size"))
+            except ValueError as error:
+                raise ValueError(f"request {index}: {error}" if index else str(error)) from None
+        pairs = [encoded[id(request)] for request in requests]
+        return [prompt for prompt, _ in pairs], [size for _, size in pairs]
+
     def image_start(self, size: tuple[int, int] | None) -> list[int]:
         """The tokens that begin an image of (width, height) pixels. Raises ValueError for an impossible size."""
         if size is None:
@@ -186,7 +207,7 @@ def check_image_symbols(texts: Iterable[str | None], num_images: int) -> None:
 
 
 def check_request(request: Any) -> None:
-    """Raises ValueError unless a request is {"qas", "images" (optional), "size" (optional)}, whatever their values."""
+    """Raises ValueError for keys of a request that are missing or unknown."""
     if not isinstance(request, Mapping):
         raise ValueError(f"a request must be an object with {', '.join(REQUEST_KEYS)}, got {str(request)[:80]!r}")
     unknown = [brief(key) for key in request if key not in REQUEST_KEYS]
