@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from data.image_transform import crop_sizes, open_image
 from data.item_processor import load_text_tokenizer
 from data.vocab import IMAGE_SYMBOL
 from data.whole_file import open_whole
-from model import serve
 from model.convert import load_config, load_pretrained, resolve_checkpoint
 from model.decode_step import LeanForward
 from model.decoder.chameleon import grow_positions
@@ -33,6 +31,7 @@ from model.hf_folder import find_tokenizer
 from model.kv_cache import free_bytes, naming_shortage
 from model.progress import GenerationMeter, show_progress
 from model.requests import Answer, RequestCodec, check_image_symbols, describe_cuts, parse_size
+from model.serve import serve
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 # Of free memory; the rest is for what a forward needs.
@@ -64,14 +63,11 @@ class FlexARInferenceSolver(RequestCodec):
             target_size: of images put in, in pixels: they are cropped to about its square, as in pre-tokenizing.
             tokenizer: folder or hub id; by default that of the checkpoint, or where it has none the recipe's.
             vqgan_dir: folder or hub id, needed once an image is put in or comes out.
-            any_vqgan: take it also if the checkpoint names another one.
+            any_vqgan: accept another one than the checkpoint names.
             device: "auto" (CUDA where there is one), "cuda", "cpu".
             compile_step: fuse the small operations of a token with `torch.compile`, which takes a minute at first.
-            max_positions: the model's positions are at least so many, e.g. the --max_seq_len of a training whose
-                checkpoints kept fewer.
+            max_positions: least positions of the model, e.g. the --max_seq_len of its training.
         """
-        if precision not in DTYPES:
-            raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(DTYPES)}.")
         self.allow_tf32 = precision == "tf32"
         folder = resolve_checkpoint(model_path)
         config, tokenizer = load_config(folder, mask_image_logits=False), tokenizer or find_tokenizer(folder)
@@ -135,11 +131,9 @@ class FlexARInferenceSolver(RequestCodec):
         A request is {"qas", "images" (optional), "size" (optional)}, as the arguments of `generate`; request i draws
         with the seed `seed` + i. Without a `logits_processor` there is no guidance. At most `batch_size` are drawn at a
         time, fewer where memory is short. In fp32 an answer is the same alone and among others; in tf32, bf16 and fp16
-        it may differ, since the last digits of logits depend on the number of rows. `desc` names the progress bar; None shows none.
+        it may differ: the last digits of logits depend on the number of rows. `desc` names the progress bar, if any.
 
-        Raises:
-            ValueError: a request, number or image that cannot be used.
-            torch.OutOfMemoryError: not even one answer has room.
+        Raises ValueError for what cannot be used, torch.OutOfMemoryError if not even one answer has room.
         """
         options = replace(logits_processor or SamplingOptions(), temperature=temperature, seed=seed)
         answers = self.answer_many(requests, max_gen_len, options, batch_size=batch_size, desc=desc)
@@ -157,20 +151,15 @@ class FlexARInferenceSolver(RequestCodec):
     ) -> list[Answer]:
         """`generate_many` with all that is known of each answer.
 
-        Progress is shown on stderr under the name `desc`, or given to `on_progress` after every forward. An error that
-        `on_progress` raises ends the generation.
+        Without `desc`, `on_progress` is called after every forward; an error that it raises ends the generation.
         """
-        for name, value in (("max_gen_len", max_gen_len), ("batch_size", batch_size)):
-            if not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number from 1 on")
         # A setting of the process: another solver may have changed it.
         torch.backends.cuda.matmul.allow_tf32 = self.allow_tf32
         prompts, sizes = self.encode_requests(requests)
         starts = [self.image_start(size) for size in sizes]
         lens = [len(prompt) + len(start) for prompt, start in zip(prompts, starts, strict=True)]
-        num_bytes = int(CACHE_SHARE * free_bytes(self.device))
-        config, dtype = self.model.config, self.model.dtype
-        batch_size = fit_batch_size(config, lens, max_gen_len, options, dtype, num_bytes, batch_size)
+        num_bytes, dtype = int(CACHE_SHARE * free_bytes(self.device)), self.model.dtype
+        batch_size = fit_batch_size(self.model.config, lens, max_gen_len, options, dtype, num_bytes, batch_size)
         advice = f"make --max_gen_len ({max_gen_len}), --size or the number of answers ({len(requests)}) smaller"
         with naming_shortage(advice):
             with show_progress(desc) if desc else nullcontext(on_progress) as show:
@@ -185,13 +174,12 @@ class FlexARInferenceSolver(RequestCodec):
 
 def choose_device(device: str) -> torch.device:
     """The device of "auto", "cuda" or "cpu". Raises ValueError for CUDA where there is none."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cpu":
-            logger.warning("torch sees no CUDA GPU: generating on the CPU")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"the device {device} is not here: PyTorch sees no CUDA. Use cpu (or auto).")
-    return torch.device(device)
+    if device != "cpu" and not torch.cuda.is_available():
+        if device != "auto":
+            raise ValueError(f"the device {device} is not here: PyTorch sees no CUDA. Use cpu (or auto).")
+        logger.warning("torch sees no CUDA GPU: generating on the CPU")
+        device = "cpu"
+    return torch.device("cuda" if device == "auto" else device)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -247,13 +235,9 @@ def find_problems(args: argparse.Namespace) -> list[str]:
     if args.serve:
         given = [flag for flag in ("prompt", "image", "size", "out") if getattr(args, flag)]
         problems += [f"--{flag} is asked for on the page; leave it out with --serve" for flag in given]
-        if not 0 <= args.port < 2**16:
-            problems.append(f"--port is {args.port}; it must be from 0 (any that is free) to 65535")
         return problems
     if args.prompt is None:
         problems.append("--prompt is missing: say what to draw or to answer (or open a page with --serve)")
-    if args.size and not args.out:
-        problems.append("--size draws an image, so say where to write it: --out")
     if args.out and (args.out.is_dir() or args.out.suffix.lower() != ".png"):
         problems.append(f"--out {args.out} must be a file that ends in .png")
     if args.out and not os.access(args.out.parent, os.W_OK):
@@ -273,8 +257,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("\n".join(problems))
         if not args.serve:
             return answer_once(build_solver(args), args)
-        options = build_options(args)
-        serve.serve(lambda: build_solver(args), options, args.max_gen_len, args.host, args.port, title=args.model_path)
+        serve(lambda: build_solver(args), build_options(args), args.max_gen_len, args.host, args.port, args.model_path)
         return 0
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
         print(f"inference_solver.py: {error}", file=sys.stderr)
@@ -286,17 +269,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_solver(args: argparse.Namespace) -> FlexARInferenceSolver:
     """The solver of the command line; a VQGAN that is needed is loaded and checked."""
-    solver = FlexARInferenceSolver(
-        args.model_path,
-        args.precision,
-        args.target_size,
-        tokenizer=args.tokenizer,
-        vqgan_dir=args.vqgan_dir,
-        any_vqgan=args.any_vqgan,
-        device=args.device,
-        compile_step=args.compile,
-        max_positions=args.max_positions,
-    )
+    more = dict(tokenizer=args.tokenizer, vqgan_dir=args.vqgan_dir, any_vqgan=args.any_vqgan, device=args.device)
+    more |= dict(compile_step=args.compile, max_positions=args.max_positions)
+    solver = FlexARInferenceSolver(args.model_path, args.precision, args.target_size, **more)
     if args.image or args.out or args.serve:
         solver.check_vqgan(with_decoder=args.out is not None or args.serve)
     return solver
@@ -307,26 +282,18 @@ def answer_once(solver: FlexARInferenceSolver, args: argparse.Namespace) -> int:
     request = {"qas": [[args.prompt, None]], "images": args.image, "size": args.size and parse_size(args.size)}
     answer = solver.answer_many([request], args.max_gen_len, build_options(args), desc="generating")[0]
     print(answer.text)
-    if args.out is None:
-        if answer.images:
-            print(f"{len(answer.images)} images were drawn and not kept; give --out to keep them.", file=sys.stderr)
-        return 3 if answer.cut_by == CUT_BY_NAN else 0
-    if not answer.images:
+    if args.out is None and answer.images:
+        print(f"{len(answer.images)} images were drawn and not kept; give --out to keep them.", file=sys.stderr)
+    if args.out is not None and not answer.images:
         advice = "" if answer.is_cut_off else "; --size makes it draw one"
         print(f"inference_solver.py: no complete image in the answer, so no {args.out}{advice}.", file=sys.stderr)
         return 3
-    for path in save_images(answer.images, args.out):
-        print(path, file=sys.stderr)
-    return 3 if answer.cut_by == CUT_BY_NAN else 0
-
-
-def save_images(images: Sequence[Image.Image], out_path: Path) -> list[Path]:
-    """Write PNGs, each atomically: `out_path`, then the same with -2, -3, ..."""
-    paths = [out_path if i == 1 else out_path.with_stem(f"{out_path.stem}-{i}") for i in range(1, len(images) + 1)]
-    for image, path in zip(images, paths, strict=True):
+    for number, image in enumerate(answer.images if args.out else (), start=1):
+        path = args.out if number == 1 else args.out.with_stem(f"{args.out.stem}-{number}")
         with open_whole(path) as file:
             image.save(file, format="PNG")
-    return paths
+        print(path, file=sys.stderr)
+    return 3 if answer.cut_by == CUT_BY_NAN else 0
 
 
 if __name__ == "__main__":

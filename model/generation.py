@@ -108,8 +108,7 @@ def generate_batch(
     starts = [list(start) for start in forced_starts or [()] * len(prompts)]
     contexts = [[*prompt, *start] for prompt, start in zip(prompts, starts, strict=True)]
     max_len = model.config.max_position_embeddings
-    for index, start in enumerate(starts):
-        _check_row(index, len(contexts[index]), len(start), max_len, max_gen_len)
+    _check_lengths(contexts, starts, max_len, max_gen_len)
     if not prompts:
         return []
     forward = forward or LeanForward(model, vocab)
@@ -133,19 +132,20 @@ def generate_batch(
     return [answers[index] for index in range(len(prompts))]
 
 
-def _check_row(index: int, context_len: int, start_len: int, max_len: int, max_gen_len: int) -> None:
-    if context_len == start_len:
-        raise ValueError(f"prompt {index} is empty; it needs at least one token.")
-    if start_len >= max_gen_len:
-        raise ValueError(
-            f"the answer to prompt {index} must begin with {start_len} tokens, so max_gen_len must be at least "
-            f"{start_len + 1}, got {max_gen_len}."
-        )
-    if context_len >= max_len:
-        raise ValueError(
-            f"prompt {index} of {context_len} tokens leaves no room in the model's {max_len} positions; make it "
-            "shorter, or raise them (--max_positions)."
-        )
+def _check_lengths(contexts: list[list[int]], starts: list[list[int]], max_len: int, max_gen_len: int) -> None:
+    for index, (context, start) in enumerate(zip(contexts, starts, strict=True)):
+        if len(context) == len(start):
+            raise ValueError(f"prompt {index} is empty; it needs at least one token.")
+        if len(start) >= max_gen_len:
+            raise ValueError(
+                f"the answer to prompt {index} must begin with {len(start)} tokens, so max_gen_len must be at least "
+                f"{len(start) + 1}, got {max_gen_len}."
+            )
+        if len(context) >= max_len:
+            raise ValueError(
+                f"prompt {index} of {len(context)} tokens leaves no room in the model's {max_len} positions; make it "
+                "shorter, or raise them (--max_positions)."
+            )
 
 
 def _is_cuda(device: torch.device) -> bool:

@@ -8,7 +8,6 @@ Conversations become token ids as in pre-tokenizing (`data/item_processor.py`).
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from model.generation import CUT_BY_LENGTH, CUT_BY_NAN, CUT_BY_POSITIONS, Genera
 from model.vqgan import VQGAN, check_codebook, load_vqgan, pixels_to_image
 from pre_tokenize.image_encoder import ImageEncoder
 
-REQUEST_KEYS = ("qas", "images", "size")
+REQUEST_KEYS = {"qas", "images", "size"}
 
 
 @dataclass(frozen=True)
@@ -105,11 +104,7 @@ class RequestCodec:
     ) -> list[int]:
         """Token ids of a conversation whose last answer is open. Raises ValueError for anything else."""
         _check_turns(qas)
-        is_list = isinstance(images, Sequence) and not isinstance(images, str)
-        images = list(images) if is_list else [] if images is None else [images]
-        for image in images:
-            if not isinstance(image, Image.Image | str | Path):
-                raise ValueError(f"images must be images or paths, got {str(image)[:80]!r} ({type(image).__name__})")
+        images = [] if images is None else [images] if isinstance(images, Image.Image | str | Path) else images
         opened = [image if isinstance(image, Image.Image) else open_image(image) for image in images]
         texts = [text for qa in qas for text in qa if text is not None]
         check_image_symbols(texts, len(opened))
@@ -131,9 +126,11 @@ class RequestCodec:
             if id(request) in encoded:
                 continue
             try:
-                check_request(request)
-                prompt = self.encode_request(request["qas"], request.get("images"))
-                encoded[id(request)] = prompt, check_size(request.get("size"))
+                if "qas" not in request or not REQUEST_KEYS.issuperset(request):
+                    raise ValueError(
+                        f"it has {', '.join(map(brief, request))}; it must have qas, and may have images and size"
+                    )
+                encoded[id(request)] = self.encode_request(request["qas"], request.get("images")), request.get("size")
             except ValueError as error:
                 raise ValueError(f"request {index}: {error}" if index else str(error)) from None
         pairs = [encoded[id(request)] for request in requests]
@@ -206,28 +203,9 @@ def check_image_symbols(texts: Iterable[str | None], num_images: int) -> None:
         )
 
 
-def check_request(request: Any) -> None:
-    """Raises ValueError for keys of a request that are missing or unknown."""
-    if not isinstance(request, Mapping):
-        raise ValueError(f"a request must be an object with {', '.join(REQUEST_KEYS)}, got {str(request)[:80]!r}")
-    unknown = [brief(key) for key in request if key not in REQUEST_KEYS]
-    if unknown or "qas" not in request:
-        problem = f"has {', '.join(unknown)}" if unknown else "has no 'qas'"
-        raise ValueError(f"a request {problem}; it must have 'qas' and may have 'images' and 'size'")
-
-
-def check_size(size: Any) -> tuple[int, int] | None:
-    """(width, height) of any pair of whole numbers. Raises ValueError for anything else but None."""
-    if size is None:
-        return None
-    if not _is_pair(size) or not all(isinstance(side, Integral) for side in size):
-        raise ValueError(f"size must be (width, height) in whole pixels, got {str(size)[:80]!r}")
-    return int(size[0]), int(size[1])
-
-
 def _check_turns(qas: Any) -> None:
     """Raises ValueError unless `qas` is [question, answer] pairs of texts; the last answer may be None."""
-    is_good = isinstance(qas, Sequence) and not isinstance(qas, str) and len(qas) > 0 and all(map(_is_pair, qas))
+    is_good = bool(qas) and all(isinstance(qa, list | tuple) and len(qa) == 2 for qa in qas)
     if is_good:
         *texts, last_answer = [text for qa in qas for text in qa]
         is_good = all(isinstance(text, str) for text in texts) and isinstance(last_answer, str | None)
@@ -235,10 +213,6 @@ def _check_turns(qas: Any) -> None:
         raise ValueError(
             f"qas must be [question, answer] pairs of texts; only the last answer may be None, got {str(qas)[:80]!r}"
         )
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from data.image_transform import crop_sizes
-from data.vocab import GRID_PIXELS, IMAGE_SYMBOL, ChameleonVocab
+from data.vocab import GRID_PIXELS, IMAGE_SYMBOL
 from model.generation import SamplingOptions
 from model.progress import GenerationMeter
 from model.requests import describe_cuts
@@ -48,7 +48,9 @@ class Page:
 
     def __init__(self, solver: Any):
         self.solver = solver
-        sizes = valid_sizes(solver.vocab, solver.item_processor.target_size)
+        # The sizes that the model was trained to draw, as far as the vocabulary has them.
+        sides = {grids * GRID_PIXELS for grids in solver.vocab.grid_size_ids}
+        sizes = [size for size in crop_sizes(solver.item_processor.target_size) if sides.issuperset(size)]
         self.sizes = {NO_SIZE: None} | {f"{width}x{height}": (width, height) for width, height in sizes}
         self._is_ending = False
         self._stop_asked, self._busy = threading.Event(), threading.Lock()
@@ -81,6 +83,8 @@ class Page:
             try:
                 if not prompt.strip() and not images:
                     raise ValueError("the prompt is empty; say what to draw or to answer")
+                if max_gen_len is None or max_gen_len < 1:
+                    raise ValueError("the longest answer must be at least 1 token")
                 options = SamplingOptions(temperature, image_top_k, text_top_k, cfg, seed)
                 paths = [path for path, _ in images or ()]
                 request = {"qas": [[prompt, None]], "images": paths, "size": self.sizes[size]}
@@ -106,13 +110,6 @@ class Page:
         self._is_ending = True
         if self._busy.acquire(timeout=ENDING_S):
             self._busy.release()
-
-
-def valid_sizes(vocab: ChameleonVocab, target_size: int) -> list[tuple[int, int]]:
-    """(width, height) of images that the model was trained to draw at that target size: squares first, then wide."""
-    sides = {grids * GRID_PIXELS for grids in vocab.grid_size_ids}
-    sizes = [size for size in crop_sizes(target_size) if sides.issuperset(size)]
-    return sorted(sizes, key=lambda size: (size[0] != size[1], size[0] < size[1], -size[0] * size[1], -size[0]))
 
 
 def serve(
@@ -164,7 +161,7 @@ def free_port(host: str, port: int) -> int:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.create_server((host, port), family=family) as probe:
             return probe.getsockname()[1]
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise OSError(f"no page can be opened at {host}:{port} ({error}); give another --port or --host.") from error
 
 
@@ -182,14 +179,8 @@ def build_page(gradio: Any, page: Page, options: SamplingOptions, max_gen_len: i
                 inputs, go, stop = _add_inputs(gradio, page, options, max_gen_len)
             with gradio.Column(scale=3, min_width=320):
                 # PNG: what is shown and saved is what was drawn, to the pixel.
-                drawn = gradio.Gallery(
-                    label="Images",
-                    format="png",
-                    columns=4,
-                    object_fit="contain",
-                    buttons=["download", "download_all", "fullscreen"],
-                    elem_id="drawn",
-                )
+                buttons = ["download", "download_all", "fullscreen"]
+                drawn = gradio.Gallery(label="Images", format="png", columns=4, buttons=buttons, elem_id="drawn")
                 text = gradio.Textbox(label="Answer", lines=2, max_lines=12, buttons=["copy"], elem_id="answer")
                 status = gradio.Textbox(label="Status", elem_id="status")
         for trigger in (go.click, inputs[0].submit):
@@ -204,22 +195,14 @@ def _add_inputs(gradio: Any, page: Page, options: SamplingOptions, max_gen_len: 
     def number(name: str, value: float, label: str, **more: Any):
         return gradio.Number(value, label=label, min_width=100, elem_id=name, **more)
 
-    prompt = gradio.Textbox(
-        label="Prompt",
-        info=f"{IMAGE_SYMBOL} marks where images stand; without it they come first",
-        lines=3,
-        max_lines=12,
-        autofocus=True,
-        elem_id="prompt",
-    )
+    info = f"{IMAGE_SYMBOL} marks where images stand; without it they come first"
+    prompt = gradio.Textbox(label="Prompt", info=info, lines=3, max_lines=12, autofocus=True, elem_id="prompt")
     images = gradio.Gallery(
         label="Images of the prompt, in order",
         type="filepath",
         file_types=["image"],
         columns=6,
         height=140,
-        object_fit="contain",
-        sources=["upload", "clipboard"],
         elem_id="images",
     )
     with gradio.Row():

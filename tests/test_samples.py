@@ -209,7 +209,7 @@ def test_a_run_that_diverges_ends_with_its_own_message(small_task, folder, tmp_p
     code, message = call_main(solver_args(small_task, tmp_path / "out", **flags))
     assert code == 1 and "5 steps in a row had a gradient that is not finite" in message
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("samples of step 4 in")]
-    assert len(lines) == 1 and "answers were cut off at logits that are no numbers" in lines[0]
+    assert len(lines) == 1 and "answers were cut off at NaN logits" in lines[0]
 
 
 def test_samples_of_text_need_no_vqgan(small_task, tmp_path, capsys):
