@@ -264,17 +264,6 @@ def _hidden(folder: Path) -> Path:
     return folder.with_name(f"{SAVING_PREFIX}{folder.name}")
 
 
-def _rows_by_rank(tensor: torch.Tensor) -> dict[int, tuple[slice, ...]]:
-    """The parts of a sharded tensor by global rank, without empty parts and second replicas: the full tensor once."""
-    mesh, found = tensor.device_mesh, {}
-    for coordinate in (mesh.mesh >= 0).nonzero().tolist():
-        is_replica = any(c and p.is_replicate() for c, p in zip(coordinate, tensor.placements, strict=True))
-        rows = local_rows(tensor, coordinate)
-        if not is_replica and all(part.stop > part.start for part in rows):
-            found[int(mesh.mesh[tuple(coordinate)])] = rows
-    return found
-
-
 def _num_bytes(values: Any) -> int:
     """Bytes of all tensors in nested dictionaries; a shard counts as its full tensor."""
     if isinstance(values, Mapping):

@@ -1,13 +1,13 @@
 """
 What may come next in a sequence: text, or exactly what keeps the grid of an image valid.
 
-Where it stands: a pure state machine over the rows of a batch, used by `model/generation.py`, so that every image that
-is complete can be decoded.
+A pure state machine over the rows of a batch. `model/generation.py` uses it, so that every complete image can be
+decoded.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 
@@ -15,20 +15,20 @@ from data.vocab import CODES_PER_GRID, ChameleonVocab
 
 
 class Kind(IntEnum):
-    """What the next token must be."""
+    """What the next token must be. TEXT includes the begin of an image and the end of the turn."""
 
-    TEXT = 0  # or the beginning of an image, or the end of the turn
+    TEXT = 0
     GRID_SIZE = 1
     CODE = 2
     NEW_LINE = 3
     END_IMAGE = 4
-    PADDING = 5  # the turn is over
+    # The turn is over.
+    PADDING = 5
 
 
-@dataclass(frozen=True)
-class GrammarState:
+class GrammarState(NamedTuple):
     """
-    Where each row of a batch stands, tensors [B].
+    The state of each row of a batch, tensors [B].
 
     Attributes:
         since_begin: int64, tokens since the image began, its first one included; 0 outside of images.
@@ -43,15 +43,16 @@ class GrammarState:
 
 
 class ImageGrammar:
-    """The layout of sequences as a state machine over a batch: image = begin, height, width, rows of codes, end."""
+    """
+    The layout of sequences as a state machine over a batch: image = begin, height, width, rows of codes, end.
+
+    Attributes:
+        allowed: bool [kinds, vocab_size], the tokens of each kind.
+        only_token: int64 [kinds], the token of a kind that has but one, else -1.
+    """
 
     def __init__(self, vocab: ChameleonVocab, vocab_size: int, device: str | torch.device = "cpu"):
-        """
-        `vocab_size`: the number of logits, at least that of the vocabulary.
-
-        `allowed`, bool [kinds, vocab_size], are the tokens of each kind; `only_token`, int64 [kinds], is the token of a
-        kind that has but one, else -1.
-        """
+        """`vocab_size`: the number of logits, at least that of the vocabulary."""
         self.vocab = vocab
         ids = {
             Kind.GRID_SIZE: list(vocab.grid_size_ids.values()),
@@ -61,26 +62,29 @@ class ImageGrammar:
             Kind.PADDING: [vocab.pad_id],
         }
         allowed = torch.zeros(len(Kind), vocab_size, dtype=torch.bool)
+        only_token = torch.full((len(Kind),), -1)
         for kind, kind_ids in ids.items():
             allowed[kind, kind_ids] = True
+            if len(kind_ids) == 1:
+                only_token[kind] = kind_ids[0]
         allowed[Kind.TEXT, : vocab.vocab_size] = ~allowed[:, : vocab.vocab_size].any(0)
         allowed[Kind.TEXT, [i for i in (vocab.bos_id, vocab.eos_id) if i is not None]] = False
         side_of_token = torch.zeros(vocab_size, dtype=torch.int64)
         for grids, token_id in vocab.grid_size_ids.items():
             side_of_token[token_id] = grids * CODES_PER_GRID
-        only_token = [kind_ids[0] if len(kind_ids := ids.get(kind, [])) == 1 else -1 for kind in Kind]
         self.allowed = allowed.to(device)
-        self.only_token = torch.tensor(only_token, device=device)
+        self.only_token = only_token.to(device)
         self._side_of_token = side_of_token.to(device)
 
     def start(self, prompts: Sequence[Sequence[int]]) -> GrammarState:
         """The state after each prompt (an image may be open at its end)."""
-        zeros = torch.zeros(len(prompts), dtype=torch.int64, device=self.allowed.device)
-        state = GrammarState(zeros, zeros, zeros, zeros.bool())
+        device = self.allowed.device
+        since_begin, height, width, done = torch.zeros(4, len(prompts), dtype=torch.int64, device=device)
+        state = GrammarState(since_begin, height, width, done.bool())
         tails = [prompt[open_image_start(prompt, self.vocab) :] for prompt in prompts]
         for step in range(max(map(len, tails), default=0)):
             column = [tail[step] if step < len(tail) else -1 for tail in tails]
-            state = self.advance(state, torch.tensor(column, device=zeros.device))
+            state = self.advance(state, torch.tensor(column, device=device))
         return state
 
     def kind(self, state: GrammarState) -> torch.Tensor:
@@ -94,14 +98,15 @@ class ImageGrammar:
         return torch.where(state.done, Kind.PADDING, kind)
 
     def kinds_ahead(self, state: GrammarState, num: int) -> torch.Tensor:
-        """The same of the next `num` tokens, [B, num], where all of them belong to an image or follow the turn."""
-        rows = [tensor[:, None] for tensor in (state.since_begin, state.height, state.width, state.done)]
-        return self.kind(GrammarState(rows[0] + torch.arange(num, device=rows[0].device), *rows[1:]))
+        """The `Kind` of the next `num` tokens, [B, num]; all must belong to an image or follow the turn."""
+        columns = GrammarState(*(tensor[:, None] for tensor in state))
+        ahead = torch.arange(num, device=state.since_begin.device)
+        return self.kind(columns._replace(since_begin=columns.since_begin + ahead))
 
     def skip(self, state: GrammarState, num: int) -> GrammarState:
-        """The state after these `num` tokens."""
+        """The state after the next `num` tokens, under the same condition as in `kinds_ahead`."""
         is_over = num >= self.num_left(state)
-        return replace(state, since_begin=torch.where(is_over, 0, state.since_begin + num))
+        return state._replace(since_begin=torch.where(is_over, 0, state.since_begin + num))
 
     def num_left(self, state: GrammarState) -> torch.Tensor:
         """How many tokens of the grid of its image and the end each row has yet to draw, int64 [B]; 0 elsewhere."""
@@ -124,7 +129,7 @@ class ImageGrammar:
 
 
 def open_image_start(tokens: Sequence[int], vocab: ChameleonVocab) -> int:
-    """Where the image that is open at the end of `tokens` begins; their length if none is."""
+    """Index of the begin of the image that is open at the end of `tokens`; their length if no image is open."""
     for index in range(len(tokens) - 1, -1, -1):
         if tokens[index] == vocab.end_image_id:
             break

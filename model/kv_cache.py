@@ -1,16 +1,15 @@
 """
 Keys and values of a batch, allocated once.
 
-Where it stands: filled by the decoder's forward over the prompts (`model/decoder/`), then by one token per row and step
-(`model/decode_step.py`, or again the decoder's forward); `model/generation.py` says which slots a row sees.
+`model/generation.py` allocates the cache and decides which slots a row sees. The decoder's forward over the prompts
+fills it, then `model/decode_step.py` (or again the decoder's forward) adds one token per row and step.
 """
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
+import psutil
 import torch
 
 from model.decoder.chameleon import ChameleonXLLMXConfig
@@ -31,29 +30,25 @@ def naming_shortage(advice: str) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         wanted = re.search(r"allocate ([\d.]+ \w+)", str(error))
-        raise torch.OutOfMemoryError(
-            f"too little memory{f' (for {wanted[1]} more)' if wanted else ''}: {advice}"
-        ) from None
+        wanted = f" (for {wanted[1]} more)" if wanted else ""
+        raise torch.OutOfMemoryError(f"too little memory{wanted}: {advice}") from None
 
 
 def free_bytes(device: torch.device) -> int:
-    """What new tensors can have on a device now: on CUDA what is free there and what PyTorch keeps unused, else the
-    available memory of the machine (of a job's own limit nothing is known)."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    try:
-        return 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])
-    except (OSError, TypeError):  # no Linux
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Memory for new tensors on a device. Without CUDA it is that of the machine; the limit of a job is not known."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    # PyTorch keeps memory that no tensor uses; new tensors get it.
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 class KVCache:
     """
     `keys` and `values` of every layer, [N, H_kv, num_slots, head_dim].
 
-    The prompts lie in slots 0, 1, ... with padding on the right. What comes after them goes into one slot for all rows,
-    behind the longest prompt, so that a step writes a column, and shapes never change.
+    The prompts lie in slots 0, 1, ... with padding on the right. A token after the prompts goes to one slot for all
+    rows, behind the longest prompt: a step writes a column, and shapes never change.
     """
 
     def __init__(
@@ -73,18 +68,19 @@ class KVCache:
         self._num_visible = 0
 
     def begin_prefill(self, rows: slice) -> None:
-        """The next forward over prompts fills these rows."""
+        """The next forward of the decoder is over prompts, and fills these rows."""
         self._rows, self._slot = rows, None
 
     def begin_step(self, slot: torch.Tensor, num_visible: int) -> None:
-        """The next forward is of one token per row, for a slot, int64 [1], and looks at the first `num_visible`."""
+        """The next forward of the decoder is of one token per row, for `slot`, int64 [1]; it sees `num_visible`."""
         self._slot, self._num_visible = slot, num_visible
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0  # a forward over prompts begins at their beginning; a step brings its positions and its mask
+        """Always 0: a forward over prompts begins at their start, and a step brings its own positions and mask."""
+        return 0
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_unused: object):
-        """Called by the decoder's forward: store keys and values [B, H_kv, T, head_dim], return those to look at."""
+        """Called by the decoder's forward: store keys and values [B, H_kv, T, head_dim], return those to attend to."""
         if self._slot is not None:
             self.append(key[:, :, 0], value[:, :, 0], layer_idx, self._slot)
             visible = slice(0, self._num_visible)
@@ -100,6 +96,7 @@ class KVCache:
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep these rows only, int64 [N']."""
-        for layer_idx in range(len(self.keys)):  # layer by layer: never two copies of the whole
+        # Layer by layer: two copies of the whole cache might not fit.
+        for layer_idx in range(len(self.keys)):
             self.keys[layer_idx] = self.keys[layer_idx].index_select(0, rows)
             self.values[layer_idx] = self.values[layer_idx].index_select(0, rows)

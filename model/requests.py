@@ -1,14 +1,13 @@
 """
-Requests and answers: conversations to token ids, and generated token ids to text and pictures.
+Requests and answers: conversations to token ids, and generated token ids to text and images.
 
-Where it stands: on both sides of `model/generation.py`, for `inference_solver.py` and for the samples of a training
-(`model/samples.py`). Conversations become token ids as in pre-tokenizing (`data/item_processor.py`).
+Both sides of `model/generation.py`, for `inference_solver.py` and for the samples of a training (`model/samples.py`).
+Conversations become token ids as in pre-tokenizing (`data/item_processor.py`).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,18 @@ from model.generation import CUT_BY_LENGTH, CUT_BY_NAN, CUT_BY_POSITIONS, Genera
 from model.vqgan import VQGAN, check_codebook, load_vqgan, pixels_to_image
 from pre_tokenize.image_encoder import ImageEncoder
 
-REQUEST_KEYS = ("qas", "images", "size")
+REQUEST_KEYS = {"qas", "images", "size"}
 
 
 @dataclass(frozen=True)
 class Answer:
     """
-    What one generation gave.
+    One generation, decoded.
 
     Attributes:
-        text: its text, with an image symbol where each image stands.
+        text: with an image symbol where each image stands.
         images: the complete images, in order.
-        cut_by: as of its Generation; None, or the turn could not be ended, and text is as far as it came.
+        cut_by: as in Generation; None if the turn ended.
         is_image_cut_off: the cut was within an image, which is left out.
     """
 
@@ -65,10 +64,10 @@ class RequestCodec:
         """
         Args:
             tokenizer: of Hugging Face, with Chameleon's vocabulary.
-            vqgan_dir: folder or hub id, read once an image is put in or comes out; None: `DEFAULT_VQGAN_DIR`.
+            vqgan_dir: folder or hub id, loaded for the first image in or out; None: `DEFAULT_VQGAN_DIR`.
             device: of the VQGAN, which is always in fp32.
             target_size: of images put in, in pixels: they are cropped to about its square, as in pre-tokenizing.
-            codebook_sha256: of the VQGAN that the model was trained with, where another is rejected; None: any.
+            codebook_sha256: of the VQGAN that the model was trained with; another one is rejected. None: any.
         """
         self.codebook_sha256 = codebook_sha256
         self.tokenizer, self.device = tokenizer, device
@@ -91,9 +90,8 @@ class RequestCodec:
         return vqgan
 
     def check_vqgan(self, with_decoder: bool = True) -> None:
-        """Load the VQGAN now, so that what is wrong with it (ValueError) is told before anything is generated."""
-        vqgan = self.vqgan
-        if with_decoder and not vqgan.has_decoder:
+        """Load the VQGAN before anything is generated. Raises ValueError for a wrong one, or one without a decoder."""
+        if not self.vqgan.has_decoder and with_decoder:
             raise ValueError(
                 f"the VQGAN in {self.vqgan_dir} has no decoder to draw with (Hugging Face folders hold none): "
                 "give the folder of Meta's vqgan.ckpt."
@@ -102,18 +100,41 @@ class RequestCodec:
     def encode_request(
         self,
         qas: Sequence[Sequence[str | None]],
-        images: Sequence[Image.Image | str | Path] | Image.Image | str | Path = (),
+        images: Sequence[Image.Image | str | Path] | Image.Image | str | Path | None = (),
     ) -> list[int]:
-        """Token ids of a conversation whose last answer is open. Raises ValueError if `qas` is not of that form."""
+        """Token ids of a conversation whose last answer is open. Raises ValueError for anything else."""
         _check_turns(qas)
         images = [] if images is None else [images] if isinstance(images, Image.Image | str | Path) else images
+        opened = [image if isinstance(image, Image.Image) else open_image(image) for image in images]
         texts = [text for qa in qas for text in qa if text is not None]
-        check_image_symbols(texts, len(images))
-        pictures = [image if isinstance(image, Image.Image) else open_image(image) for image in images]
-        if pictures and not any(IMAGE_SYMBOL in text for text in texts):
-            texts[0] = f"{IMAGE_SYMBOL} " * len(pictures) + texts[0]
+        check_image_symbols(texts, len(opened))
+        if opened and not any(IMAGE_SYMBOL in text for text in texts):
+            texts[0] = f"{IMAGE_SYMBOL} " * len(opened) + texts[0]
         turns = [Turn("gpt" if index % 2 else "human", text) for index, text in enumerate(texts)]
-        return self.item_processor.encode_prompt(turns, pictures)
+        return self.item_processor.encode_prompt(turns, opened)
+
+    def encode_requests(
+        self, requests: Sequence[Mapping[str, Any]]
+    ) -> tuple[list[list[int]], list[tuple[int, int] | None]]:
+        """
+        Token ids and image size of each request {"qas", "images" (optional), "size" (optional)}.
+
+        The same object several times is encoded once. Raises ValueError for one of another form.
+        """
+        encoded: dict[int, tuple[list[int], tuple[int, int] | None]] = {}
+        for index, request in enumerate(requests):
+            if id(request) in encoded:
+                continue
+            try:
+                if "qas" not in request or not REQUEST_KEYS.issuperset(request):
+                    raise ValueError(
+                        f"it has {', '.join(map(brief, request))}; it must have qas, and may have images and size"
+                    )
+                encoded[id(request)] = self.encode_request(request["qas"], request.get("images")), request.get("size")
+            except ValueError as error:
+                raise ValueError(f"request {index}: {error}" if index else str(error)) from None
+        pairs = [encoded[id(request)] for request in requests]
+        return [prompt for prompt, _ in pairs], [size for _, size in pairs]
 
     def image_start(self, size: tuple[int, int] | None) -> list[int]:
         """The tokens that begin an image of (width, height) pixels. Raises ValueError for an impossible size."""
@@ -128,42 +149,35 @@ class RequestCodec:
         return ImageEncoder(self.vqgan, "fp32")(images)
 
     def decode(self, generations: Sequence[Generation], with_images: bool = True) -> list[Answer]:
-        """What the generations say and show; without images none is drawn."""
-        answers = []
-        for generation in generations:
-            text, codes, is_image_cut_off = self._layout(generation.tokens)
-            images = [self._decode_image(one) for one in codes] if with_images else []
-            answers.append(Answer(text, images, generation.cut_by, is_image_cut_off))
-        return answers
+        """Texts and images of generations; the VQGAN is not needed without images."""
+        return [self._decode_one(generation, with_images) for generation in generations]
 
-    def _layout(self, tokens: list[int]) -> tuple[str, list[np.ndarray], bool]:
-        """Text (with image symbols), codes [h, w] of the complete images, and whether an image was cut off."""
-        begin, end = self.vocab.begin_image_id, self.vocab.end_image_id
+    def _decode_one(self, generation: Generation, with_images: bool) -> Answer:
+        tokens, begin, end = generation.tokens, self.vocab.begin_image_id, self.vocab.end_image_id
         is_image_cut_off = tokens.count(begin) > tokens.count(end)
         if is_image_cut_off:
             tokens = tokens[: len(tokens) - 1 - tokens[::-1].index(begin)]
         text, images, done = "", [], 0
         for start, stop in self.vocab.find_images(tokens):
             text += self._decode_text(tokens[done:start]) + IMAGE_SYMBOL
-            images.append(self.vocab.tokens_to_codes(tokens[start:stop]))
             done = stop
-        return text + self._decode_text(tokens[done:]), images, is_image_cut_off
+            if with_images:
+                codes = torch.from_numpy(self.vocab.tokens_to_codes(tokens[start:stop]))
+                # One at a time: a batch may round differently, and the same seed must give the same image.
+                images.append(pixels_to_image(self.vqgan.decode(codes[None])[0]))
+        return Answer(text + self._decode_text(tokens[done:]), images, generation.cut_by, is_image_cut_off)
 
     def _decode_text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False) if tokens else ""
 
-    def _decode_image(self, codes: np.ndarray) -> Image.Image:
-        # One at a time: in a batch the convolutions may round differently, and the same seed gives the same picture.
-        return pixels_to_image(self.vqgan.decode(torch.from_numpy(codes)[None])[0])
-
 
 def describe_cuts(answers: Sequence[Answer], max_gen_len: int) -> str:
-    """How many of the answers were cut off, and by what, in one sentence."""
+    """How many of the answers were cut off, and by what, in one sentence; empty if none was."""
     places = {
         CUT_BY_LENGTH: f"max_gen_len={max_gen_len} tokens",
         CUT_BY_POSITIONS: "the end of the model's positions (shorten the prompt or raise --max_positions, in training "
         "--max_seq_len)",
-        CUT_BY_NAN: "logits that are no numbers: the weights are damaged, or too large for the precision",
+        CUT_BY_NAN: "NaN logits: the weights are damaged, or too large for the precision",
     }
     num_cut = {place: sum(answer.cut_by == cause for answer in answers) for cause, place in places.items()}
     found = [f"{num} of {len(answers)} answers were cut off at {place}" for place, num in num_cut.items() if num]
@@ -173,10 +187,11 @@ def describe_cuts(answers: Sequence[Answer], max_gen_len: int) -> str:
 
 
 def check_image_symbols(texts: Iterable[str | None], num_images: int) -> None:
-    """Raises ValueError if the texts are no Unicode, have symbols of another format, or not one for each image."""
+    """Raises ValueError unless the texts are Unicode and have one image symbol per image, or none."""
     texts = [text for text in texts if text is not None]
     for text in texts:
-        if any("\ud800" <= char <= "\udfff" for char in text):  # a shell's bytes that are not UTF-8
+        # Bytes of the shell that are not UTF-8.
+        if any("\ud800" <= char <= "\udfff" for char in text):
             raise ValueError(f"the text {ascii(text[:60])} is not valid UTF-8; convert it to UTF-8 first")
     num_symbols = sum(text.count(IMAGE_SYMBOL) for text in texts)
     if num_images and not num_symbols and (problem := foreign_symbol_problem(texts)):
@@ -188,41 +203,12 @@ def check_image_symbols(texts: Iterable[str | None], num_images: int) -> None:
         )
 
 
-def check_request(request: Any) -> None:
-    """Raises ValueError if a request is not {"qas", "images" (optional), "size" (optional)} of the right types."""
-    if not isinstance(request, Mapping):
-        raise ValueError(f"a request must be an object with {', '.join(REQUEST_KEYS)}, got {str(request)[:80]!r}")
-    unknown = [brief(key) for key in request if key not in REQUEST_KEYS]
-    if unknown or "qas" not in request:
-        problem = f"has {', '.join(unknown)}" if unknown else "has no 'qas'"
-        raise ValueError(f"a request {problem}; it must have 'qas' and may have 'images' and 'size'")
-    _check_turns(request["qas"])
-    images = request.get("images")
-    is_list = isinstance(images, Sequence) and not isinstance(images, str)
-    for image in images if is_list else [] if images is None else [images]:
-        if not isinstance(image, Image.Image | str | Path):
-            raise ValueError(f"images must be pictures or paths, got {str(image)[:80]!r} ({type(image).__name__})")
-    check_size(request.get("size"))
-
-
-def check_size(size: Any) -> tuple[int, int] | None:
-    """(width, height) of any pair of whole numbers. Raises ValueError for anything else but None."""
-    if size is None:
-        return None
-    is_pair = isinstance(size, Sequence) and not isinstance(size, str) and len(size) == 2
-    if not is_pair or not all(isinstance(side, Integral) for side in size):
-        raise ValueError(f"size must be (width, height) in whole pixels, got {str(size)[:80]!r}")
-    return int(size[0]), int(size[1])
-
-
 def _check_turns(qas: Any) -> None:
-    """Raises ValueError if `qas` is no list of [question, answer] pairs of texts, the last answer None or a text."""
-    turns = [] if isinstance(qas, str) or not isinstance(qas, Sequence) else list(qas)
-    is_good = bool(turns)
-    for index, turn in enumerate(turns):
-        is_pair = isinstance(turn, Sequence) and not isinstance(turn, str) and len(turn) == 2
-        is_last = index == len(turns) - 1
-        is_good &= is_pair and isinstance(turn[0], str) and isinstance(turn[1], str | None if is_last else str)
+    """Raises ValueError unless `qas` is [question, answer] pairs of texts; the last answer may be None."""
+    is_good = bool(qas) and all(isinstance(qa, list | tuple) and len(qa) == 2 for qa in qas)
+    if is_good:
+        *texts, last_answer = [text for qa in qas for text in qa]
+        is_good = all(isinstance(text, str) for text in texts) and isinstance(last_answer, str | None)
     if not is_good:
         raise ValueError(
             f"qas must be [question, answer] pairs of texts; only the last answer may be None, got {str(qas)[:80]!r}"

@@ -1,9 +1,8 @@
 """
-One token per row through the forward of the whole model, as a sharded one needs it.
+One token per row through the forward of the whole model, as a sharded model needs it.
 
-Where it stands: in the place of `model/decode_step.py` when the samples of a training are generated
-(`model/samples.py`). FSDP gathers weights where the root's forward and those of its parts are called, so nothing here
-looks at a weight: whatever the layers hold (adapters, frozen and trained rows), a step is right if a forward is.
+`model/samples.py` hands it to `generate_batch` in the place of `model/decode_step.py`. FSDP gathers weights where the
+forwards of the root and of its parts are called, so nothing here looks at a weight: adapters and frozen rows work too.
 """
 
 from collections.abc import Callable
@@ -17,13 +16,13 @@ from model.kv_cache import KVCache
 
 class RootForward:
     """
-    Logits of one token per row by the model's own forward.
+    Logits of one token per row by the model's own forward; interface as `LeanForward`.
 
     Attributes:
-        device, dtype: of the activations, which under mixed precision is not the type of the weights.
+        device, dtype: of the activations. Under mixed precision, weights have another type.
         code_ids: sorted ids of the image codes, int64 [num_codes].
-        agree: from the tokens int64 [N] that this rank drew to those that all ranks go on with: ranks whose tokens
-            differed would end after different numbers of forwards, and wait for one another forever.
+        agree: from the tokens int64 [N] that this rank drew to those that all ranks continue with. Ranks with other
+            tokens would run another number of forwards, and wait for one another forever.
     """
 
     def __init__(
@@ -46,17 +45,7 @@ class RootForward:
         mask: torch.Tensor,
         is_image: bool,
     ) -> torch.Tensor:
-        """
-        Args:
-            input_ids, positions: int64 [N].
-            cache: of N rows; gets the tokens' keys and values.
-            slot: int64 [1], where.
-            mask: [N, num_visible], 0 at the slots that a row sees, minus infinity elsewhere.
-            is_image: nothing but image codes can come.
-
-        Returns:
-            Logits [N, V], with `is_image` of the image codes alone, [N, num_codes].
-        """
+        """Arguments and result as in `LeanForward`."""
         cache.begin_step(slot, mask.shape[1])
         logits = self._model(
             input_ids[:, None],

@@ -94,9 +94,7 @@ class Sampler:
         forward = RootForward(model, self._vocab, self._device, self._dtype, agree=broadcast_from_main)
         lengths = self._options.sample_max_gen_len, self._starts, batch_size
         with evaluating(model, self._setup.options.parallel, keep_gathered):
-            generations = generate_batch(
-                model, self._contexts, self._vocab, self._sampling, *lengths, root_forward=forward
-            )
+            generations = generate_batch(model, self._contexts, self._vocab, self._sampling, *lengths, forward=forward)
         if self._setup.launch.is_main:
             try:
                 note = self._keep(generations, step, log_images)

@@ -1,8 +1,8 @@
 """
 Which token is drawn.
 
-Where it stands: used by `model/generation.py` on the logits of every step. All functions here are pure: logits, the
-state of the grammar and a number between 0 and 1 in, a token out.
+`model/generation.py` calls it on the logits of every step. All functions are pure: logits, the kind of token that must
+come and a number between 0 and 1 in, a token out.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,13 @@ import torch
 
 from model.image_grammar import Kind
 
-MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6  # beyond, what is not greedy would leave the range of fp32
-MAX_CFG = 1e6  # likewise
-MAX_SEED = 2**63 - 1  # of PyTorch's generators
-_FEW = 64  # of so few, the largest are found faster by a partial sort than by a selection
+# Beyond these, sampling that is not greedy would leave the range of fp32.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
+MAX_CFG = 1e6
+# The largest seed of PyTorch's generators.
+MAX_SEED = 2**63 - 1
+# Up to this k, a partial sort finds the k-th largest faster than a selection.
+_FEW = 64
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,8 @@ class SamplingOptions:
 
     Attributes:
         temperature: 0 is greedy; else from MIN_TEMPERATURE to MAX_TEMPERATURE.
-        image_top_k, text_top_k: only the k most probable tokens (and those as probable as the last of them) are drawn
-            from, inside and outside of images.
+        image_top_k, text_top_k: tokens are drawn from the k most probable (and those as probable as the last of
+            them), inside and outside of images.
         cfg: classifier-free guidance inside images, `u + cfg * (c - u)` with the logits u of a branch that has seen
             nothing before the image; 1 is without. From -MAX_CFG to MAX_CFG.
         seed: prompt i draws with a generator seeded by seed + i.
@@ -64,7 +67,7 @@ def draw_noise(seeds: Sequence[int], num_steps: int) -> torch.Tensor:
     """
     Numbers in [0, 1), fp32 [B, num_steps] on the host: each row from a generator of its own, whatever the batch.
 
-    For the same numbers again `num_steps` must be the same: how a generator fills a tensor depends on its size.
+    The numbers depend on `num_steps` too: how a generator fills a tensor depends on its size.
     """
     return torch.stack([torch.rand(num_steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
@@ -99,7 +102,7 @@ def sample_tokens(
 
 
 def sample_codes(logits: torch.Tensor, options: SamplingOptions, noise: torch.Tensor) -> torch.Tensor:
-    """The same inside images: of logits [B, num_codes] of the image codes alone, which of them, int64 [B]."""
+    """`sample_tokens` for logits [B, num_codes] of the image codes alone. Returns indices among them, int64 [B]."""
     logits = logits.float()
     if options.temperature == 0:
         return _largest(logits)
@@ -109,7 +112,7 @@ def sample_codes(logits: torch.Tensor, options: SamplingOptions, noise: torch.Te
 
 
 def _largest(logits: torch.Tensor) -> torch.Tensor:
-    """The first of the largest, as `_draw` V where it is no number."""
+    """The first of the largest; V where that is NaN or infinite, as in `_draw`."""
     best = logits.max(-1)
     return best.indices.masked_fill(~(best.values < torch.inf), logits.shape[1])
 
@@ -125,12 +128,9 @@ def _least_kept(logits: torch.Tensor, top_k: int) -> torch.Tensor:
 
 
 def _draw(logits: torch.Tensor, temperature: float, noise: torch.Tensor) -> torch.Tensor:
-    """
-    The first token at which the sum of the probabilities so far exceeds the noise: i with probability p_i.
-
-    The noise is kept off 1, where rounding could find no token; one whose probability is 0 is never the first. Where a
-    logit is NaN or infinite so are the sums, and the search ends behind the last token.
-    """
+    """The first token at which the sum of the probabilities so far exceeds the noise: i with probability p_i."""
     cumulated = torch.softmax(logits / temperature, -1).cumsum(-1)
+    # Off 1, where rounding could leave no token. A token of probability 0 is never the first above the threshold.
     threshold = noise[:, None].clamp(max=1 - 2**-20) * cumulated[:, -1:]
+    # With a NaN or infinite logit the sums are NaN, and the search ends behind the last token, at V.
     return torch.searchsorted(cumulated, threshold, right=True)[:, 0]

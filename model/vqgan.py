@@ -1,14 +1,14 @@
-"""The VQGAN that turns pictures into discrete codes and back: `transformers`' encoder and quantizer, and our decoder.
+"""
+The VQGAN that turns images into discrete codes and back: `transformers`' encoder and quantizer, and our decoder.
 
 The state-dict keys are those of Meta's `vqgan.ckpt`. `load_vqgan` reads Meta's folder (`vqgan.yaml`, `vqgan.ckpt`), a
 Hugging Face Chameleon folder (which holds no decoder), and our own (`vqgan.json`, `model.safetensors`).
 """
 
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import yaml
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig
 from transformers.models.chameleon.modeling_chameleon import (
@@ -28,7 +28,7 @@ from transformers.models.chameleon.modeling_chameleon import (
 
 META_CONFIG, META_WEIGHTS = "vqgan.yaml", "vqgan.ckpt"
 OUR_CONFIG, OUR_WEIGHTS = "vqgan.json", "model.safetensors"
-HF_PREFIX = "model.vqmodel."
+HF_CONFIG, HF_PREFIX = "config.json", "model.vqmodel."
 CODEBOOK = "quantize.embedding.weight"
 CONFIG_FIELDS = (
     "embed_dim", "num_embeddings", "double_latent", "latent_channels", "resolution", "in_channels", "base_channels",
@@ -37,8 +37,7 @@ CONFIG_FIELDS = (
 
 
 class VQGAN(nn.Module):
-    """Pictures [B, 3, H, W] in [-1, 1] to codes [B, H/16, W/16] and back. `has_decoder` tells whether back is
-    possible."""
+    """Images [B, 3, H, W] in [-1, 1] to codes [B, H/16, W/16], and back if `has_decoder`."""
 
     def __init__(self, config: ChameleonVQVAEConfig, with_decoder: bool = True):
         super().__init__()
@@ -50,7 +49,10 @@ class VQGAN(nn.Module):
         self.post_quant_conv = vqvae.post_quant_conv
         if with_decoder:
             self.decoder = VQGANDecoder(config)
-        _centre_group_norms(self)
+        for parent in list(self.modules()):
+            for name, norm in parent.named_children():
+                if type(norm) is nn.GroupNorm:
+                    setattr(parent, name, CenteredGroupNorm(norm.num_groups, norm.num_channels, eps=norm.eps))
 
     @property
     def num_codes(self) -> int:
@@ -67,7 +69,7 @@ class VQGAN(nn.Module):
 
     @property
     def codebook_sha256(self) -> str:
-        """What names this VQGAN, whatever the format of its folder, the type of its weights and its device."""
+        """Names this VQGAN, whatever the format of its folder, the type of its weights and its device."""
         return hash_codebook(self.quantize.embedding.weight)
 
     def features(self, pixels: Tensor) -> Tensor:
@@ -79,7 +81,7 @@ class VQGAN(nn.Module):
         """Codes, int64 [B, h, w], of pixels [B, 3, H, W] in [-1, 1]; H and W must be multiples of `downsample`."""
         height, width = pixels.shape[-2:]
         if height % self.downsample or width % self.downsample:
-            raise ValueError(f"a picture of {width}x{height} does not divide into codes of {self.downsample} pixels")
+            raise ValueError(f"an image of {width}x{height} does not divide into codes of {self.downsample} pixels")
         weight = next(self.parameters())
         return self.nearest_codes(self.features(pixels.to(weight.device, weight.dtype)))
 
@@ -106,13 +108,13 @@ class VQGAN(nn.Module):
 class CenteredGroupNorm(nn.GroupNorm):
     """GroupNorm that is as exact in channels-last layout as in the other.
 
-    torch's own kernel for fp32 on a CPU adds up x and x^2 one after the other there: on an even surface of 256 x 224
-    pixels it is off by 6e-5 of the largest value, and the features after it by up to 4e-4, enough to change codes.
+    There, torch's own kernel for fp32 on a CPU sums x and x^2 sequentially. On an even surface of 256 x 224 pixels its
+    error is 6e-5 of the largest value, and that of the features after it up to 4e-4: enough to change codes.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        is_concerned = input.device.type == "cpu" and input.dtype == torch.float32 and input.dim() == 4
-        if not is_concerned or not input.is_contiguous(memory_format=torch.channels_last):
+        is_cpu_fp32 = input.device.type == "cpu" and input.dtype == torch.float32 and input.dim() == 4
+        if not is_cpu_fp32 or not input.is_contiguous(memory_format=torch.channels_last):
             return super().forward(input)
         centered = input - self._mean_of_groups(input)
         scale = torch.rsqrt(self._mean_of_groups(centered * centered) + self.eps) * self.weight[:, None, None]
@@ -125,8 +127,7 @@ class CenteredGroupNorm(nn.GroupNorm):
 
 
 class VQGANDecoder(nn.Module):
-    """Mirror of the encoder: convolutional blocks with nearest-neighbour doubling between levels (taming-
-    transformers' VQGAN)."""
+    """Mirror of the encoder: convolutional blocks, nearest-neighbour doubling between levels (taming-transformers)."""
 
     def __init__(self, config: ChameleonVQVAEConfig):
         super().__init__()
@@ -174,17 +175,23 @@ class VQGANDecoder(nn.Module):
 def load_vqgan(vqgan_dir: str | os.PathLike, device: str = "cpu", dtype: torch.dtype = torch.float32) -> VQGAN:
     """The frozen VQGAN of a folder, in eval mode.
 
-    Raises FileNotFoundError or ValueError with what the folder lacks, or which of its files is damaged.
+    Raises FileNotFoundError with what the folder lacks, or ValueError with the files that cannot be used.
     """
     folder = Path(vqgan_dir)
     config_path, weight_paths = _find_files(folder)
-    with _naming(config_path):
-        config = _read_config(config_path)
-    with _naming(*weight_paths):
-        state = _read_state(weight_paths, is_ours=config_path.name == OUR_CONFIG)
-    with _naming(config_path, *weight_paths):  # they may be whole and not belong together
+    try:
+        config, state = _read_config(config_path), _read_state(weight_paths, is_hf=config_path.name == HF_CONFIG)
         vqgan = VQGAN(config, with_decoder=any(key.startswith("decoder.") for key in state))
         missing, _ = vqgan.load_state_dict({key: tensor.float() for key, tensor in state.items()}, strict=False)
+    except OSError:
+        raise
+    except Exception as error:
+        # Each format has errors of its own for a damaged file, or for files that do not belong together.
+        names, reason = " and ".join(map(str, (config_path, *weight_paths))), " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"the VQGAN cannot be read from {names}: {type(error).__name__}: {reason}. Copy the folder again, "
+            "configuration and weights of one VQGAN"
+        ) from error
     if missing:
         raise ValueError(f"{folder}: the VQGAN weights lack {len(missing)} tensors, first {missing[0]}")
     return vqgan.to(device=device, dtype=dtype).eval().requires_grad_(False)
@@ -193,7 +200,7 @@ def load_vqgan(vqgan_dir: str | os.PathLike, device: str = "cpu", dtype: torch.d
 def save_vqgan(vqgan: VQGAN, vqgan_dir: str | os.PathLike, dtype: torch.dtype = torch.float16) -> None:
     """Write `vqgan.json` and `model.safetensors`, the weights in `dtype` (half precision halves the committed file).
 
-    The codebook is written in fp32: rounded twice, to half precision and then by `hash_codebook`, it would be another.
+    The codebook is written in fp32: rounded to half precision and then by `hash_codebook`, its hash would be another.
     """
     folder = Path(vqgan_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -203,7 +210,7 @@ def save_vqgan(vqgan: VQGAN, vqgan_dir: str | os.PathLike, dtype: torch.dtype = 
     state[CODEBOOK] = vqgan.quantize.embedding.weight.detach().to("cpu", torch.float32).contiguous()
     partial = folder / f"{OUR_WEIGHTS}.partial"
     save_file(state, partial)
-    os.replace(partial, folder / OUR_WEIGHTS)
+    partial.replace(folder / OUR_WEIGHTS)
 
 
 def hash_vqgan(vqgan_dir: str | os.PathLike) -> str:
@@ -212,8 +219,8 @@ def hash_vqgan(vqgan_dir: str | os.PathLike) -> str:
     digest = hashlib.sha256()
     for path in (config_path, *weight_paths):
         with open(path, "rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
+            # One digest over all files.
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
 
@@ -230,7 +237,7 @@ def check_codebook(
     of: str,
     other_way: str = ", or --any_vqgan if that is meant",
 ) -> None:
-    """Raises ValueError if the codebook of a VQGAN is not the one whose hash `of` names (`expected`; None: any)."""
+    """Raises ValueError if the hash of a VQGAN's codebook is not `expected`, that of `of`; None accepts any."""
     found = hash_codebook(embedding)
     if expected not in (None, found):
         raise ValueError(
@@ -240,63 +247,38 @@ def check_codebook(
 
 
 def image_to_pixels(image: Image.Image) -> Tensor:
-    """Float pixels [3, H, W] in [-1, 1] of an RGB picture."""
+    """Float pixels [3, H, W] in [-1, 1] of an RGB image."""
     return images_to_pixels([image])[0].contiguous()
 
 
 def images_to_pixels(images: Sequence[Image.Image], device: torch.device | str = "cpu") -> Tensor:
-    """Float pixels [B, 3, H, W] in [-1, 1], in channels-last layout, of RGB pictures of one size."""
+    """Float pixels [B, 3, H, W] in [-1, 1], in channels-last layout, of RGB images of one size."""
     if wrong := {image.mode for image in images} - {"RGB"}:
-        raise ValueError(f"the VQGAN takes RGB pictures, got mode {wrong.pop()}; convert it first")
+        raise ValueError(f"the VQGAN takes RGB images, got mode {wrong.pop()}; convert it first")
     levels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).to(device)
     # The recipe's arithmetic, in double before the cast.
     return (levels.double() / 255 * 2 - 1).float().permute(0, 3, 1, 2)
 
 
 def pixels_to_image(pixels: Tensor) -> Image.Image:
-    """The 8-bit RGB picture of float pixels [3, H, W], clamped to [-1, 1]."""
+    """The 8-bit RGB image of float pixels [3, H, W], clamped to [-1, 1]."""
     array = (pixels.detach().float().clamp(-1, 1).add(1).mul(127.5)).permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(array.astype(np.uint8))
 
 
-def _centre_group_norms(module: nn.Module) -> None:
-    for parent in list(module.modules()):
-        for name, norm in parent.named_children():
-            if type(norm) is nn.GroupNorm:
-                setattr(parent, name, CenteredGroupNorm(norm.num_groups, norm.num_channels, eps=norm.eps))
-
-
 def _find_files(folder: Path) -> tuple[Path, list[Path]]:
-    """The configuration and weight files of a VQGAN folder in whichever of the three formats it has."""
+    """The configuration and weight files of a VQGAN folder, in any of the three formats."""
     if (folder / META_CONFIG).is_file() and (folder / META_WEIGHTS).is_file():
         return folder / META_CONFIG, [folder / META_WEIGHTS]
     if (folder / OUR_CONFIG).is_file() and (folder / OUR_WEIGHTS).is_file():
         return folder / OUR_CONFIG, [folder / OUR_WEIGHTS]
     shards = sorted(folder.glob("*.safetensors"))
-    if (folder / "config.json").is_file() and shards:
-        with _naming(folder / "config.json"):
-            has_vqgan = "vq_config" in json.loads((folder / "config.json").read_text())
-        if has_vqgan:
-            return folder / "config.json", shards
+    if shards and (folder / HF_CONFIG).is_file() and '"vq_config"' in (folder / HF_CONFIG).read_text():
+        return folder / HF_CONFIG, shards
     raise FileNotFoundError(
         f"no VQGAN in {folder}: it must hold {META_CONFIG} and {META_WEIGHTS} (Meta's), {OUR_CONFIG} and {OUR_WEIGHTS} "
         "(ours), or a Hugging Face Chameleon model with vq_config in its config.json; see --vqgan_dir in TRAIN.md"
     )
-
-
-@contextlib.contextmanager
-def _naming(*paths: Path) -> Iterator[None]:
-    """Turns whatever a damaged file raises into one ValueError with its name."""
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:  # each format has errors of its own; all of them mean the same
-        names, reason = " and ".join(map(str, paths)), " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"the VQGAN cannot be read from {names}: {type(error).__name__}: {reason}. Copy the folder again, "
-            "configuration and weights of one VQGAN"
-        ) from error
 
 
 def _read_config(path: Path) -> ChameleonVQVAEConfig:
@@ -305,13 +287,6 @@ def _read_config(path: Path) -> ChameleonVQVAEConfig:
     raw = json.loads(path.read_text())
     fields = raw if path.name == OUR_CONFIG else raw["vq_config"]
     return ChameleonVQVAEConfig(**{key: fields[key] for key in CONFIG_FIELDS if key in fields})
-
-
-def _read_state(paths: list[Path], is_ours: bool) -> dict[str, Tensor]:
-    if paths[0].name == META_WEIGHTS:
-        state = torch.load(paths[0], map_location="cpu", weights_only=True)
-        return state.get("state_dict", state)
-    return load_file(paths[0]) if is_ours else _read_hf_state(paths)
 
 
 def _config_from_meta(raw: Mapping) -> ChameleonVQVAEConfig:
@@ -333,9 +308,13 @@ def _config_from_meta(raw: Mapping) -> ChameleonVQVAEConfig:
     )
 
 
-def _read_hf_state(weight_paths: list[Path]) -> dict[str, Tensor]:
-    state = {}
-    for path in weight_paths:
+def _read_state(paths: list[Path], is_hf: bool) -> dict[str, Tensor]:
+    if paths[0].name == META_WEIGHTS:
+        state = torch.load(paths[0], map_location="cpu", weights_only=True)
+        return state.get("state_dict", state)
+    prefix, state = HF_PREFIX if is_hf else "", {}
+    for path in paths:
+        # A Hugging Face folder holds a whole model: only the VQGAN's tensors are read.
         with safe_open(path, framework="pt") as file:
-            state |= {k.removeprefix(HF_PREFIX): file.get_tensor(k) for k in file.keys() if k.startswith(HF_PREFIX)}
+            state |= {k.removeprefix(prefix): file.get_tensor(k) for k in file.keys() if k.startswith(prefix)}
     return state

@@ -1,4 +1,4 @@
-"""RGB pictures to VQGAN codes, in batches of pictures of one size."""
+"""RGB images to VQGAN codes, in batches of images of one size, for an ItemProcessor and for inference."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,12 +10,15 @@ from model.vqgan import VQGAN, images_to_pixels
 
 
 class ImageEncoder:
-    """The `image_encode` of an ItemProcessor. Which pictures share a batch depends on the list given alone."""
+    """The `image_encode` of an ItemProcessor. Which images share a batch depends on the list given alone."""
 
     def __init__(self, vqgan: VQGAN, precision: str = "tf32", batch_size: int = 1, compile: bool = False):
-        """`precision`: tf32 differs from fp32 on CUDA only; bf16 is for the features, codes are chosen in fp32.
-
-        `compile`: fuse what stands between the convolutions by torch.compile; takes a minute at the first batch.
+        """
+        Args:
+            precision: of the features, "tf32" (which differs from fp32 on CUDA only), "fp32" or "bf16"; codes are
+                chosen in fp32.
+            batch_size: most images of one size at a time.
+            compile: fuse what stands between the convolutions by torch.compile, which takes a minute at first.
         """
         if precision not in ("tf32", "fp32", "bf16"):
             raise ValueError(f"precision must be tf32, fp32 or bf16, got {precision!r}")
@@ -26,12 +29,12 @@ class ImageEncoder:
         self.batch_size = batch_size
 
     def __call__(self, images: Sequence[Image.Image]) -> list[np.ndarray]:
-        """Codes, int64 [h, w], of RGB pictures whose sides are multiples of 16 pixels, in their order."""
+        """Codes, int64 [h, w], of RGB images whose sides are multiples of 16 pixels, in their order."""
         return self.begin(images)()
 
     @torch.inference_mode()
     def begin(self, images: Sequence[Image.Image]) -> Callable[[], list[np.ndarray]]:
-        """Start to encode, and return the function that waits for the codes. On CUDA the host is free in between."""
+        """Start to encode; returns a function that waits for the codes. On CUDA the host is free in between."""
         batches = group_by_size([image.size for image in images], self.batch_size)
         pending = [self._encode([images[index] for index in batch]) for batch in batches]
 
@@ -45,7 +48,7 @@ class ImageEncoder:
         return collect
 
     def _encode(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Codes [B, h, w] of pictures of one size, still on the device."""
+        """Codes [B, h, w] of images of one size, still on the device."""
         if self.device.type == "cuda":
             allow_tf32 = self.precision == "tf32"
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow_tf32

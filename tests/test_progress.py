@@ -1,100 +1,79 @@
 """How far a generation has come: rows counted from tokens, the bar of a terminal, and the lines of a log."""
 
 import io
-import os
-import pty
 import re
-import termios
-import time
+from functools import partial
+from itertools import count
 
-from model.progress import GenerationMeter, ProgressDisplay
+import pytest
+from tqdm import tqdm
 
-SIZE = (64, 96)  # 4 codes and a new line in each of 6 rows
-ROW_LEN, ROWS = 5, 6
+from model.progress import GenerationMeter, show_progress
+
+# 4 codes and a new line in each of 6 rows.
+SIZE, ROW_LEN, ROWS = (64, 96), 5, 6
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def show(stream, sizes, interval_s: float = 1e9) -> str:
+    """What a stream receives of 30 updates."""
+    with show_progress("generating", stream, interval_s) as show_meter:
+        meter = GenerationMeter(sizes, 8, 100, show_meter)
+        for _ in range(ROWS * ROW_LEN):
+            meter.update(len(sizes), 0)
+    return stream.getvalue()
 
 
 def test_rows_are_counted_from_tokens_alone():
-    meter, seen = GenerationMeter([SIZE], 8, 100), []
-    assert meter.max_tokens == ROWS * ROW_LEN + 2
+    seen = []
+    meter = GenerationMeter([SIZE], 8, 100, lambda meter: seen.append(meter.place()))
+    assert meter.max_tokens == ROWS * ROW_LEN + 2 and meter.place() == "image row 1/6"
     for _ in range(ROWS * ROW_LEN):
-        seen.append(meter.row)
         meter.update(1, 0)
-    assert seen == [row for row in range(1, ROWS + 1) for _ in range(ROW_LEN)]
-    assert meter.row == 0 and meter.place() == ""  # the picture is done, what follows has no rows
+    # What follows the image has no rows.
+    assert seen == [f"image row {n // ROW_LEN + 1}/6" for n in range(1, ROWS * ROW_LEN)] + [""]
     assert meter.fraction == 30 / 32
 
 
-def test_rows_of_several_pictures_drawn_in_step():
+def test_rows_of_several_images_drawn_in_step():
     meter = GenerationMeter([SIZE] * 3, 8, 100)
     meter.update(3 * ROW_LEN * 2, 0)
-    assert meter.place() == "pictures row 3/6"
+    assert meter.place() == "images row 3/6"
     meter.update(3 * ROW_LEN * 4, 2)
     assert meter.place() == "2/3 answers"
 
 
-def test_rows_are_not_made_up():
-    for sizes, batch_size in (([SIZE] * 3, 2), ([SIZE, None], 8), ([SIZE, (96, 64)], 8), ([None], 8)):
-        meter = GenerationMeter(sizes, batch_size, 100)
-        meter.update(7, 0)
-        assert meter.rows == meter.row == 0 and meter.max_tokens == 100 * len(sizes)
-        assert "row" not in meter.line() and "7 tokens" in meter.line()
-    assert GenerationMeter([SIZE], 8, 10).max_tokens == 10
+@pytest.mark.parametrize("sizes, batch_size", [([SIZE] * 3, 2), ([SIZE, None], 8), ([SIZE, (96, 64)], 8), ([None], 8)])
+def test_rows_of_other_answers_are_not_known(sizes, batch_size):
+    meter = GenerationMeter(sizes, batch_size, 100)
+    meter.update(7, 0)
+    assert meter.rows == 0 and meter.max_tokens == 100 * len(sizes)
+    assert "row" not in meter.line() and "7 tokens" in meter.line()
 
 
-def test_what_shows_it_is_called_after_every_update():
-    seen = []
-    meter = GenerationMeter([None], 8, 100, lambda meter: seen.append(meter.num_tokens))
-    for _ in range(3):
-        meter.update(2, 0)
-    assert seen == [2, 4, 6]
+def test_a_log_gets_a_line_at_intervals_and_at_the_end(monkeypatch):
+    seconds = count()
+    monkeypatch.setattr("model.progress.time.monotonic", lambda: next(seconds))
+    *lines, last = show(io.StringIO(), [SIZE], interval_s=25).splitlines()
+    assert 1 <= len(lines) <= 6
+    assert all(re.fullmatch(r"generating: image row \d/6, \d+ tokens in \d+\.0 s, \d tokens/s", line) for line in lines)
+    assert re.fullmatch(r"generating: 30 tokens in \d+\.0 s, \d tokens/s", last)
 
 
-def test_a_log_gets_a_line_now_and_then():
+def test_a_log_of_a_generation_that_failed_has_no_total():
     stream = io.StringIO()
-    with ProgressDisplay("generating", stream, interval_s=0.2) as display:
-        meter = GenerationMeter([SIZE], 8, 100, display.show)
-        for _ in range(ROWS * ROW_LEN):
-            meter.update(1, 0)
-            time.sleep(0.02)
-    *lines, last = stream.getvalue().splitlines()
-    assert 1 <= len(lines) <= 5  # 0.6 s or somewhat more
-    assert all(re.fullmatch(r"generating: (picture row \d/6, )?\d+ tokens, \d+ tokens/s", line) for line in lines)
-    assert "picture row" in lines[0]
-    assert re.fullmatch(r"generating: 30 tokens in \d+\.\d s, \d+ tokens/s", last)
+    with pytest.raises(KeyboardInterrupt), show_progress("generating", stream) as show_meter:
+        GenerationMeter([SIZE], 8, 100, show_meter).update(1, 0)
+        raise KeyboardInterrupt
+    assert stream.getvalue() == ""
 
 
-def test_a_log_of_a_generation_that_failed_says_no_total():
-    stream = io.StringIO()
-    try:
-        with ProgressDisplay("generating", stream) as display:
-            GenerationMeter([SIZE], 8, 100, display.show).update(1, 0)
-            raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        assert stream.getvalue() == ""
-
-
-def show_in_terminal(sizes, tokens_per_update: int) -> str:
-    """What a terminal receives while 30 updates are shown."""
-    leader, follower = pty.openpty()
-    termios.tcsetwinsize(follower, (24, 100))
-    with os.fdopen(follower, "w") as stream:
-        with ProgressDisplay("generating", stream) as display:
-            meter = GenerationMeter(sizes, 8, 100, display.show)
-            for _ in range(ROWS * ROW_LEN):
-                meter.update(tokens_per_update, 0)
-                time.sleep(0.015)
-        shown = b""
-        while not shown.endswith(b"\n"):
-            shown += os.read(leader, 65536)
-    os.close(leader)
-    return shown.decode()
-
-
-def test_a_terminal_gets_a_bar_of_tokens_with_the_row():
-    shown = show_in_terminal([SIZE], 1)
-    assert "/32 [" in shown and re.search(r"\d tokens/s, picture row [2-5]/6\]", shown)
-    assert shown.count("\r") < 30 and shown.count("\n") == 1  # drawn on one line, not at every token
-
-
-def test_a_terminal_gets_a_bar_of_answers_where_rows_are_not_known():
-    assert re.search(r"0/2 \[.* answers/s, \d+ tokens/s\]", show_in_terminal([SIZE, None], 2))
+def test_a_terminal_gets_one_bar_of_tokens_with_its_place(monkeypatch):
+    monkeypatch.setattr("model.progress.tqdm", partial(tqdm, mininterval=0))
+    shown = show(Terminal(), [SIZE])
+    assert re.search(r"7/32 \[.* tokens/s, image row 2/6\]", shown) and shown.count("\n") == 1
+    assert re.search(r"/200 \[.* tokens/s, 0/2 answers\]", show(Terminal(), [SIZE, None]))

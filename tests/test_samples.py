@@ -69,9 +69,9 @@ def test_all_ranks_draw_the_tokens_of_rank_0_which_are_those_of_the_decode_step(
     expected = generate_batch(model, *arguments)
     assert any(VOCAB.end_image_id in generation.tokens for generation in expected)
     forward = RootForward(model, VOCAB, device, torch.float32, agree=record)
-    assert generate_batch(model, *arguments, root_forward=forward) == expected
+    assert generate_batch(model, *arguments, forward=forward) == expected
     forward = RootForward(other, VOCAB, device, torch.float32, agree=lambda tokens: drawn.pop(0))
-    assert generate_batch(other, *arguments, root_forward=forward) == expected
+    assert generate_batch(other, *arguments, forward=forward) == expected
 
 
 @pytest.mark.slow
@@ -87,7 +87,7 @@ def test_compiled_layers_of_a_sharded_model_sample_uncompiled(keep_gathered):
         root_forward = RootForward(model, VOCAB, device, torch.float32)
         with evaluating(model, options, keep_gathered):
             assert not model.training
-            found = generate_batch(model, make_prompts(), VOCAB, GREEDY, 30, root_forward=root_forward)
+            found = generate_batch(model, make_prompts(), VOCAB, GREEDY, 30, forward=root_forward)
         assert found == expected and counter.frame_count == 0 and model.training
         assert not any(module._get_fsdp_state()._fsdp_param_group.is_unsharded for module in model.model.layers)
         row = torch.tensor([make_prompts()[1]])

@@ -29,6 +29,7 @@ import transformers  # noqa: E402
 from data.vocab import CODES_PER_GRID, ChameleonVocab  # noqa: E402
 from exps.bench import common  # noqa: E402
 from exps.bench.synthetic import fill_weights, special_names  # noqa: E402
+from model.decode_step import LeanForward  # noqa: E402
 from model.decoder.chameleon import MODEL_SIZES, build_config, build_model, reset_rotary_buffers  # noqa: E402
 from model.generation import SamplingOptions, generate_batch  # noqa: E402
 from model.image_grammar import ImageGrammar, Kind  # noqa: E402
@@ -192,11 +193,12 @@ def ours(
     model, vocab: ChameleonVocab, prompts: Answers, begin: list[int], cfg: float, num_tokens: int, compile_step: bool
 ) -> Callable[[float], Answers]:
     """A call that draws all answers at a temperature; returns their tokens without `begin`."""
+    forward = LeanForward(model, vocab, compile_step)
 
     def draw(temperature: float) -> list[list[int]]:
         options = SamplingOptions(temperature=temperature, cfg=cfg)
         begins, most = [begin] * len(prompts), num_tokens + len(begin)
-        answers = generate_batch(model, prompts, vocab, options, most, begins, len(prompts), compile_step=compile_step)
+        answers = generate_batch(model, prompts, vocab, options, most, begins, len(prompts), forward=forward)
         return [answer.tokens[len(begin) :] for answer in answers]
 
     return draw
