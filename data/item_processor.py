@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from data.conversation import Conversation, ItemError, Turn, parse_conversation
 from data.hub import TOKENIZER_FILES, fetch_folder
-from data.image_transform import crop_sizes, crop_to_rgb, open_image
+from data.image_transform import crop_to_rgb, open_image
 from data.messages import MAX_VALUE, one_line
 from data.vocab import IGNORE_INDEX, IMAGE_SYMBOL, ChameleonVocab, is_control_token
 
@@ -61,10 +61,6 @@ class ItemProcessor:
         image_dirs: Sequence[str | os.PathLike] = ("",),
     ):
         """`image_dirs`: where relative image paths are looked for, in this order. `crop`: "center" or "random"."""
-        if crop not in ("center", "random"):
-            raise ValueError(f"crop must be center or random, got {crop!r}")
-        # Raises for a size that is no multiple of 32.
-        crop_sizes(target_size)
         self.text_encode = text_encode
         self.vocab = vocab
         self.image_encode = image_encode

@@ -158,8 +158,6 @@ def test_random_crops_depend_on_seed_item_and_image(tiny_processor, image_path):
 
     assert crops(0, 5) == crops(0, 5)
     assert len({*crops(0, 5), *crops(0, 6), *crops(1, 5)}) > 2
-    with pytest.raises(ValueError, match="center or random"):
-        ItemProcessor(tiny_processor.text_encode, tiny_processor.vocab, crop="left")
 
 
 def test_images_are_looked_for_in_order(tiny_processor, tmp_path):

@@ -10,7 +10,6 @@ from PIL import Image
 from data import item_processor
 from data.worker_log import read_failed
 from pre_tokenize import pre_tokenize as script
-from pre_tokenize.concat_record import main as concat
 from pre_tokenize.pre_tokenize import main as pre_tokenize
 from tests.test_pre_tokenize import arguments, task, undisturbed  # noqa: F401  (fixtures)
 from tests.tokenize_helpers import snapshot
@@ -62,27 +61,6 @@ def test_an_edited_process_item_begins_again_only_if_asked(task, tmp_path, capsy
     assert "3 items done (3 tokenized, none rejected)" in capsys.readouterr().out
     # The edited class is now the one of the folder.
     assert pre_tokenize(argv) == 0
-
-
-def test_base64_in_an_item_fills_no_log_and_no_terminal(task, tmp_path, capsys):  # noqa: F811
-    image = "data:image/png;base64," + "QUJD" * 250_000
-    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]
-    items = [
-        {**LLAVA, "image": image},
-        # Without what it begins with elsewhere.
-        {"conversations": TURNS, "image": image[22:]},
-        {"conversations": image},
-        {"conversations": [{"from": image, "value": ""}]},
-        {"conversations": [turns[0], {**turns[1], "from": {image: image}}]},
-        {"conversations": turns},
-    ]
-    assert pre_tokenize(arguments(task, tmp_path / "out", **write(tmp_path, items))) == 3
-    reasons = dict(read_failed(tmp_path / "out" / "0-of-1-failed.jsonl"))
-    assert list(reasons) == [0, 1, 2, 3, 4] and max(map(len, reasons.values())) < 500
-    assert concat([f"--sub_record_dir={tmp_path / 'out'}", f"--save_path={tmp_path}/record.json"]) == 0
-    assert pre_tokenize(arguments(task, tmp_path / "o", **write(tmp_path, [{image: 1}, image]))) == 2
-    printed = capsys.readouterr()
-    assert len(printed.out + printed.err) < 5000
 
 
 def test_long_reasons_of_an_older_worker_are_cut_where_they_are_read(tmp_path):

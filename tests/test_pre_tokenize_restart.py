@@ -226,19 +226,6 @@ def test_many_workers_settling_at_once_clear_the_folder_once(tmp_path):
     assert all(path.read_text() for path in tmp_path.glob("*-failed.jsonl"))
 
 
-def test_a_lock_follows_the_file_that_takes_its_place(tmp_path):
-    path = tmp_path / "log"
-    first = open_locked(path)
-    second = data.file_lock.replace_locked(path, ["new\n"])
-    first.close()
-    with pytest.raises(BlockingIOError):
-        open_locked(path)
-    second.write("more\n")
-    second.close()
-    open_locked(path).close()
-    assert path.read_text() == "new\nmore\n"
-
-
 def test_a_lock_is_not_shared_by_a_forked_child(tmp_path):
     """As a loader worker that outlives its run. What the parent had not flushed is written once."""
     path = tmp_path / "log"

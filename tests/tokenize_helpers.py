@@ -67,9 +67,16 @@ def write_tiny_vqgan(folder: Path) -> VQGAN:
 
     torch.manual_seed(0)
     config = ChameleonVQVAEConfig(
-        embed_dim=8, num_embeddings=NUM_CODES, latent_channels=8, resolution=64, base_channels=32,
-        channel_multiplier=[1, 1, 1, 1, 1], num_res_blocks=1, attn_resolutions=[], attn_type="none",
-    )  # fmt: skip
+        embed_dim=8,
+        num_embeddings=NUM_CODES,
+        latent_channels=8,
+        resolution=64,
+        base_channels=32,
+        channel_multiplier=[1, 1, 1, 1, 1],
+        num_res_blocks=1,
+        attn_resolutions=[],
+        attn_type="none",
+    )
     vqgan = VQGAN(config).eval()
     torch.nn.init.normal_(vqgan.quantize.embedding.weight, std=0.5)
     save_vqgan(vqgan, folder)
