@@ -1,10 +1,10 @@
-"""The table of TRAIN.md that says which GPUs a training fits: every cell is a plan of the training itself.
+"""The table of TRAIN.md of the GPUs that a training fits; every cell is a `--plan` of the training itself.
 
     python exps/plan_table.py
 
-Plans 7B and 34B with all weights, LoRA adapters or the image rows trained, on different numbers of ranks, each plan in
-a process of its own, and prints Markdown: the peak of a rank in GiB, and the smallest card that it fits, in GB as sold.
-No GPU and no weights are needed; a plan takes some seconds to a minute on one core.
+The script plans 7B and 34B, training all weights, LoRA adapters or the image rows, on different numbers of ranks, each
+plan in its own process. It prints Markdown: the peak of a rank in GiB, and the smallest card that fits, in GB as sold.
+No GPU and no weights are needed. A plan takes some seconds to a minute on one core.
 """
 
 import argparse
@@ -31,7 +31,7 @@ METHODS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line; the defaults give the table of TRAIN.md."""
+    """The defaults give the table of TRAIN.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_sizes", nargs="+", default=["7B", "34B"], help="rows of the table (7B 34B)")
     parser.add_argument("--world_sizes", nargs="+", type=int, default=[1, 2, 8, 32, 128], help="its columns")
@@ -42,14 +42,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the table; the exit code is 1 if a plan could not be made."""
+    """Prints the table; the exit code is 1 if a plan fails."""
     args = build_parser().parse_args(argv)
     cells = [
         (size, method, world_size) for size in args.model_sizes for method in METHODS for world_size in args.world_sizes
     ]
     planned = {}
-    # A process for each plan, forked from this one, which has imported all that it needs and, having computed nothing,
-    # has no threads that a fork would lose.
+    # Each plan has its own process. This one has imported everything and has computed nothing: no threads get lost in
+    # a fork.
     with multiprocessing.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:
         plans = pool.imap(make_plan, [(*cell, args.batch_size, args.max_seq_len) for cell in cells])
         try:
@@ -62,10 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_plan(cell: tuple[str, str, int, int, int]) -> dict[str, Any]:
-    """The figures of one plan, as its last line gives them, of (size, method, ranks, batch_size, max_seq_len).
-
-    Raises RuntimeError, with what it said, if there is none.
-    """
+    """The figures of the plan of (size, method, ranks, batch_size, max_seq_len). Raises RuntimeError if it fails."""
     size, method, world_size, batch_size, max_seq_len = cell
     flags = {"plan_world_size": world_size, "model_size": size, "batch_size": batch_size, "max_seq_len": max_seq_len}
     flags |= {"accum_iter": 1, "dropout": 0.05, "z_loss_weight": 1e-5}
@@ -80,7 +77,7 @@ def make_plan(cell: tuple[str, str, int, int, int]) -> dict[str, Any]:
 
 
 def format_table(plans: dict[tuple[str, str, int], dict[str, Any]], world_sizes: Sequence[int]) -> list[str]:
-    """Lines of Markdown, of plans by (size, method, ranks)."""
+    """Lines of Markdown; `plans` are by (size, method, ranks)."""
     heads = ["trained", *(f"{number} rank{'s' if number > 1 else ''}" for number in world_sizes)]
     lines = [f"| {' | '.join(heads)} |", "|---" + "|---:" * len(world_sizes) + "|"]
     for size, method in dict.fromkeys((size, method) for size, method, _ in plans):

@@ -148,31 +148,27 @@ def draw_curves(chart: Chart, last_x: int, epoch_ends: Sequence[int] = (), x_nam
     values = values[np.isfinite(values)]
     positive = values[values > 0]
     has_log = chart.can_log and len(positive) and values.min() >= 0 and values.max() > positive.min()
-    axes = {"linear": _linear_axis(values, chart)} | ({"log": _log_axis(positive)} if has_log else {})
     starts_log = has_log and values.max() > LOG_FROM_RATIO * np.quantile(positive, 0.01)
+    axes = {"linear": _linear_axis(values, chart)} | ({"log": _log_axis(positive)} if has_log else {})
     marks = epoch_ends if len(epoch_ends) <= MAX_EPOCH_MARKS else ()
     curves = [_Curve(series) for series in chart.series]
-    drawn = {
-        "title": chart.title,
-        "unit": chart.unit,
-        "x_name": x_name + ("; dotted: the end of an epoch" if len(marks) and chart.is_wide else ""),
-        "x_ticks": [
-            (100 * tick / last_x, tick_label(tick)) for tick in nice_ticks(0, last_x, NUM_X_TICKS) if tick.is_integer()
-        ],
-        "is_wide": chart.is_wide,
-        "is_bars": False,
-        "figures": {},
-        "legend": _legend(chart.series),
-        "first_scale": "log" if starts_log else "linear",
-        "scales": {},
-        "hover": {"last": last_x, "isShare": bool(chart.is_share), "series": [curve.hover() for curve in curves]},
-    }
+    scales = {}
     for name, axis in axes.items():
         paths = [path for curve in curves for path in curve.paths(axis, last_x)]
-        drawn["scales"][name] = axis.scale(paths, chart.is_share) | {
-            "epochs": "".join(f"M{BOX * step / last_x:.1f} 0v{BOX}" for step in marks)
-        }
-    return drawn
+        ends = "".join(f"M{BOX * step / last_x:.1f} 0v{BOX}" for step in marks)
+        scales[name] = axis.scale([_styled("epochs", ends), *paths], chart.is_share)
+    ticks = [tick for tick in nice_ticks(0, last_x, NUM_X_TICKS) if tick.is_integer()]
+    return _drawing(
+        chart.title,
+        chart.unit,
+        [(100 * tick / last_x, tick_label(tick)) for tick in ticks],
+        scales,
+        kind="wide" if chart.is_wide else "",
+        x_name=x_name + ("; dotted: the end of an epoch" if len(marks) and chart.is_wide else ""),
+        legend=_legend(chart.series),
+        first_scale="log" if starts_log else "linear",
+        hover={"last": last_x, "isShare": bool(chart.is_share), "series": [curve.hover() for curve in curves]},
+    )
 
 
 def draw_bars(
@@ -180,26 +176,26 @@ def draw_bars(
 ) -> dict[str, Any]:
     """A chart of (name, count) as bars; `labels` stand below; hovering shows name and count of what is `counted`."""
     highest, width = max(count for _, count in bars), BOX / max(len(bars), MIN_BAR_COLUMNS)
-    ticks = [tick for tick in nice_ticks(0, highest, NUM_Y_TICKS) if tick.is_integer()]
-    axis, paths = _Axis(0, highest, ticks), []
+    paths = []
     for index, (name, count) in enumerate(bars):
         # A bar that is there must be seen.
         height = max(BOX * count / highest, 9) if count else 0
         d = f"M{index * width:.1f} {BOX}v{-height:.1f}h{width * 0.94:.1f}v{height:.1f}z"
-        paths.append({"kind": f"bar {color}", "d": d, "name": f"{name}: {count:,} {counted}"})
+        paths.append(_styled(f"bar {color}", d, f"{name}: {count:,} {counted}"))
     every = -(-len(bars) // MAX_BAR_LABELS)
-    return {
-        "title": title,
-        "unit": unit,
-        "x_name": "",
-        "x_ticks": [((index + 0.5) * width * 100 / BOX, labels[index]) for index in range(0, len(bars), every)],
-        "is_wide": False,
-        "is_bars": True,
-        "figures": {},
-        "legend": [],
-        "first_scale": "linear",
-        "scales": {"linear": axis.scale(paths) | {"epochs": ""}},
-    }
+    x_ticks = [((index + 0.5) * width * 100 / BOX, labels[index]) for index in range(0, len(bars), every)]
+    ticks = [tick for tick in nice_ticks(0, highest, NUM_Y_TICKS) if tick.is_integer()]
+    return _drawing(title, unit, x_ticks, {"linear": _Axis(0, highest, ticks).scale(paths)}, kind="bars")
+
+
+def _drawing(title: str, unit: str, x_ticks: list, scales: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The values of the template."""
+    drawing = {"title": title, "unit": unit, "x_ticks": x_ticks, "scales": scales, "first_scale": "linear"}
+    return drawing | {"x_name": "", "legend": [], "figures": {}} | more
+
+
+def _styled(kind: str, d: str, name: str = "") -> dict[str, str]:
+    return {"kind": kind, "d": d, "name": name}
 
 
 def _legend(series: Sequence[Series]) -> list[dict[str, str]]:
@@ -235,7 +231,8 @@ class _Axis:
         heights = self.heights(np.array(self.ticks)).tolist()
         labels = [tick_label(tick, is_share) for tick in self.ticks]
         ticks = [(100 * height / BOX, label) for height, label in zip(heights, labels, strict=True)]
-        return {"grid": "".join(f"M0 {height:.1f}h{BOX}" for height in heights), "ticks": ticks, "paths": paths}
+        grid = _styled("grid", "".join(f"M0 {height:.1f}h{BOX}" for height in heights))
+        return {"ticks": ticks, "paths": [grid, *paths]}
 
 
 def _linear_axis(values: np.ndarray, chart: Chart) -> _Axis:
@@ -291,7 +288,7 @@ class _Curve:
             # The few values of a young run would hardly be seen as a line.
             if len(x) < MIN_TO_SMOOTH:
                 found["dots small"] = dots
-        return [{"kind": f"{kind} {self.series.color}", "d": d, "name": ""} for kind, d in found.items()]
+        return [_styled(f"{kind} {self.series.color}", d) for kind, d in found.items()]
 
 
 def _path(x: np.ndarray, y: np.ndarray) -> str:

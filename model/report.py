@@ -41,12 +41,13 @@ LARGEST = 1e300
 class Run:
     """What an output folder holds. `curves`: by key of `metrics.jsonl`; `checkpoint`: the newest, if any.
 
-    `left_out` and `skipped`: the lines of bad_items.jsonl and bad_steps.jsonl; `notes`: what could not be read.
+    `written_at`: when metrics.jsonl was last written, in seconds since 1970; `left_out` and `skipped`: the lines of
+    bad_items.jsonl and bad_steps.jsonl; `notes`: what could not be read.
     """
 
     output_dir: Path
     curves: Mapping[str, Curve]
-    written_at: float | None  # seconds since 1970, when metrics.jsonl was last written
+    written_at: float | None
     checkpoint: Path | None
     state: TrainerState | None
     left_out: Sequence[Mapping[str, Any]]
@@ -71,7 +72,7 @@ class Run:
             steps, epochs = self.curves["epoch"]
             known.append(round(num_epochs * steps[-1] / epochs[-1]))
         least = min((number for number in known if number is not None), default=0)
-        # Fewer than are done: the run was resumed with other options than those of its last checkpoint.
+        # Fewer steps than are done mean that the run was resumed with other options.
         return least if least >= max(self.last_step, 1) else None
 
     @property

@@ -26,7 +26,8 @@ NUM_TYPE_COLORS = 6
 # More epochs are damage, and their ends are not looked for.
 MAX_EPOCHS = 100_000
 
-Curve = tuple[np.ndarray, np.ndarray]  # steps int64 [n], values float64 [n] with NaN for null
+# Steps int64 [n], values float64 [n] with NaN for null.
+Curve = tuple[np.ndarray, np.ndarray]
 
 _NATS = "nats per target"
 _LOSS = {"from_zero": False, "can_log": True}

@@ -22,9 +22,9 @@ SHOWN_SIDES = (160, 384)
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of an item: text with one label mask, one control token, or one image. `stop` is exclusive."""
+    """A stretch of an item: `kind` is text (with one label mask), control (one token) or image; `stop` is exclusive."""
 
-    kind: str  # text, control or image
+    kind: str
     start: int
     stop: int
     num_targets: int
@@ -47,13 +47,16 @@ class Part:
 
 @dataclass(frozen=True)
 class ShownItem:
-    """A sampled item. `turns`: its parts, a list for each turn; `is_target`: bool [length]."""
+    """A sampled item. `turns`: its parts, a list for each turn; `is_target`: bool [length].
+
+    `num_wrong_labels`: targets whose label is not their token.
+    """
 
     id: int | str
     file: str
     turns: tuple[tuple[Part, ...], ...]
     is_target: np.ndarray
-    num_wrong_labels: int  # targets whose label is not their token
+    num_wrong_labels: int
 
     @property
     def length(self) -> int:
@@ -80,13 +83,17 @@ class ShownItem:
 
 @dataclass(frozen=True)
 class RecordStats:
-    """Figures over all items of a record."""
+    """Figures over all items of a record.
 
-    lengths: np.ndarray  # int64 [N], tokens of each item
-    code_counts: np.ndarray  # int64 [num_codes]
+    `lengths`: int64 [N], tokens of each item; `code_counts`: int64 [num_codes]; `size_counts`: images by (width,
+    height) in pixels.
+    """
+
+    lengths: np.ndarray
+    code_counts: np.ndarray
     num_targets: int
     num_image_tokens: int
-    size_counts: Counter[tuple[int, int]]  # images by (width, height) in pixels
+    size_counts: Counter[tuple[int, int]]
 
 
 def build_page(record_path: str, stats: RecordStats, items: Sequence[ShownItem], notes: Sequence[str] = ()) -> str:

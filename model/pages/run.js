@@ -10,7 +10,8 @@ function showNumber(value, isShare) {
   return size && size < 1e-3 ? value.toExponential(3) : String(Number(value.toPrecision(4)));
 }
 
-function nearest(steps, step) {  // index of the step next to it; steps ascend
+// The index of the nearest of ascending steps.
+function nearest(steps, step) {
   let low = 0, high = steps.length - 1;
   while (low < high) {
     const middle = (low + high) >> 1;
@@ -61,5 +62,6 @@ sections.forEach((section, number) => {
     button.addEventListener("click", () => { section.dataset.scale = button.dataset.scale; });
   }
 });
-for (const one of document.querySelectorAll(".scroll")) one.scrollLeft = one.scrollWidth;  // the newest samples
+// The newest samples are on the right.
+for (const one of document.querySelectorAll(".scroll")) one.scrollLeft = one.scrollWidth;
 if (smoothed) smoothed.addEventListener("change", () => document.body.classList.toggle("smoothed", smoothed.checked));
