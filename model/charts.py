@@ -19,7 +19,6 @@ MIN_TO_SMOOTH = 30
 # Curves that span this factor start on the log scale.
 LOG_FROM_RATIO = 30
 NUM_X_TICKS, NUM_Y_TICKS, MAX_BAR_LABELS = 6, 5, 8
-MAX_EPOCH_MARKS = 12
 # Of a sparse curve; more dots are drawn small, or the curve below would be hidden.
 MAX_LARGE_DOTS = 60
 # Fewer bars leave room to their right.
@@ -150,12 +149,11 @@ def draw_curves(chart: Chart, last_x: int, epoch_ends: Sequence[int] = (), x_nam
     has_log = chart.can_log and len(positive) and values.min() >= 0 and values.max() > positive.min()
     starts_log = has_log and values.max() > LOG_FROM_RATIO * np.quantile(positive, 0.01)
     axes = {"linear": _linear_axis(values, chart)} | ({"log": _log_axis(positive)} if has_log else {})
-    marks = epoch_ends if len(epoch_ends) <= MAX_EPOCH_MARKS else ()
     curves = [_Curve(series) for series in chart.series]
     scales = {}
     for name, axis in axes.items():
         paths = [path for curve in curves for path in curve.paths(axis, last_x)]
-        ends = "".join(f"M{BOX * step / last_x:.1f} 0v{BOX}" for step in marks)
+        ends = "".join(f"M{BOX * step / last_x:.1f} 0v{BOX}" for step in epoch_ends)
         scales[name] = axis.scale([_styled("epochs", ends), *paths], chart.is_share)
     ticks = [tick for tick in nice_ticks(0, last_x, NUM_X_TICKS) if tick.is_integer()]
     return _drawing(
@@ -164,7 +162,7 @@ def draw_curves(chart: Chart, last_x: int, epoch_ends: Sequence[int] = (), x_nam
         [(100 * tick / last_x, tick_label(tick)) for tick in ticks],
         scales,
         kind="wide" if chart.is_wide else "",
-        x_name=x_name + ("; dotted: the end of an epoch" if len(marks) and chart.is_wide else ""),
+        x_name=x_name + ("; dotted: the end of an epoch" if epoch_ends and chart.is_wide else ""),
         legend=_legend(chart.series),
         first_scale="log" if starts_log else "linear",
         hover={"last": last_x, "isShare": bool(chart.is_share), "series": [curve.hover() for curve in curves]},

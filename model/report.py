@@ -33,8 +33,6 @@ from model.samples_format import SAMPLES_DIR_NAME, SampleStep, read_samples  # n
 REPORT_NAME = "report.html"
 # In a warning.
 MAX_NAMED_STEPS = 8
-# Numbers from here on count as not finite: no float can hold a larger whole number.
-LARGEST = 1e300
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,7 @@ def collect_curves(lines: Iterable[Any]) -> dict[str, Curve]:
                 if part is None or (isinstance(part, int | float) and not isinstance(part, bool)):
                     steps, values = columns.setdefault(name, ([], []))
                     steps.append(line["step"])
-                    values.append(float(part) if part is not None and -LARGEST < part < LARGEST else np.nan)
+                    values.append(np.nan if part is None or not np.isfinite(part) else float(part))
     return {key: (np.array(steps, np.int64), np.array(values)) for key, (steps, values) in columns.items()}
 
 

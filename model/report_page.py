@@ -23,8 +23,8 @@ MAX_PROMPTS = 24
 # Longer side of an embedded image in pixels, and the side up to which an image is shown enlarged, pixel by pixel.
 MAX_SIDE, PIXELATED_BELOW = 320, 160
 NUM_TYPE_COLORS = 6
-# More epochs are damage, and their ends are not looked for.
-MAX_EPOCHS = 100_000
+# The ends of more epochs are not marked.
+MAX_EPOCH_MARKS = 12
 
 # Steps int64 [n], values float64 [n] with NaN for null.
 Curve = tuple[np.ndarray, np.ndarray]
@@ -144,11 +144,11 @@ def _unit(key: str) -> str:
 
 
 def _epoch_ends(epochs: Curve | None) -> list[int]:
-    """The steps after which epochs ended."""
+    """The steps after which epochs ended; empty if there are too many to mark."""
     if epochs is None:
         return []
     steps, values = (part[~np.isnan(epochs[1])] for part in epochs)
-    if not len(values) or values[-1] > MAX_EPOCHS:
+    if not len(values) or values[-1] >= MAX_EPOCH_MARKS + 1:
         return []
     return np.interp(np.arange(1, int(values[-1]) + 1), values, steps).round().astype(int).tolist()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from exps.bench.common import compare, format_table, report, run_alone
+from tests import forked
 from tests.test_exps import parse_call
 from tests.tokenize_helpers import ROOT, environment
 
@@ -29,6 +30,24 @@ RESULT = {
 def run_all(tmp_path: Path, script: Path = ALL_SH, **env: str) -> subprocess.CompletedProcess:
     env = {**environment(), "PYTHON": sys.executable, "OUT": str(tmp_path / "out"), "SCALE": "ci", **env}
     return subprocess.run(["bash", script], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+def run_bench(name: str, *flags: object) -> dict:
+    """Runs a bench on the CPU, all ways in one forked process, and returns its JSON object."""
+    code = """
+import importlib, sys
+from exps.bench import common
+def run_here(function, **arguments):
+    module, name = function.split(":")
+    return getattr(importlib.import_module(f"exps.bench.{module}"), name)(**arguments)
+common.run_alone = run_here
+sys.exit(importlib.import_module(f"exps.bench.{sys.argv[1]}").main(sys.argv[2:]))
+"""
+    done = forked.run([sys.executable, "-c", code, name, "--device=cpu", *flags], environment())
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert {"bench", "device", "versions", "ours", "baseline", "ratio", "rows"} <= summary.keys()
+    return summary
 
 
 def make_launcher(tmp_path: Path) -> str:

@@ -1,20 +1,15 @@
 """The bench of checkpoints runs, small, and its figures belong together."""
 
-import json
-
 import pytest
 
 from exps.bench.checkpoint import BYTES_PER_PARAMETER, model_shape
 from model.decoder.chameleon import build_config, build_model
-from tests.tokenize_helpers import run_script
+from tests.test_bench_all import run_bench
 
 
 @pytest.mark.slow
 def test_the_bench_saves_both_ways_and_leaves_nothing(tmp_path):
-    size = ("--gigabytes=0.15", "--num_tokens=16", "--repeats=1")
-    done = run_script("exps/bench/checkpoint.py", "--device=cpu", *size, f"--output_dir={tmp_path}")
-    assert done.returncode == 0, done.stderr
-    summary = json.loads(done.stdout.splitlines()[-1])
+    summary = run_bench("checkpoint", "--gigabytes=0.15", "--num_tokens=16", "--repeats=1", f"--output_dir={tmp_path}")
     ours, baseline = summary["ours"], summary["baseline"]
     assert ours["gigabytes"] == pytest.approx(baseline["gigabytes"], rel=1e-3) and ours["gigabytes"] > 0.1
     assert baseline["slowed_s"] == 0 and ours["lost_s"] == ours["stall_s"] + ours["slowed_s"]

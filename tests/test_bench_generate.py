@@ -1,21 +1,17 @@
 """The bench of generation runs, small: all ways draw the same greedy tokens, and the figures belong together."""
 
-import json
-
 import pytest
 
 from data.vocab import ChameleonVocab
 from exps.bench.generate import image_start, main, make_vocabulary, needed_bytes
 from model.decoder.chameleon import build_config, build_model
-from tests.tokenize_helpers import run_script
+from tests.test_bench_all import run_bench
 
 
 @pytest.mark.slow
 def test_all_ways_draw_the_same_greedy_tokens():
-    cases = ("--batch_sizes", "1", "2", "--cfg", "1", "4", "--num_tokens=12", "--repeats=1")
-    done = run_script("exps/bench/generate.py", "--device=cpu", *cases)
-    assert done.returncode == 0, done.stderr
-    summary = json.loads(done.stdout.splitlines()[-1])
+    flags = ("--batch_sizes", "1", "2", "--cfg", "1", "4", "--num_tokens=12", "--repeats=1")
+    summary = run_bench("generate", *flags)
     cases = [(row["batch_size"], row["cfg"], row["way"]) for row in summary["rows"]]
     both = [(2, 1, "batched"), (2, 1, "one by one"), (2, 4, "batched"), (2, 4, "one by one")]
     assert cases == [(1, 1, "batched"), (1, 4, "batched"), *both], "a single prompt has one baseline"

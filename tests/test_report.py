@@ -263,8 +263,7 @@ def test_damaged_lines_and_samples_leave_a_page_that_names_them(tmp_path):
     with (folder / "metrics.jsonl").open("ab") as file:
         file.write(b'\0\0\0\n\xff\xfe\n{"step": true}\n{"step": -3}\n')
         file.write(b'{"step": 6, "epoch": 1e99}\n{"step": 7, "epoch": null}\n')
-        huge = '{"step": 6, "loss": 1' + "0" * 400 + "}\n"
-        file.write(huge.encode() + (json.dumps(line_at(7)) + "\n").encode() + b'{"step": 8, "lo')
+        file.write((json.dumps(line_at(7)) + "\n").encode() + b'{"step": 8, "lo')
     strange = [{"step": 2, "place": ["a", {}], "reason": {"b": 1}}, {"step": 3, "place": None}]
     (folder / "bad_items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in strange) + "{\n")
     (folder / "bad_steps.jsonl").write_text('{"step": 2, "items": 3}\n{"step": 3}\n')

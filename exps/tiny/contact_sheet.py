@@ -28,17 +28,11 @@ class Tile:
         return len(self.images) * (SIDE + FRAME) + FRAME
 
 
-@dataclass(frozen=True)
-class Section:
-    title: str
-    tiles: list[Tile]
-
-
-def draw_contact_sheet(sections: list[Section], columns: int = 8) -> Image.Image:
-    """All sections, one under the other, `columns` single images wide."""
+def draw_contact_sheet(sections: list[tuple[str, list[Tile]]], columns: int = 8) -> Image.Image:
+    """All sections, each a title and tiles, one under the other, `columns` single images wide."""
     width = columns * (SIDE + 2 * FRAME) + (columns + 1) * GAP
     tile_height = SIDE + 2 * FRAME + TEXT_LINES * LINE_HEIGHT + GAP
-    rows = [(section.title, _rows(section.tiles, width)) for section in sections]
+    rows = [(title, _rows(tiles, width)) for title, tiles in sections]
     height = sum(TITLE_HEIGHT + len(tiles) * tile_height for _, tiles in rows) + GAP
     sheet = Image.new("RGB", (width, height), PAPER)
     pen = ImageDraw.Draw(sheet)

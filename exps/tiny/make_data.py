@@ -9,6 +9,7 @@ prompts for the training's samples, also of held-out pairs. The same arguments w
 
 import argparse
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -67,8 +68,9 @@ def write_data(out_dir: Path, num_items: int, num_val_items: int, seed: int) -> 
     file_names = {scene: f"images/{index:04d}.png" for index, scene in enumerate(all_scenes())}
     for scene, name in tqdm(file_names.items(), desc="scenes", unit="image", mininterval=1):
         if not (out_dir / name).exists():
-            with open_whole(out_dir / name) as file:
-                draw(scene).save(file, format="PNG")
+            # Atomic, but not synced to disk: the images are many and can be drawn again.
+            draw(scene).save(out_dir / f"{name}.partial", format="PNG")
+            os.replace(out_dir / f"{name}.partial", out_dir / name)
 
     write_list(out_dir / "train.json", build_items(num_items, seed, file_names))
     write_list(out_dir / "val.json", build_items(num_val_items, seed + 1, file_names))

@@ -20,7 +20,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.whole_file import open_whole  # noqa: E402
-from exps.tiny.contact_sheet import Section, Tile, draw_contact_sheet  # noqa: E402
+from exps.tiny.contact_sheet import Tile, draw_contact_sheet  # noqa: E402
 from exps.tiny.make_data import CAPTION_REQUEST  # noqa: E402
 from exps.tiny.scenes import SCENE_PIXELS, Scene, all_scenes, caption, draw, random_edit, random_scene, read  # noqa: E402
 
@@ -116,7 +116,9 @@ def summarize(scored: dict[str, list[Scored]]) -> dict[str, float]:
     return figures
 
 
-def build_sections(scored: dict[str, list[Scored]], figures: dict[str, float], columns: int) -> list[Section]:
+def build_sections(
+    scored: dict[str, list[Scored]], figures: dict[str, float], columns: int
+) -> list[tuple[str, list[Tile]]]:
     """The first answers of each set, as tiles for the sheet; edits show the image before and after."""
     titles = {
         "seen": "Scenes of the training data, from text",
@@ -132,7 +134,7 @@ def build_sections(scored: dict[str, list[Scored]], figures: dict[str, float], c
             images = [prompt.image, answer.image] if name == "edits" else [answer.image or prompt.image]
             tiles.append(Tile(images, answer.text if prompt.wants_text else prompt.text, answer.exact))
         title = f"{titles[name]}: {figures[f'{name}_exact']:.0%} of {figures[f'{name}_prompts']} exact"
-        sections.append(Section(title, tiles))
+        sections.append((title, tiles))
     return sections
 
 
