@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# Fine-tunes the 7B model as the recipe does. Run it in one of these ways (flags that follow are passed on and win):
+# Fine-tunes the 7B model as the recipe does. Flags that follow are passed on and win:
 #
 #   srun -n32 --ntasks-per-node=8 --gres=gpu:8 bash exps/7B.sh  (one task per GPU; exps/slurm.sh does it by sbatch)
 #   NPROC=8 bash exps/7B.sh  (the GPUs of one machine, by torchrun)
 #   NPROC=8 NNODES=4 RDZV_ENDPOINT=host:29500 bash exps/7B.sh  (the same line on each of four machines)
 #
-# DATA_CONFIG and OUTPUT_DIR say where from and where to; PACKING=1 fills rows of batch_size x max_seq_len tokens.
+# DATA_CONFIG is the data, OUTPUT_DIR the folder of the results; PACKING=1 fills rows of batch_size x max_seq_len tokens.
 set -euo pipefail
-for name in DATA_CONFIG OUTPUT_DIR; do # before `cd`: a relative path is taken from where the user stands
+# Before `cd`: a relative path belongs to the caller's working directory.
+for name in DATA_CONFIG OUTPUT_DIR; do
   if [[ -n ${!name:-} && ${!name} != /* ]]; then printf -v "$name" %s "$PWD/${!name}"; fi
 done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-lr=2e-5 # constant: min_lr is the same
+# Constant: min_lr is the same.
+lr=2e-5
 
 options=(
   --model_size 7B
@@ -47,5 +49,5 @@ if [[ -n ${NPROC:-} ]]; then
   )
 fi
 
-# exec: a launcher's signals must reach the training itself, which writes its own metrics.jsonl.
+# exec: a launcher's signals must reach the training itself.
 exec "${launcher[@]}" finetune_solver.py "${options[@]}" "$@"

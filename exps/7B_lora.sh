@@ -4,18 +4,20 @@
 #
 #   pip install peft==0.21.2  (to train; --plan does without)
 #   bash exps/7B_lora.sh  (one GPU of 24 GB)
-#   CARD_GIB=48 bash exps/7B_lora.sh  (one GPU of 48 GB: less is computed again)
+#   CARD_GIB=48 bash exps/7B_lora.sh  (one GPU of 48 GB: less recomputation)
 #   NPROC=2 bash exps/7B_lora.sh  (several GPUs of one machine, by torchrun)
 #
-# DATA_CONFIG and OUTPUT_DIR say where from and where to. `bash exps/7B_lora.sh --plan` tells the memory before anything
-# is loaded.
+# DATA_CONFIG is the data, OUTPUT_DIR the folder of the results. `bash exps/7B_lora.sh --plan` prints the memory before
+# anything is loaded.
 set -euo pipefail
-for name in DATA_CONFIG OUTPUT_DIR; do # before `cd`: a relative path is taken from where the user stands
+# Before `cd`: a relative path belongs to the caller's working directory.
+for name in DATA_CONFIG OUTPUT_DIR; do
   if [[ -n ${!name:-} && ${!name} != /* ]]; then printf -v "$name" %s "$PWD/${!name}"; fi
 done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-lr=1e-4 # of adapters, which start from nothing; constant: min_lr is the same
+# Adapters start from zero. Constant: min_lr is the same.
+lr=1e-4
 
 options=(
   --model_size 7B
@@ -51,5 +53,5 @@ if [[ -n ${NPROC:-} ]]; then
   launcher=(torchrun --nproc_per_node="$NPROC" --nnodes=1 --rdzv_backend=c10d --rdzv_endpoint=localhost:0)
 fi
 
-# exec: a launcher's signals must reach the training itself, which writes its own metrics.jsonl.
+# exec: a launcher's signals must reach the training itself.
 exec "${launcher[@]}" finetune_solver.py "${options[@]}" "$@"

@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the table; the exit code is 1 if a plan could not be made."""
+    """Prints the table; the exit code is 1 if a plan fails."""
     args = build_parser().parse_args(argv)
     cells = list(itertools.product(args.model_sizes, METHODS, args.world_sizes))
     make = functools.partial(make_plan, batch_size=args.batch_size, max_seq_len=args.max_seq_len)
@@ -81,7 +81,7 @@ def make_plan(cell: tuple[str, str, int], batch_size: int, max_seq_len: int) -> 
 
 
 def format_table(plans: dict[tuple[str, str, int], dict[str, Any]], world_sizes: Sequence[int]) -> list[str]:
-    """Lines of Markdown, of plans by (size, method, ranks)."""
+    """Lines of Markdown; `plans` are by (size, method, ranks)."""
     heads = ["trained", *(f"{number} rank{'s' if number > 1 else ''}" for number in world_sizes)]
     lines = [f"| {' | '.join(heads)} |", "|---" + "|---:" * len(world_sizes) + "|"]
     for size, method in dict.fromkeys((size, method) for size, method, _ in plans):

@@ -4,7 +4,7 @@
 #   sbatch exps/slurm.sh  (trains exps/7B.sh)
 #   sbatch exps/slurm.sh exps/34B.sh --epochs 3  (another script, with flags of its own)
 #
-# 120 seconds before its time ends, SLURM sends SIGTERM to the training, which saves; requeued, it goes on from there.
+# 120 seconds before its time ends, SLURM sends SIGTERM to the training, which saves; requeued, it resumes from there.
 #SBATCH --job-name=finetune
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
@@ -20,7 +20,8 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 
 script="${1:-exps/7B.sh}"
-unset NPROC # one task per GPU is started here; the script shall not start torchrun in each
+# srun starts one task per GPU; torchrun must not start in each.
+unset NPROC
 
-# exec: the batch shell is not in the way, and the exit code is that of the training.
+# exec: SIGTERM reaches srun, and the exit code of the training is the job's.
 exec srun --kill-on-bad-exit=1 bash "$script" "${@:2}"

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# The whole road on a laptop, without GPU and without network: data, tokenizers, tokens, training on two ranks, pictures.
+# The whole road on a laptop, without GPU and without network: data, tokenizers, tokens, training on two ranks, images.
 #
 #   bash exps/tiny.sh
 #
-# A second run picks up what is there; an interrupted one goes on. OUT (default output/tiny) is the folder of all results.
+# A second run resumes an interrupted one. OUT (default output/tiny) is the folder of all results.
 # ITEMS, STEPS and PROMPTS shrink the run for a test; RANKS is the number of workers and of training ranks (default 2,
 # but 1 training rank where there is one GPU).
 set -euo pipefail
-if [[ -n ${OUT:-} && $OUT != /* ]]; then OUT=$PWD/$OUT; fi # before `cd`: taken from where the user stands
+# Before `cd`: a relative path belongs to the caller's working directory.
+if [[ -n ${OUT:-} && $OUT != /* ]]; then OUT=$PWD/$OUT; fi
 cd "$(dirname "$0")/.."
 
 OUT=${OUT:-output/tiny}
@@ -23,13 +24,14 @@ done
 splits=${RANKS:-2}
 if [[ -z ${RANKS:-} && $($PYTHON -c 'import torch; print(torch.cuda.device_count())') == 1 ]]; then RANKS=1; fi
 RANKS=${RANKS:-2}
-accum_iter=$((RANKS == 1 ? 2 : 1)) # so that one rank, too, has steps of 2 rows
+# One rank, too, has steps of 2 rows.
+accum_iter=$((RANKS == 1 ? 2 : 1))
 cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > splits ? cores / splits : 1))}
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 seconds_at_start=$SECONDS
 
-# A worker in the background does not hear Ctrl-C; one that outlives this script would keep the next run out.
+# Ctrl-C does not reach a worker in the background; a worker that outlives this script would block the next run.
 trap 'running=$(jobs -p); if [[ -n $running ]]; then kill $running; wait; fi' EXIT
 
 stage() { printf '\n[%3d s] %s\n' $((SECONDS - seconds_at_start)) "$*"; }
@@ -40,8 +42,9 @@ $PYTHON -u exps/tiny/make_data.py --out_dir "$OUT/data" --num_items "$ITEMS" --n
 stage "2/6 text tokenizer (the VQGAN is in exps/tiny/vqgan)"
 $PYTHON -u exps/tiny/train_tokenizer.py --in_filename "$OUT/data/train.json" --out_dir "$OUT/tokenizer"
 
-stage "3/6 tokens: $splits workers, and one for the items to validate on"
-tokenize() { # NAME OUT_DIR SPLITS RANK, in the background: the job is the worker itself, so that the trap reaches it
+stage "3/6 tokens: $splits workers, and one for the validation items"
+# NAME OUT_DIR SPLITS RANK, in the background: `exec` makes the worker itself the job, so that the trap reaches it.
+tokenize() {
   exec $PYTHON -u pre_tokenize/pre_tokenize.py --splits="$3" --rank="$4" --in_filename "$OUT/data/$1.json" \
     --out_dir "$2" --target_size 64 --tokenizer "$OUT/tokenizer" --vqgan_dir exps/tiny/vqgan \
     --device cpu --precision fp32
@@ -72,7 +75,7 @@ $PYTHON -m torch.distributed.run --standalone --nproc_per_node="$RANKS" finetune
   --sample_temperature 0 \
   ${STEPS:+--max_steps "$STEPS"}
 
-stage "6/6 pictures and scores"
+stage "6/6 images and scores"
 $PYTHON -u exps/tiny/score.py --model_path "$OUT/checkpoints" --vqgan_dir exps/tiny/vqgan --out_dir "$OUT" \
   --num_prompts "$PROMPTS"
 stage "done: look at $OUT/contact_sheet.png and $OUT/checkpoints/report.html"

@@ -1,8 +1,7 @@
-"""Curves over the steps of a run as HTML and inline SVG that need no script: thinned, smoothed, on two scales.
+"""Charts of the HTML pages: curves, thinned and smoothed, on a linear and a logarithmic scale, and bars.
 
-The SVG of a chart is stretched to its box (strokes keep their width), and labels are HTML beside it, so that they are
-as large on a phone as on a wide screen. What hovering shows comes from `hover_data`. Nothing here knows what the curves
-are about: `model/report.py` says that.
+The `draw_` functions return what the template `model/pages/chart.html` needs. The SVG of a chart is stretched to its
+box, and labels are HTML beside it: text is as large on a phone as on a wide screen.
 """
 
 import math
@@ -12,24 +11,27 @@ from typing import Any
 
 import numpy as np
 
-from data.html_page import escape
-
-MAX_POINTS = 1000  # of a drawn curve, gaps not counted
-SMOOTHING_SHARE = 30  # the smoothed curve is a mean over one part of so many of the lines
-MIN_TO_SMOOTH = 30  # fewer values are only drawn raw
-LOG_FROM_RATIO = 30  # curves that span this factor start on the log scale
-NUM_X_TICKS, NUM_Y_TICKS = 6, 5  # about
-MAX_EPOCH_MARKS = 12
-MAX_LARGE_DOTS = 60  # of a sparse curve
-BOX = 1000  # width and height of the SVG's own units
+# Of a drawn curve, gaps not counted.
+MAX_POINTS = 1000
+# The smoothed curve is a mean over this fraction of all values; curves with fewer than MIN_TO_SMOOTH are drawn raw.
+SMOOTHING_SHARE = 30
+MIN_TO_SMOOTH = 30
+# Curves that span this factor start on the log scale.
+LOG_FROM_RATIO = 30
+NUM_X_TICKS, NUM_Y_TICKS, MAX_BAR_LABELS = 6, 5, 8
+# Of a sparse curve; more dots are drawn small, or the curve below would be hidden.
+MAX_LARGE_DOTS = 60
+# Fewer bars leave room to their right.
+MIN_BAR_COLUMNS = 7
+# Width and height of the SVG in its own units.
+BOX = 1000
 
 
 @dataclass(frozen=True)
 class Series:
-    """One curve. `steps` int64 [n], ascending; `values` float64 [n], nan is a gap; `color` is a class of the page.
+    """One curve. `steps` int64 [n], ascending; `values` float64 [n], NaN is a gap; `color` is a class of page.css.
 
-    `style`: noisy (smoothed too), exact (as it is) or sparse (few values, such as those of validation: marks with a
-    thin line between).
+    `style`: noisy (smoothed too), exact (not smoothed) or sparse (few values, such as validation: dots, thin line).
     """
 
     name: str
@@ -38,50 +40,54 @@ class Series:
     values: np.ndarray
     style: str = "noisy"
 
+    @property
+    def is_smoothed(self) -> bool:
+        return self.style == "noisy" and len(self.values) >= MIN_TO_SMOOTH
+
 
 @dataclass(frozen=True)
 class Chart:
     """Curves that share their axes. `unit` stands beside the title; `is_share` shows values of 0 to 1 as percent.
 
-    `from_zero`: the linear scale starts at 0. `can_log`: offer the log scale where no value is below 0. `marks_name`:
-    what the legend says of sparse curves that share the colour of another.
+    `from_zero`: the linear scale starts at 0. `can_log`: offer the log scale where no value is below 0. `is_exact`:
+    the curves are not smoothed.
     """
 
     title: str
     unit: str
-    series: tuple[Series, ...]
+    series: tuple[Series, ...] = ()
     is_share: bool = False
     from_zero: bool = True
     can_log: bool = False
     is_wide: bool = False
-    marks_name: str = ""
+    is_exact: bool = False
 
 
-def thin(steps: np.ndarray, values: np.ndarray, most: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most `most` points (and a nan per bucket that has one): least and greatest of each bucket, in their order.
+def thin(values: np.ndarray, most: int = MAX_POINTS) -> np.ndarray:
+    """Ascending indices of at most `most` values, and of one NaN for each stretch that has some.
 
-    Spikes and gaps stay. The first and the last point stay too.
+    The least and the greatest value of each stretch, and both ends of the curve, are kept.
     """
-    if len(steps) <= most:
-        return steps, values
-    edges = np.linspace(0, len(steps), most // 2).astype(int)  # one bucket less than pairs: room for both ends
-    kept = [0, len(steps) - 1]
-    for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-        bucket = values[start:stop]
-        is_gap = np.isnan(bucket)
+    if len(values) <= most:
+        return np.arange(len(values))
+    # One stretch less than pairs of points, to leave room for both ends.
+    edges = np.linspace(0, len(values), most // 2).astype(int).tolist()
+    kept = [0, len(values) - 1]
+    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        stretch = values[start:stop]
+        is_gap = np.isnan(stretch)
         if is_gap.any():
             kept.append(start + int(is_gap.argmax()))
         if not is_gap.all():
-            kept += [start + int(np.nanargmin(bucket)), start + int(np.nanargmax(bucket))]
-    index = np.unique(kept)
-    return steps[index], values[index]
+            kept += [start + int(np.nanargmin(stretch)), start + int(np.nanargmax(stretch))]
+    return np.unique(kept)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """A running mean over one part of SMOOTHING_SHARE of the values, [n]; nan where a value is nan.
+    """A running mean over one part of SMOOTHING_SHARE of the values, [n]; NaN where a value is NaN.
 
     The window is centred, smaller at the start, where curves fall fast, and one-sided at the end. The mean is taken
-    twice, so that a spike becomes a small hill and no table mountain.
+    twice: a spike becomes a small hill instead of a plateau.
     """
     half = max(len(values) // SMOOTHING_SHARE // 4, 1)
     return _running_mean(_running_mean(values, half), half)
@@ -111,7 +117,7 @@ def nice_ticks(low: float, high: float, about: int) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten within [low, high], with 2 and 5 times them if there are few; thinned if there are many."""
+    """Powers of ten within [low, high], with multiples if there are few powers; thinned if there are many."""
     powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
     for factors in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)):
         ticks = [float(f"{factor}e{power}") for power in powers for factor in factors]
@@ -129,73 +135,77 @@ def tick_label(value: float, is_share: bool = False) -> str:
     if 0 < size < 1e-3 or size >= 1e12:
         mantissa, power = f"{value:.3e}".split("e")
         return f"{float(mantissa):g}e{int(power)}"
-    for factor, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if size >= factor:
-            return f"{value / min(factor, 1e3 if unit == 'k' else factor):.6g}{unit}"
+    for least, unit_size, unit in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if size >= least:
+            return f"{value / unit_size:.6g}{unit}"
     return f"{value:,.0f}" if size >= 1000 else f"{value:.6g}"
 
 
-def chart_html(chart: Chart, last_step: int, epoch_steps: Sequence[int] = ()) -> str:
-    """The card of a chart over steps 0 to `last_step`; `epoch_steps`: where epochs end, marked by thin lines."""
+def draw_curves(chart: Chart, last_x: int, epoch_ends: Sequence[int] = (), x_name: str = "") -> dict[str, Any]:
+    """A chart over 0 to `last_x`. Thin lines mark `epoch_ends`; `hover` is for run.js."""
     values = np.concatenate([series.values for series in chart.series])
     values = values[np.isfinite(values)]
-    has_log = chart.can_log and (values > 0).any() and (values >= 0).all() and values.max() > values[values > 0].min()
-    starts_log = has_log and values.max() > LOG_FROM_RATIO * np.quantile(values[values > 0], 0.01)
-    marks = list(epoch_steps) if len(epoch_steps) <= MAX_EPOCH_MARKS else []
-    scales = _scale(chart, _linear_axis(values, chart), last_step, marks, "linear")
-    if has_log:
-        scales += _scale(chart, _log_axis(values), last_step, marks, "log")
-    buttons = "".join(f'<button type="button" data-scale="{name}">{name}</button>' for name in ("linear", "log"))
-    switch = f'<div class="switch">{buttons}</div>' if has_log else ""
-    ticks = "".join(
-        f'<span style="left:{100 * tick / last_step:.2f}%">{tick_label(tick)}</span>'
-        for tick in nice_ticks(0, last_step, NUM_X_TICKS)
-        if tick == round(tick)
+    positive = values[values > 0]
+    has_log = chart.can_log and len(positive) and values.min() >= 0 and values.max() > positive.min()
+    starts_log = has_log and values.max() > LOG_FROM_RATIO * np.quantile(positive, 0.01)
+    axes = {"linear": _linear_axis(values, chart)} | ({"log": _log_axis(positive)} if has_log else {})
+    curves = [_Curve(series) for series in chart.series]
+    scales = {}
+    for name, axis in axes.items():
+        paths = [path for curve in curves for path in curve.paths(axis, last_x)]
+        ends = "".join(f"M{BOX * step / last_x:.1f} 0v{BOX}" for step in epoch_ends)
+        scales[name] = axis.scale([_styled("epochs", ends), *paths], chart.is_share)
+    ticks = [tick for tick in nice_ticks(0, last_x, NUM_X_TICKS) if tick.is_integer()]
+    return _drawing(
+        chart.title,
+        chart.unit,
+        [(100 * tick / last_x, tick_label(tick)) for tick in ticks],
+        scales,
+        kind="wide" if chart.is_wide else "",
+        x_name=x_name + ("; dotted: the end of an epoch" if epoch_ends and chart.is_wide else ""),
+        legend=_legend(chart.series),
+        first_scale="log" if starts_log else "linear",
+        hover={"last": last_x, "isShare": bool(chart.is_share), "series": [curve.hover() for curve in curves]},
     )
-    axis = "optimizer step" + ("; dotted: the end of an epoch" if marks and chart.is_wide else "")
-    classes, scale = "card chart wide" if chart.is_wide else "card chart", "log" if starts_log else "linear"
-    return (
-        f'<section class="{classes}" data-scale="{scale}"><header><h2>{escape(chart.title)} '
-        f"<small>{escape(chart.unit)}</small></h2>{switch}</header>{_legend(chart)}"
-        f'<div class="plot"><div class="area">{scales}<div class="cursor"></div></div>'
-        f'<div class="x">{ticks}</div><div class="x-name">{axis}</div></div></section>'
-    )
 
 
-def hover_data(chart: Chart, last_step: int) -> dict[str, Any]:
-    """What the page's script shows on hovering, for JSON: the drawn points of every curve, to 5 digits."""
-    series = []
-    for one in chart.series:
-        kept = ~np.isnan(one.values)
-        steps, values = thin(one.steps[kept], one.values[kept])
-        entry = {"name": one.name, "color": one.color, "x": steps.tolist(), "y": _short(values)}
-        if _is_smoothed(one):
-            entry["smooth"] = _short(smooth(one.values)[np.searchsorted(one.steps, steps)])
-        series.append(entry)
-    return {"last": last_step, "isShare": bool(chart.is_share), "series": series}
+def draw_bars(
+    title: str, unit: str, color: str, bars: Sequence[tuple[str, int]], labels: Sequence[str], counted: str
+) -> dict[str, Any]:
+    """A chart of (name, count) as bars; `labels` stand below; hovering shows name and count of what is `counted`."""
+    highest, width = max(count for _, count in bars), BOX / max(len(bars), MIN_BAR_COLUMNS)
+    paths = []
+    for index, (name, count) in enumerate(bars):
+        # A bar that is there must be seen.
+        height = max(BOX * count / highest, 9) if count else 0
+        d = f"M{index * width:.1f} {BOX}v{-height:.1f}h{width * 0.94:.1f}v{height:.1f}z"
+        paths.append(_styled(f"bar {color}", d, f"{name}: {count:,} {counted}"))
+    every = -(-len(bars) // MAX_BAR_LABELS)
+    x_ticks = [((index + 0.5) * width * 100 / BOX, labels[index]) for index in range(0, len(bars), every)]
+    ticks = [tick for tick in nice_ticks(0, highest, NUM_Y_TICKS) if tick.is_integer()]
+    return _drawing(title, unit, x_ticks, {"linear": _Axis(0, highest, ticks).scale(paths)}, kind="bars")
 
 
-def _short(values: np.ndarray) -> list[float]:
-    return [float(f"{value:.5g}") for value in values.tolist()]
+def _drawing(title: str, unit: str, x_ticks: list, scales: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The values of the template."""
+    drawing = {"title": title, "unit": unit, "x_ticks": x_ticks, "scales": scales, "first_scale": "linear"}
+    return drawing | {"x_name": "", "legend": [], "figures": {}} | more
 
 
-def _is_smoothed(series: Series) -> bool:
-    return series.style == "noisy" and len(series.values) >= MIN_TO_SMOOTH
+def _styled(kind: str, d: str, name: str = "") -> dict[str, str]:
+    return {"kind": kind, "d": d, "name": name}
 
 
-def _legend(chart: Chart) -> str:
-    """Names beside their colours; marks that share the colour of a line are named once for all."""
-    if len(chart.series) == 1 and chart.series[0].style != "sparse":
-        return ""
-    lines = {one.color for one in chart.series if one.style != "sparse"}
-    named = [one for one in chart.series if one.style != "sparse" or one.color not in lines]
-    items = [
-        f'<span class="{one.color} {one.style}"><i></i>{escape(one.name)}</span>'  # the style decides the mark
-        for one in named
-    ]
-    if len(named) < len(chart.series):
-        items.append(f'<span class="c-soft sparse"><i></i>{escape(chart.marks_name)}</span>')
-    return f'<div class="legend">{"".join(items)}</div>'
+def _legend(series: Sequence[Series]) -> list[dict[str, str]]:
+    """Names beside their colours; dots that share the colour of a line are named once for all."""
+    if len(series) == 1 and series[0].style != "sparse":
+        return []
+    lines = {one.color for one in series if one.style != "sparse"}
+    named = [one for one in series if one.style != "sparse" or one.color not in lines]
+    entries = [{"color": one.color, "style": one.style, "name": one.name} for one in named]
+    if len(named) < len(series):
+        entries.append({"color": "c-soft", "style": "sparse", "name": "validation"})
+    return entries
 
 
 @dataclass(frozen=True)
@@ -205,15 +215,22 @@ class _Axis:
     low: float
     high: float
     ticks: list[float]
-    is_log: bool
+    is_log: bool = False
 
     def heights(self, values: np.ndarray) -> np.ndarray:
-        """Distances from the top, 0 to BOX; nan for what this scale cannot show."""
+        """Distances from the top, 0 to BOX; NaN for what this scale cannot show."""
         low, high = self.low, self.high
         if self.is_log:
             values = np.log10(np.where(values > 0, values, np.nan))
             low, high = math.log10(low), math.log10(high)
         return BOX * (high - values) / (high - low)
+
+    def scale(self, paths: list[dict[str, str]], is_share: bool = False) -> dict[str, Any]:
+        heights = self.heights(np.array(self.ticks)).tolist()
+        labels = [tick_label(tick, is_share) for tick in self.ticks]
+        ticks = [(100 * height / BOX, label) for height, label in zip(heights, labels, strict=True)]
+        grid = _styled("grid", "".join(f"M0 {height:.1f}h{BOX}" for height in heights))
+        return {"ticks": ticks, "paths": [grid, *paths]}
 
 
 def _linear_axis(values: np.ndarray, chart: Chart) -> _Axis:
@@ -227,63 +244,58 @@ def _linear_axis(values: np.ndarray, chart: Chart) -> _Axis:
     else:
         room = (high - low) * 0.06
         low, high = low - (room if low else 0), high + room
-    return _Axis(low, high, nice_ticks(low, high, NUM_Y_TICKS), is_log=False)
+    return _Axis(low, high, nice_ticks(low, high, NUM_Y_TICKS))
 
 
-def _log_axis(values: np.ndarray) -> _Axis:
-    values = values[values > 0]
-    low, high = float(values.min()), float(values.max())
+def _log_axis(positive: np.ndarray) -> _Axis:
+    low, high = float(positive.min()), float(positive.max())
     room = (high / low) ** 0.05
     low, high = low / room, high * room
     return _Axis(low, high, log_ticks(low, high), is_log=True)
 
 
-def _scale(chart: Chart, axis: _Axis, last_step: int, marks: Sequence[int], name: str) -> str:
-    heights = axis.heights(np.array(axis.ticks))
-    labels = "".join(
-        f'<span class="y" style="top:{100 * height / BOX:.2f}%">{tick_label(tick, chart.is_share)}</span>'
-        for tick, height in zip(axis.ticks, heights.tolist(), strict=True)
-    )
-    grid = "".join(f"M0 {height:.1f}h{BOX}" for height in heights.tolist())
-    ends = "".join(f"M{BOX * step / last_step:.1f} 0v{BOX}" for step in marks)
-    curves = "".join(_curve(one, axis, last_step) for one in chart.series)
-    return (
-        f'<div class="scale {name}"><svg viewBox="0 0 {BOX} {BOX}" preserveAspectRatio="none" role="img" '
-        f'aria-label="{escape(chart.title)}, {name} scale"><path class="grid" d="{grid}"/><path class="epochs" '
-        f'd="{ends}"/>{curves}</svg>{labels}</div>'
-    )
+class _Curve:
+    """The thinned points of a series."""
 
+    def __init__(self, series: Series) -> None:
+        index = thin(series.values)
+        self.series, self.steps, self.values = series, series.steps[index], series.values[index]
+        self.smoothed = smooth(series.values)[index] if series.is_smoothed else None
 
-def _curve(series: Series, axis: _Axis, last_step: int) -> str:
-    """The raw curve, and over it the smoothed one or, for sparse ones, marks."""
-    steps, heights = thin(series.steps, axis.heights(series.values))
-    x = BOX * steps / last_step
-    is_there = ~np.isnan(heights)
-    dots = "".join(f"M{a:.1f} {b:.1f}h0" for a, b in zip(x[is_there], heights[is_there], strict=True))
-    if series.style == "sparse":
-        line = _path(x[is_there], heights[is_there])
-        kind = "dots many" if is_there.sum() > MAX_LARGE_DOTS else "dots"  # which must not hide the line below
-        return f'<path class="line sparse {series.color}" d="{line}"/><path class="{kind} {series.color}" d="{dots}"/>'
-    if not _is_smoothed(series):
-        line = f'<path class="line {series.color}" d="{_path(x, heights)}"/>'
-        # A young run's few values would hardly be seen as a line.
-        return line + (f'<path class="dots small {series.color}" d="{dots}"/>' if len(steps) < MIN_TO_SMOOTH else "")
-    smooth_steps, smooth_heights = thin(series.steps, axis.heights(smooth(series.values)))
-    return (
-        f'<path class="line raw {series.color}" d="{_path(x, heights)}"/>'
-        f'<path class="line smooth {series.color}" d="{_path(BOX * smooth_steps / last_step, smooth_heights)}"/>'
-    )
+    def hover(self) -> dict[str, Any]:
+        """The points for JSON, to 5 digits."""
+        is_there = ~np.isnan(self.values)
+        entry = {"name": self.series.name, "color": self.series.color, "x": self.steps[is_there].tolist()}
+        for name, values in (("y", self.values), ("smooth", self.smoothed)):
+            if values is not None:
+                entry[name] = [float(f"{value:.5g}") for value in values[is_there].tolist()]
+        return entry
+
+    def paths(self, axis: _Axis, last_x: int) -> list[dict[str, str]]:
+        """The raw curve, and over it the smoothed one, or dots where values are few."""
+        x, y = BOX * self.steps / last_x, axis.heights(self.values)
+        is_there = ~np.isnan(y)
+        dots = "".join(f"M{a:.1f} {b:.1f}h0" for a, b in zip(x[is_there], y[is_there], strict=True))
+        if self.series.style == "sparse":
+            size = "dots many" if is_there.sum() > MAX_LARGE_DOTS else "dots"
+            found = {"line sparse": _path(x[is_there], y[is_there]), size: dots}
+        elif self.smoothed is not None:
+            found = {"line raw": _path(x, y), "line smooth": _path(x, axis.heights(self.smoothed))}
+        else:
+            found = {"line": _path(x, y)}
+            # The few values of a young run would hardly be seen as a line.
+            if len(x) < MIN_TO_SMOOTH:
+                found["dots small"] = dots
+        return [_styled(f"{kind} {self.series.color}", d) for kind, d in found.items()]
 
 
 def _path(x: np.ndarray, y: np.ndarray) -> str:
-    """The `d` of a line that is broken at nan; a point alone is a line of no length, which round caps make a dot."""
+    """The `d` of a line that is broken at NaN; a line of no length (`h0`) makes a lone point a dot."""
     parts, is_open = [], False
     for a, b in zip(x.tolist(), y.tolist(), strict=True):
         if math.isnan(b):
             is_open = False
             continue
-        parts.append(f"{'L' if is_open else 'M'}{a:.1f} {b:.1f}")
-        if not is_open:
-            parts.append("h0")
+        parts.append(f"{'L' if is_open else 'M'}{a:.1f} {b:.1f}{'' if is_open else 'h0'}")
         is_open = True
     return "".join(parts)

@@ -2,15 +2,15 @@
 
     python model/report.py output/7B
 
-It reads what lies in the folder and nothing else: `metrics.jsonl`, the newest checkpoint's `trainer_state.json`,
-`bad_items.jsonl`, `bad_steps.jsonl` and `samples/`. Every number of `metrics.jsonl` becomes a curve, also one that this
-module does not know. Here is what the page says; model/report_page.py lays it out, model/charts.py draws the curves.
+The page shows only what lies in the folder: `metrics.jsonl`, the newest checkpoint's `trainer_state.json`,
+`bad_items.jsonl`, `bad_steps.jsonl` and `samples/`. Every number of `metrics.jsonl` becomes a curve.
 """
 
 import argparse
 import dataclasses
 import shlex
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,32 +21,31 @@ import numpy as np
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.html_page import write_page  # noqa: E402
 from data.whole_file import is_locked  # noqa: E402
 from model.bad_data import BAD_ITEMS_NAME, BAD_STEPS_NAME  # noqa: E402
 from model.checkpoint import LOCK_NAME, STATE_NAME, TrainerState, find_newest, read_state  # noqa: E402
 from model.metrics import METRICS_NAME, describe_damage, has_step, read_metrics  # noqa: E402
 from model.options import Options, build_parser  # noqa: E402
-from model.report_page import RunPage, build_page, option_text  # noqa: E402
+from model.report_assets import write_page  # noqa: E402
+from model.report_page import Curve, build_page  # noqa: E402
 from model.samples_format import SAMPLES_DIR_NAME, SampleStep, read_samples  # noqa: E402
 
 REPORT_NAME = "report.html"
-MAX_NAMED_STEPS = 8  # in a warning
-LARGEST = 1e300  # numbers from here on, also whole ones that no float can hold, are as not finite
-
-Curve = tuple[np.ndarray, np.ndarray]  # steps int64 [n], values float64 [n] with nan for null
+# In a warning.
+MAX_NAMED_STEPS = 8
 
 
 @dataclass(frozen=True)
 class Run:
-    """What an output folder says about its run. `curves`: by key of `metrics.jsonl`; `checkpoint`: the newest, if any.
+    """What an output folder holds. `curves`: by key of `metrics.jsonl`; `checkpoint`: the newest, if any.
 
-    `left_out` and `skipped`: the lines of bad_items.jsonl and bad_steps.jsonl; `notes`: what could not be read.
+    `written_at`: when metrics.jsonl was last written, in seconds since 1970; `left_out` and `skipped`: the lines of
+    bad_items.jsonl and bad_steps.jsonl; `notes`: what could not be read.
     """
 
     output_dir: Path
     curves: Mapping[str, Curve]
-    written_at: float | None  # seconds since 1970, when metrics.jsonl was last written
+    written_at: float | None
     checkpoint: Path | None
     state: TrainerState | None
     left_out: Sequence[Mapping[str, Any]]
@@ -62,16 +61,17 @@ class Run:
 
     @property
     def num_steps(self) -> int | None:
-        """Optimizer steps of the whole run, None if nothing tells; from the steps per epoch so far."""
+        """Optimizer steps of the whole run, estimated from the steps per epoch so far; None if unknown."""
         if self.state is None:
             return None
-        max_steps, num_epochs, total = *map(self.state.options.get, ("max_steps", "epochs")), None
+        known = [self.state.options.get("max_steps")]
+        num_epochs = self.state.options.get("epochs")
         if num_epochs and "epoch" in self.curves and self.curves["epoch"][1][-1] > 0:
             steps, epochs = self.curves["epoch"]
-            total = round(num_epochs * steps[-1] / epochs[-1])
-        known = [number for number in (max_steps, total) if number is not None]
-        # Fewer than are done: the run goes on with other options than those of its last checkpoint.
-        return min(known) if known and min(known) >= self.last_step else None
+            known.append(round(num_epochs * steps[-1] / epochs[-1]))
+        least = min((number for number in known if number is not None), default=0)
+        # Fewer steps than are done mean that the run was resumed with other options.
+        return least if least >= max(self.last_step, 1) else None
 
     @property
     def is_finished(self) -> bool:
@@ -84,21 +84,21 @@ class Run:
 
 
 def write_report(output_dir: Path, out: Path | None = None, is_running: bool = False) -> Path:
-    """Writes the page about the run in `output_dir` to `out` (default: report.html there), whole, and returns its path.
+    """Writes the page about the run in `output_dir` to `out` (default: report.html there) and returns its path.
 
     `is_running`: what the page says about it. Raises ValueError if the folder holds no run or a file cannot be read.
     """
-    run = read_run(output_dir)
+    page = build_page(**describe(read_run(output_dir), is_running))
     out = output_dir / REPORT_NAME if out is None else out
-    write_page(build_page(describe(run, is_running)), out)
+    write_page(page, out)
     return out
 
 
 def report_at_end(output_dir: Path) -> str:
-    """Writes the page at the end of a run and returns what to say about it: a page that fails must not fail the run."""
+    """Writes the page at the end of a run and returns what to print; a page that fails must not fail the run."""
     try:
         return f"{write_report(output_dir)} shows this run"
-    except Exception as error:  # what was trained and saved is worth more than the page
+    except Exception as error:
         return f"no {REPORT_NAME}: {error!r}; python model/report.py {output_dir} writes it later"
 
 
@@ -126,26 +126,16 @@ def read_run(output_dir: Path) -> Run:
     samples: list[SampleStep] = []
     try:
         samples = read_samples(output_dir)
-    except ValueError as error:  # the curves are worth a page without them
+    except ValueError as error:
+        # The curves are worth a page without samples.
         notes.append(f"{SAMPLES_DIR_NAME} are not shown: {error}")
-    return Run(
-        output_dir=output_dir,
-        curves=curves,
-        written_at=metrics_path.stat().st_mtime if curves else None,
-        checkpoint=checkpoint,
-        state=read_state(checkpoint) if checkpoint else None,
-        left_out=left_out,
-        skipped=skipped,
-        samples=samples,
-        notes=notes,
-    )
+    written_at = metrics_path.stat().st_mtime if curves else None
+    state = read_state(checkpoint) if checkpoint else None
+    return Run(output_dir, curves, written_at, checkpoint, state, left_out, skipped, samples, notes)
 
 
 def collect_curves(lines: Iterable[Any]) -> dict[str, Curve]:
-    """Every number of lines of metrics, by key, over their steps; `{"a": {"b": 1}}` becomes `a/b`, null becomes nan.
-
-    Steps that go back are put in order, as after a copy of two files into one.
-    """
+    """Every number of lines of metrics, by key, over ascending steps; `{"a": {"b": 1}}` becomes `a/b`, null NaN."""
     columns: dict[str, tuple[list[int], list[float]]] = {}
     for line in sorted(filter(has_step, lines), key=lambda line: line["step"]):
         for key, value in line.items():
@@ -154,55 +144,55 @@ def collect_curves(lines: Iterable[Any]) -> dict[str, Curve]:
                 if part is None or (isinstance(part, int | float) and not isinstance(part, bool)):
                     steps, values = columns.setdefault(name, ([], []))
                     steps.append(line["step"])
-                    values.append(float(part) if part is not None and -LARGEST < part < LARGEST else np.nan)
+                    values.append(np.nan if part is None or not np.isfinite(part) else float(part))
     return {key: (np.array(steps, np.int64), np.array(values)) for key, (steps, values) in columns.items()}
 
 
-def describe(run: Run, is_running: bool = False) -> RunPage:
-    """What the page says about a run."""
-    state = run.state
-    named = run.output_dir.resolve()
-    return RunPage(
-        name="/".join(named.parts[-2:]),
-        status=find_status(run, is_running),
-        last_step=run.last_step,
-        num_steps=run.num_steps,
-        epoch=float(run.curves["epoch"][1][-1]) if "epoch" in run.curves else None,
-        num_epochs=state.options.get("epochs") if state else None,
-        written_at=run.written_at,
-        curves={key: curve for key, curve in run.curves.items() if key != "step"},
-        warnings=[*find_warnings(run), *run.notes],
-        left_out=[f"step {line['step']}: {line.get('reason')}" for line in run.left_out],
-        skipped=[f"step {line['step']}: {_join(line.get('items'))}" for line in run.skipped],
-        samples=run.samples,
-        options=group_options(state.options) if state else {},
-        facts=list_facts(run),
-        command=command_to_go_on(state) if state else None,
-    )
+def describe(run: Run, is_running: bool = False) -> dict[str, Any]:
+    """What the page says about a run, as arguments of `build_page`."""
+    if run.is_finished:
+        status = "finished"
+    else:
+        status = "running" if is_running else "stopped" if run.last_step else "empty"
+    state, num_steps = run.state, run.num_steps or (run.last_step if run.is_finished else None)
+    epoch = run.curves["epoch"][1][-1] if "epoch" in run.curves else np.nan
+    return {
+        "run": run,
+        "curves": run.curves,
+        "last_step": run.last_step,
+        "samples": run.samples,
+        "title": "/".join(run.output_dir.resolve().parts[-2:]),
+        "status": status,
+        "num_steps": num_steps,
+        "share_done": min(run.last_step / num_steps, 1) if num_steps else 0,
+        "epoch": float(epoch) if np.isfinite(epoch) else None,
+        "num_epochs": state.options.get("epochs") if state else None,
+        "now": time.time(),
+        "warnings": [*find_warnings(run), *run.notes],
+        "left_out": [f"step {line['step']}: {line.get('reason')}" for line in run.left_out],
+        "skipped": [f"step {line['step']}: {_join(line.get('items'))}" for line in run.skipped],
+        "options": group_options(state.options) if state else {},
+        "facts": list_facts(run),
+        "command": command_to_resume(state) if state else None,
+    }
 
 
 def _join(items: Any) -> str:
     return ", ".join(map(str, items)) if isinstance(items, list) else str(items)
 
 
-def find_status(run: Run, is_running: bool) -> str:
-    """A key of `model.report_page.STATUS_TEXTS`."""
-    if run.is_finished:
-        return "finished"
-    return "running" if is_running else "stopped" if run.last_step else "empty"
-
-
 def find_warnings(run: Run) -> list[str]:
-    """What a person should know who looks at nothing else, one sentence each."""
+    """What a reader should know who looks at nothing else, one sentence each."""
     found = []
     for prefix, name in (("", "loss"), ("val_", "validation loss")):
-        steps, values = run.curves.get(f"{prefix}loss", ((), np.array([])))
+        steps, values = run.curves.get(f"{prefix}loss", ((), ()))
         num_targets = dict(zip(*run.curves.get(f"{prefix}num_valid_tokens", ((), ())), strict=True))
+        # A step without any target has no loss.
         lost = [step for step, value in zip(steps, values, strict=True) if np.isnan(value) and num_targets.get(step, 1)]
-        if lost:
-            lines = f"{len(lost):,} log line{'s' if len(lost) > 1 else ''}"
-            where = f"{', first' if len(lost) > 1 else ''} at step {lost[0]:,}"
-            found.append(f"The {name} was not finite in {lines}{where}.")
+        if len(lost) == 1:
+            found.append(f"The {name} was not finite in 1 log line at step {lost[0]:,}.")
+        elif lost:
+            found.append(f"The {name} was not finite in {len(lost):,} log lines, first at step {lost[0]:,}.")
     num_skipped = int(np.nansum(run.curves["skipped_steps"][1])) if "skipped_steps" in run.curves else 0
     if num_skipped:
         steps = sorted({line["step"] for line in run.skipped if line["step"] <= run.last_step})
@@ -222,21 +212,27 @@ def find_warnings(run: Run) -> list[str]:
     return found
 
 
+def option_text(value: object) -> str:
+    """An option's value as the page shows it; equal texts are equal values."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return str(value)
+
+
 def group_options(options: Mapping[str, Any]) -> dict[str, list[tuple[str, str, str | None]]]:
     """(name, value, default if it is another) of the options, in the groups of model/options.py; unknown ones last."""
     parser = build_parser()
+    group_of = {
+        field.name: part.name
+        for part in dataclasses.fields(Options)
+        if dataclasses.is_dataclass(part.type)
+        for field in dataclasses.fields(part.type)
+    }
     groups: dict[str, list[tuple[str, str, str | None]]] = {}
-    rest = dict(options)
-    for part in dataclasses.fields(Options):
-        if not dataclasses.is_dataclass(part.type):
-            continue
-        for field in dataclasses.fields(part.type):
-            if field.name in rest:
-                value, default = option_text(rest.pop(field.name)), option_text(parser.get_default(field.name))
-                groups.setdefault(part.name, []).append((field.name, value, None if value == default else default))
-    for name, value in rest.items():  # `only_save_trainable`, and those of another version of this code
-        shown, default = option_text(value), option_text(parser.get_default(name))
-        groups.setdefault("other", []).append((name, shown, None if shown == default else default))
+    # Options of another version of this code have no group.
+    for name in [*(name for name in group_of if name in options), *(name for name in options if name not in group_of)]:
+        value, default = option_text(options[name]), option_text(parser.get_default(name))
+        groups.setdefault(group_of.get(name, "other"), []).append((name, value, None if value == default else default))
     return groups
 
 
@@ -252,8 +248,8 @@ def list_facts(run: Run) -> dict[str, str]:
     return facts | {name: str(version or "unknown") for name, version in state.versions.items()}
 
 
-def command_to_go_on(state: TrainerState) -> str:
-    """The command line of the run, options that differ from the defaults; on one node, as the state knows no other."""
+def command_to_resume(state: TrainerState) -> str:
+    """The command line of the run: options that differ from the defaults; on one node, as the state knows no other."""
     parser = build_parser()
     python = ["python", "-u"] if state.world_size == 1 else ["torchrun", f"--nproc_per_node={state.world_size}"]
     lines = [shlex.join([*python, "finetune_solver.py"])]
@@ -269,7 +265,7 @@ def command_to_go_on(state: TrainerState) -> str:
 
 def build_arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Write the page about a training run.")
-    parser.add_argument("output_dir", type=Path, help="the --output_dir of the run, ended or still going")
+    parser.add_argument("output_dir", type=Path, help="the --output_dir of the run, which may still be running")
     parser.add_argument("--out", type=Path, help=f"file to write (default: {REPORT_NAME} in OUTPUT_DIR)")
     return parser
 
@@ -280,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.out is not None and args.out.is_dir():
             raise ValueError(f"--out {args.out} is a folder; give the name of a file in it")
         if args.out is not None and not args.out.parent.is_dir():
-            raise ValueError(f"--out {args.out}: the folder {args.out.parent} does not exist; make it first")
+            raise ValueError(f"--out {args.out}: the folder {args.out.parent} does not exist; create it first")
         out = write_report(args.output_dir, args.out, is_running=is_locked(args.output_dir / LOCK_NAME))
     except (ValueError, OSError) as error:
         print(f"report.py: {error}", file=sys.stderr)

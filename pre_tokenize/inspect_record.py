@@ -1,15 +1,14 @@
-"""Look at what was tokenized: a record, some of its items with their pictures, and figures of all, on one HTML page.
+"""Look at what was tokenized: some items of a record with their images, and figures of all items, on one HTML page.
 
     python pre_tokenize/inspect_record.py out/record.json --num 20 --out page.html
 
-Exit codes: 0 the page is written, 2 it is not, with the reason.
+Exit codes: 0 if the page is written, 2 with the reason if not.
 """
 
 import argparse
 import os
 import random
 import sys
-import time
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,6 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from data.html_page import write_page  # noqa: E402
 from data.hub import DEFAULT_TOKENIZER, DEFAULT_VQGAN_DIR, VQGAN_HELP, find_vqgan, find_vqgan_problems  # noqa: E402
 from data.item_processor import hash_tokenizer, load_text_tokenizer  # noqa: E402
 from data.manifest import find_manifest  # noqa: E402
@@ -29,10 +27,9 @@ from data.messages import one_line  # noqa: E402
 from data.record import RecordEntry, read_record  # noqa: E402
 from data.token_file import TokenItem, load_token_file  # noqa: E402
 from data.vocab import CODE_PIXELS, IGNORE_INDEX, ChameleonVocab  # noqa: E402
+from model.report_assets import write_page  # noqa: E402
 from model.vqgan import VQGAN, check_codebook, hash_vqgan, load_vqgan, pixels_to_image  # noqa: E402
 from pre_tokenize.page import Part, RecordStats, ShownItem, build_page  # noqa: E402
-
-PLAIN_LINE_SECONDS = 10
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,11 +38,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("record", type=Path, metavar="RECORD", help="record.json, or the sub-record of a worker")
     add("--num", type=int, default=20, help="number of items shown (default 20)")
     add("--out", type=Path, default=Path("page.html"), help="the page to write (default page.html)")
-    add("--seed", type=int, default=0, help="of the choice of items (default 0)")
+    add("--seed", type=int, default=0, help="seed of the choice of items (default 0)")
     add("--tokenizer", default=DEFAULT_TOKENIZER, help=f"folder or hub id (default {DEFAULT_TOKENIZER})")
     add("--vqgan_dir", type=Path, default=Path(DEFAULT_VQGAN_DIR), help=f"with decoder, {VQGAN_HELP}")
-    add("--any_vqgan", action="store_true", help="decode by another VQGAN than the record's, too (default: off)")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default auto: cuda if there is one")
+    add("--any_vqgan", action="store_true", help="decode also by a VQGAN that is not the record's (default: off)")
+    add(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="where images are decoded (default auto: CUDA if there is a GPU)",
+    )
     return parser
 
 
@@ -68,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         stats = count_items(args.record, lengths, vocab)
         items = [
             show_item(entry, tokenizer, vocab, vqgan)
-            for entry in with_progress(sample, len(sample), "decoding the pictures")
+            for entry in with_progress(sample, len(sample), "decoding the images")
         ]
         page = build_page(os.fspath(args.record), stats, items, notes)
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -101,9 +103,9 @@ def validate(args: argparse.Namespace) -> None:
 
 
 def survey_record(path: Path, num: int, seed: int) -> tuple[np.ndarray, list[RecordEntry]]:
-    """Lengths in tokens, int64 [N], of all items, and `num` of them (all, if there are fewer), drawn evenly, in order.
+    """Lengths in tokens, int64 [N], of all items, and `num` items (at most all), drawn evenly, in order.
 
-    The record is streamed once; which items are drawn depends on their number and the seed alone.
+    The record is streamed once; which items are drawn depends on the number of items and the seed alone.
     """
     generator = random.Random(seed)
     lengths, drawn = array("q"), []
@@ -120,32 +122,30 @@ def survey_record(path: Path, num: int, seed: int) -> tuple[np.ndarray, list[Rec
 
 
 def load_decoder(vqgan_dir: Path, vocab: ChameleonVocab, device: str) -> VQGAN:
-    """The VQGAN of a folder, checked to have a decoder and a code for each of the vocabulary's."""
+    """The VQGAN of a folder. Raises ValueError if it has no decoder or not as many codes as the vocabulary."""
     vqgan = load_vqgan(vqgan_dir, device)
     if not vqgan.has_decoder:
-        raise ValueError(f"--vqgan_dir {vqgan_dir} holds no decoder (Hugging Face folders do not); use Meta's folder")
+        raise ValueError(f"--vqgan_dir {vqgan_dir} holds no decoder, as Hugging Face folders do not; use Meta's folder")
     if vqgan.num_codes != vocab.num_codes:
         raise ValueError(f"the VQGAN in {vqgan_dir} has {vqgan.num_codes} codes, the tokenizer {vocab.num_codes}")
     return vqgan
 
 
 def compare_with_manifest(manifest: dict, tokenizer, vqgan: VQGAN, vqgan_dir: Path) -> list[str]:
-    """Remarks where tokenizer or VQGAN are not those of the record's manifest (empty: nothing is compared).
-
-    Where it names no codebook, another VQGAN folder may hold the same codes in another format.
-    """
+    """Remarks if tokenizer or VQGAN differ from the record's manifest; what the manifest lacks is not compared."""
     remarks = []
     if manifest.get("tokenizer_sha256") not in (None, hash_tokenizer(tokenizer)):
         remarks.append("The record was made with another tokenizer than the one given here: texts may be wrong.")
     codebook, files = manifest.get("codebook_sha256"), manifest.get("vqgan_sha256")
+    # The same codebook may lie in files of another format: files count only without a codebook.
     is_other = codebook != vqgan.codebook_sha256 if codebook else files not in (None, hash_vqgan(vqgan_dir))
     if is_other:
-        remarks.append("The record was made with other VQGAN files than those given here: pictures may be wrong.")
+        remarks.append("The record was made with other VQGAN files than those given here: images may be wrong.")
     return remarks
 
 
 def count_items(path: Path, lengths: np.ndarray, vocab: ChameleonVocab) -> RecordStats:
-    """Figures over the token files of all items, one in memory at a time. Raises ValueError naming a wrong one."""
+    """Figures over the token files of all items, one in memory at a time. Raises ValueError that names a bad file."""
     code_counts = np.zeros(vocab.num_codes, dtype=np.int64)
     num_targets = num_image_tokens = 0
     size_counts: Counter[tuple[int, int]] = Counter()
@@ -160,8 +160,10 @@ def count_items(path: Path, lengths: np.ndarray, vocab: ChameleonVocab) -> Recor
 
 
 def load_item(entry: RecordEntry, vocab: ChameleonVocab) -> tuple[TokenItem, dict[tuple[int, int], np.ndarray]]:
-    """The item of an entry, and (start, stop) -> codes [h, w] of its images in order. Raises ValueError or
-    FileNotFoundError with what does not fit the record or the vocabulary."""
+    """The item of an entry, and (start, stop) -> codes [h, w] of its images in order.
+
+    Raises ValueError or FileNotFoundError with what does not fit the record or the vocabulary.
+    """
     item = load_token_file(entry.file, entry.offset, entry.nbytes)
     name = f"{entry.file} (id {one_line(entry.id)})"
     if len(item.token) != entry.len:
@@ -175,11 +177,11 @@ def load_item(entry: RecordEntry, vocab: ChameleonVocab) -> tuple[TokenItem, dic
         spans = vocab.find_images(item.token)
         return item, {span: vocab.tokens_to_codes(item.token[slice(*span)]) for span in spans}
     except ValueError as error:
-        raise ValueError(f"{name}: {error}; is --tokenizer that of the record?") from None
+        raise ValueError(f"{name}: {error}; is --tokenizer the tokenizer of the record?") from None
 
 
 def show_item(entry: RecordEntry, tokenizer, vocab: ChameleonVocab, vqgan: VQGAN) -> ShownItem:
-    """Texts and pictures of an item, decoded from its tokens."""
+    """Texts and images of an item, decoded from its tokens."""
     item, images = load_item(entry, vocab)
     is_target = item.label != IGNORE_INDEX
     turns: list[list[Part]] = [[]]
@@ -221,14 +223,8 @@ def split_parts(
 
 
 def with_progress(values, total: int, name: str) -> Iterator:
-    """The values, with a bar on a terminal, else a plain line now and then."""
-    is_terminal = sys.stderr.isatty()
-    last_line = time.monotonic()
-    for done, value in enumerate(tqdm(values, name, total, unit="item", disable=not is_terminal, dynamic_ncols=True)):
-        if not is_terminal and time.monotonic() - last_line >= PLAIN_LINE_SECONDS:
-            last_line = time.monotonic()
-            print(f"{name}: {done:,}/{total:,}", file=sys.stderr)
-        yield value
+    """The values, with a bar from the second second on, on a terminal; every 10 s in a log."""
+    return tqdm(values, name, total, unit="item", delay=1, mininterval=0.1 if sys.stderr.isatty() else 10)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,15 @@
 """The bench of the data engine runs, with few short items, and both of its ways read the same tokens."""
 
-import json
-
 import pytest
 
-from tests.tokenize_helpers import run_script
+from tests.test_bench_all import run_bench
 
 
 @pytest.mark.slow
-def test_both_ways_read_all_tokens_of_an_epoch_and_ours_leaves_less_of_its_rows_empty():
-    done = run_script(
-        "exps/bench/data.py", "--num_items", 2000, "--num_rows", 1000, "--batch_size", 4, "--num_ranks", 1,
-        "--lengths", 30, 800, "--max_seq_len", 832, "--num_workers", 0, 1, "--repeats", 1,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    summary = json.loads(done.stdout.splitlines()[-1])
-    assert {"bench", "device", "versions", "ours", "baseline", "ratio", "rows"} <= summary.keys()
+def test_both_ways_read_all_tokens_of_an_epoch_and_our_rows_are_fuller():
+    task = ("--num_items", 2000, "--num_rows", 1000, "--batch_size", 4, "--num_ranks", 1, "--num_workers", 0, 1)
+    sizes = ("--lengths", 30, 800, "--max_seq_len", 832)
+    summary = run_bench("data", *task, *sizes, "--repeats", 1)
     ours, baseline, ratio = summary["ours"], summary["baseline"], summary["ratio"]
     assert len({count for way in (ours, baseline) for count in way["num_tokens"].values()}) == 1
     assert ours["num_tokens"]["0"] == pytest.approx(2000 * (30 + 800) / 2, rel=0.05)

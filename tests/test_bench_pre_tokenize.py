@@ -1,4 +1,4 @@
-"""The pre-tokenizing bench runs, with a small VQGAN, and says what it promises."""
+"""The pre-tokenizing bench runs, with a small VQGAN, and its figures belong together."""
 
 import json
 
@@ -6,26 +6,28 @@ import pytest
 
 from data.item_processor import load_text_tokenizer
 from data.vocab import ChameleonVocab
-from exps.bench.pre_tokenize import seeded_vqgan, write_tokenizer
-from tests.tokenize_helpers import ROOT, run_script
+from exps.bench.pre_tokenize import seeded_vqgan, write_inputs, write_tokenizer
+from tests.test_bench_all import run_bench
+from tests.tokenize_helpers import ROOT
 
 
 @pytest.mark.slow
 def test_the_bench_compares_both_ways_on_a_small_vqgan():
-    done = run_script(
-        "exps/bench/pre_tokenize.py", "--num_images=3", "--target_size", 64, "--precision", "fp32", "bf16",
-        "--device=cpu", f"--vqgan_dir={ROOT / 'exps' / 'tiny' / 'vqgan'}",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    summary = json.loads(done.stdout.splitlines()[-1])
-    assert {"bench", "device", "versions", "ours", "baseline", "ratio"} <= summary.keys()
-    fp32, bf16 = summary["rows"]
-    assert (fp32["precision"], bf16["precision"]) == ("fp32", "bf16") and summary["ours"] == bf16["ours"]
-    assert fp32["ours"]["equal_codes"] == 1 and bf16["ours"]["equal_codes"] > 0.5
-    for row in summary["rows"]:
-        speeds = row["ours"]["images_per_s"], row["baseline"]["images_per_s"]
-        assert min(speeds) > 0 and row["ratio"]["images_per_s"] == pytest.approx(speeds[0] / speeds[1])
-        assert row["baseline"]["images_per_s_without_lookups"] > speeds[1] and row["ours"]["host_gib"] > 0.1
+    vqgan_dir = ROOT / "exps" / "tiny" / "vqgan"
+    flags = ("--num_images=3", "--target_size=64", "--precision=fp32", f"--vqgan_dir={vqgan_dir}")
+    summary = run_bench("pre_tokenize", *flags)
+    ours, baseline, ratio = (summary[name] for name in ("ours", "baseline", "ratio"))
+    assert ours["equal_codes"] == 1 and ours["host_gib"] > 0.1
+    speeds = ours["images_per_s"], baseline["images_per_s"]
+    assert min(speeds) > 0 and ratio["images_per_s"] == pytest.approx(speeds[0] / speeds[1])
+    assert baseline["images_per_s_without_lookups"] > speeds[1]
+    assert min(ours["encoder_images_per_s"], ours["core_images_per_s"]) > 0
+
+
+def test_many_items_show_few_different_images(tmp_path):
+    write_inputs(tmp_path, 30, with_vqgan=False)
+    items = json.loads((tmp_path / "in.json").read_text())
+    assert len(items) == 30 and len({item["image"] for item in items}) == len(list(tmp_path.glob("*.jpg"))) == 24
 
 
 def test_the_benchs_tokenizer_and_vqgan_have_chameleons_size(tmp_path):

@@ -1,4 +1,4 @@
-"""The whole road through the real scripts: raw JSON, two workers, a record, two ranks, a kill, a resume, a picture."""
+"""The whole road through the real scripts: raw JSON, two workers, a record, two ranks, a kill, a resume, an image."""
 
 import json
 import os
@@ -29,11 +29,11 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKE
 pytestmark = pytest.mark.slow
 
 
-def run_script(*arguments: object, expect: int = 0) -> str:
-    """Run a script of the repo as a user does; returns its output, fails with it if the exit code is another."""
+def run_script(*arguments: object) -> str:
+    """Runs a script of the repo as a user does and returns its output."""
     command = [sys.executable, "-u", *map(str, arguments)]
     done = forked.run(command, ENVIRONMENT)
-    assert done.returncode == expect, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
 
 
@@ -62,36 +62,32 @@ def training_command(road: Path, output_dir: Path) -> list[str]:
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "finetune_solver.py"),
         *("--model_size", "tiny", "--tokenizer", str(road / "tokenizer"), "--data_config", str(road / "data.yaml")),
         *("--output_dir", str(output_dir), "--batch_size", "2", "--accum_iter", "1", "--epochs", "4"),
-        *("--warmup_epochs", "0.1"),
-        *("--lr", "1e-3", "--min_lr", "1e-4", "--dropout", "0.05", "--z_loss_weight", "1e-5", "--precision", "fp32"),
+        *("--warmup_epochs", "0.1", "--lr", "1e-3", "--min_lr", "1e-4", "--dropout", "0.05"),
+        *("--z_loss_weight", "1e-5", "--precision", "fp32"),
         *("--max_seq_len", "256", "--max_steps", str(STEPS), "--log_interval", "1", "--num_workers", "1"),
         *("--save_iteration_interval", str(SAVE_EVERY), "--auto_resume", "--unmask_image_logits"),
     ]
 
 
-def read_metrics(output_dir: Path) -> list[dict]:
+def read_lines(output_dir: Path) -> list[str]:
     path = output_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return path.read_text().split("\n") if path.exists() else []
 
 
 def train_and_kill(command: list[str], output_dir: Path) -> None:
-    """Start training and SIGKILL the launcher and all its ranks once step KILL_AT is logged."""
+    """Starts training and kills the launcher and all its ranks once step KILL_AT is logged."""
     with open(output_dir.with_suffix(".log"), "w") as log:
         process = subprocess.Popen(
             command, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
     deadline = time.time() + 300
-    while len(_whole_lines(output_dir)) < KILL_AT:
+    # The last line may be torn.
+    while len(read_lines(output_dir)) <= KILL_AT:
         assert process.poll() is None, f"training ended by itself:\n{output_dir.with_suffix('.log').read_text()}"
         assert time.time() < deadline, "training did not reach the step of the kill"
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def _whole_lines(output_dir: Path) -> list[bytes]:
-    path = output_dir / "metrics.jsonl"
-    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
 
 
 @pytest.fixture(scope="module")
@@ -112,20 +108,21 @@ def road(tmp_path_factory) -> Path:
         )
         for rank in range(2)
     ]
-    assert [worker.wait(300) for worker in workers] == [0, 3]  # the broken item is in the second worker's share
+    # The second worker has the broken item.
+    assert [worker.wait(300) for worker in workers] == [0, 3]
     merge = ("pre_tokenize/concat_record.py", "--sub_record_dir", folder / "tokens")
     run_script(*merge, "--save_path", folder / "tokens" / "record.json")
     (folder / "data.yaml").write_text("META:\n  - path: tokens/record.json\n")
     return folder
 
 
-def test_killed_and_resumed_equals_undisturbed_and_draws_a_picture(road, tmp_path):
+def test_killed_and_resumed_equals_undisturbed_and_draws_an_image(road, tmp_path):
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     forked.run(training_command(road, undisturbed), ENVIRONMENT, check=True)
     train_and_kill(training_command(road, disturbed), disturbed)
     forked.run(training_command(road, disturbed), ENVIRONMENT, check=True)
 
-    expected, got = read_metrics(undisturbed), read_metrics(disturbed)
+    expected, got = ([json.loads(line) for line in read_lines(path)[:-1]] for path in (undisturbed, disturbed))
     assert [line["step"] for line in got] == list(range(1, STEPS + 1))
     assert [line["loss"] for line in got] == [line["loss"] for line in expected]
     assert got[-1]["loss"] < got[0]["loss"]
@@ -136,17 +133,17 @@ def test_killed_and_resumed_equals_undisturbed_and_draws_a_picture(road, tmp_pat
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
-    picture = tmp_path / "out.png"
+    drawn = tmp_path / "out.png"
     run_script(
         *("inference_solver.py", "--model_path", folders[1], "--prompt", "a big cat on a red background"),
-        *("--vqgan_dir", VQGAN_DIR, "--device", "cpu", "--precision", "fp32", "--size", "64x64", "--out", picture),
+        *("--vqgan_dir", VQGAN_DIR, "--device", "cpu", "--precision", "fp32", "--size", "64x64", "--out", drawn),
     )
-    with Image.open(picture) as image:
+    with Image.open(drawn) as image:
         assert image.size == (64, 64) and image.mode == "RGB"
 
 
 def test_the_laptop_default_in_small_and_again(request, tmp_path):
-    """`exps/tiny.sh` from end to end with small counts; the second run picks up what is there."""
+    """`exps/tiny.sh` from end to end with small counts; the second run changes nothing."""
     counts = {"OUT": str(tmp_path / "tiny"), "ITEMS": "120", "STEPS": "3", "PROMPTS": "4", "PYTHON": sys.executable}
     command = ["bash", "exps/tiny.sh"]
     subprocess.run(command, cwd=ROOT, env=ENVIRONMENT | counts, check=True, timeout=400)

@@ -1,4 +1,4 @@
-"""The page about a record: what it shows, what it refuses, and how a real browser takes it."""
+"""The page about a record: what it shows, what it rejects, and how a real browser shows it."""
 
 import base64
 import html
@@ -6,22 +6,33 @@ import io
 import json
 import re
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from data.html_page import data_uri, escape, write_page
-from data.item_processor import build_text_encode
+from data.item_processor import build_text_encode, load_text_tokenizer
 from data.record import RecordEntry, read_raw_record, write_merged
 from data.token_file import save_token_file, write_shard
 from data.vocab import IGNORE_INDEX, ChameleonVocab
-from model.vqgan import VQGAN, load_vqgan, pixels_to_image
-from pre_tokenize import page as page_module
-from pre_tokenize.inspect_record import count_items, main, split_parts, survey_record
-from pre_tokenize.page import length_bins, perplexity, usage_bins
+from model.report_assets import data_uri, render
+from model.vqgan import load_vqgan, pixels_to_image
+from pre_tokenize.inspect_record import build_parser, count_items, main, split_parts, survey_record, validate
+from pre_tokenize.page import (
+    MAX_LENGTH_BINS,
+    Part,
+    RecordStats,
+    ShownItem,
+    build_page,
+    length_bins,
+    perplexity,
+    usage_bins,
+)
 from tests.browser_helpers import needs_browser, seen_by_probe, show
 from tests.tokenize_helpers import NUM_CODES, write_tiny_tokenizer, write_tiny_vqgan
 
@@ -84,9 +95,8 @@ def test_texts_are_shown_and_predicted_parts_marked(page):
     texts = re.findall(r'<(mark|span) class="text">(.*?)</\1>', page, re.DOTALL)
     shown = [(tag, html.unescape(text)) for tag, text in texts]
     visible = NASTY.replace("\x00", "\u2400").replace("\u202e", "[U+202E]")
-    assert shown == [
-        ("span", visible), ("span", "say"), ("mark", CAPTIONS[1]), ("span", "say"), ("mark", CAPTIONS[2])
-    ]  # fmt: skip
+    given, predicted = [("span", visible), ("span", "say")], ("mark", CAPTIONS[1])
+    assert shown == [*given, predicted, ("span", "say"), ("mark", CAPTIONS[2])]
     assert page.count('<kbd class="">&lt;reserved08706&gt;</kbd>') == 3
     assert page.count('<kbd class="predicted">&lt;reserved08706&gt;</kbd>') == 3
 
@@ -98,18 +108,13 @@ def test_images_are_decoded_from_their_tokens_beside_their_size(page, record):
     assert len(uris) == len(expected) == 3
     for uri, codes in zip(uris, expected, strict=True):
         image = Image.open(io.BytesIO(base64.b64decode(uri)))
-        assert image.tobytes() == decoded(vqgan, codes).tobytes()
+        decoded = pixels_to_image(vqgan.decode(torch.from_numpy(codes)[None])[0])
+        assert image.tobytes() == decoded.tobytes()
         assert f"<b>{image.width} × {image.height}</b> pixels" in page
 
 
-def decoded(vqgan: VQGAN, codes: np.ndarray) -> Image.Image:
-    import torch
-
-    return pixels_to_image(vqgan.decode(torch.from_numpy(codes)[None])[0])
-
-
 def test_token_counts_and_label_mask(page, record):
-    cards = re.findall(r"<article>.*?</article>", page, re.DOTALL)
+    cards = re.findall(r"<article.*?</article>", page, re.DOTALL)
     lengths = [json.loads(line.rstrip(","))["len"] for line in record.read_text().splitlines()[1:-1]]
     num_image_tokens = [sum(4 + h * (w + 1) for w, h in sizes) for sizes in IMAGE_SIZES]
     targets = [num_image_tokens[0] + 1, len(CAPTIONS[1].encode()) + 1, len(CAPTIONS[2]) + 1]
@@ -123,26 +128,20 @@ def test_token_counts_and_label_mask(page, record):
 
 def test_nothing_of_a_user_becomes_markup(page):
     assert "<script" not in page.lower() and "<img src=x" not in page
-    assert escape(SCRIPT) in page
+    assert "&lt;script&gt;document.title=&#39;taken&#39;&lt;/script&gt;" in page
     assert "default-src 'none'" in page
     outside = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?(?!data:)[a-z/]""", re.sub(r"&\w+;", "", page))
     assert len(outside) == 1, "only the escaped attribute of the caption"
 
 
-def test_names_of_items_and_files_are_escaped(record, tmp_path, capsys):
-    entry = json.loads(record.read_text().splitlines()[1].rstrip(","))
-    strange = f"{SCRIPT.replace('/', '')}.pkl"
-    shutil.copy(record.parent / entry["file"], tmp_path / strange)
-    (tmp_path / "r.json").write_text(json.dumps([{**entry, "file": strange, "id": "<b>7"}]))
-    flags = arguments(record, tmp_path / "page.html")[1:]
-    assert main([str(tmp_path / "r.json"), *flags]) == 0
-    text = (tmp_path / "page.html").read_text()
-    assert "item &lt;b&gt;7" in text and "<b>7" not in text and "<script" not in text
+def test_names_of_items_and_files_are_escaped():
+    stats = RecordStats(np.array([1]), np.zeros(4, int), 1, 0, Counter())
+    item = ShownItem("<b>7", f"{SCRIPT}.pkl", ((Part("text", 0, 1, 1, SCRIPT),),), np.array([True]), 0)
+    text = build_page(SCRIPT, stats, [item], [SCRIPT])
+    assert "item &lt;b&gt;7" in text and "<b>7" not in text and "<script" not in text and text.count("&lt;script") == 5
 
 
 def test_figures_cover_the_whole_record(record):
-    from data.item_processor import load_text_tokenizer
-
     vocab = ChameleonVocab.from_tokenizer(load_text_tokenizer(record.parent / "tokenizer"))
     lengths, _ = survey_record(record, 1, seed=0)
     stats = count_items(record, lengths, vocab)
@@ -156,19 +155,24 @@ def test_figures_cover_the_whole_record(record):
 def test_every_length_falls_into_one_bin(lengths):
     lengths = np.array(lengths)
     counts, edges = length_bins(lengths)
-    assert counts.sum() == len(lengths) and len(counts) <= page_module.NUM_LENGTH_BINS
+    assert counts.sum() == len(lengths) and len(counts) <= MAX_LENGTH_BINS
     assert counts.tolist() == [((a <= lengths) & (lengths < b)).sum() for a, b in zip(edges, edges[1:], strict=False)]
     assert counts[0] and counts[-1], "no empty bins at the ends"
 
 
 @pytest.mark.parametrize("side, kind", [(256, "PNG"), (512, "JPEG")])
-def test_large_images_are_embedded_small(side, kind):
+def test_large_images_are_embedded_as_jpeg(side, kind):
     ramp = np.linspace(0, 255, side).astype(np.uint8)
     image = Image.fromarray(np.stack(np.broadcast_arrays(ramp, ramp[:, None], 128), axis=-1).astype(np.uint8))
     head, content = data_uri(image).split(",")
     embedded = Image.open(io.BytesIO(base64.b64decode(content)))
     assert (head, embedded.format, embedded.size) == (f"data:image/{kind.lower()};base64", kind, image.size)
     assert np.abs(np.asarray(embedded, int) - np.asarray(image, int)).mean() < (2 if kind == "JPEG" else 1e-9)
+
+
+def test_a_value_that_is_missing_in_a_template_is_an_error():
+    with pytest.raises(jinja2.UndefinedError, match="notes"):
+        render("inspect.html", title="x")
 
 
 def test_code_usage_is_counted_by_doublings():
@@ -187,32 +191,26 @@ def test_the_sample_is_even_and_depends_on_the_seed_alone(tmp_path):
         assert ids == sorted(set(ids)) and len(ids) == 10
         hits[ids] += 1
     assert lengths.tolist() == list(range(1, 51))
-    assert abs(hits - 60).max() < 35  # 5 standard deviations of a binomial of 300 and 0.2
+    # 35 are 5 standard deviations of a binomial of 300 and 0.2.
+    assert abs(hits - 60).max() < 35
     assert survey_record(tmp_path / "r.json", 10, 1)[1] == survey_record(tmp_path / "r.json", 10, 1)[1]
     assert len(survey_record(tmp_path / "r.json", 99, 0)[1]) == 50
 
 
 def test_parts_follow_each_other_without_gaps(record):
-    from data.item_processor import load_text_tokenizer
-
     vocab = ChameleonVocab.from_tokenizer(load_text_tokenizer(record.parent / "tokenizer"))
     image = vocab.image_to_tokens(np.zeros((2, 2), int))
     letter = vocab.vocab_size - 1
     token = np.array([vocab.bos_id, *image, letter, letter, letter, vocab.end_of_turn_id, *image])
     is_target = np.zeros(len(token), bool)
-    is_target[13:] = True  # from the second letter on
+    # From the second letter on.
+    is_target[13:] = True
     parts = list(split_parts(token, is_target, vocab.find_images(token), vocab))
-    assert parts == [
-        ("control", 0, 1), ("image", 1, 11), ("text", 11, 13), ("text", 13, 14), ("control", 14, 15), ("image", 15, 25)
-    ]  # fmt: skip
+    texts = [("text", 11, 13), ("text", 13, 14), ("control", 14, 15)]
+    assert parts == [("control", 0, 1), ("image", 1, 11), *texts, ("image", 15, 25)]
 
 
-def test_the_same_command_gives_the_same_page(record, page, tmp_path):
-    assert main(arguments(record, tmp_path / "page.html")) == 0
-    assert (tmp_path / "page.html").read_text() == page
-
-
-def test_items_in_shards_are_shown_alike(record, page, tmp_path):
+def test_items_in_shards_give_the_same_page(record, page, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(record.parent, folder)
     entries = list(read_raw_record(folder / "record.json"))
@@ -239,7 +237,7 @@ def test_a_wrong_label_and_another_manifest_are_remarked(record, tmp_path, capsy
     assert "another tokenizer" in text and "other VQGAN files" in capsys.readouterr().out
 
 
-def test_another_vqgan_than_the_record_s_is_refused_unless_told(record, tmp_path, capsys):
+def test_another_vqgan_is_rejected_without_any_vqgan(record, tmp_path, capsys):
     folder = tmp_path / "copy"
     shutil.copytree(record.parent, folder)
     flags = arguments(folder / "record.json", tmp_path / "page.html")
@@ -257,75 +255,57 @@ def test_another_vqgan_than_the_record_s_is_refused_unless_told(record, tmp_path
 @pytest.mark.parametrize(
     "content, flags, reason",
     [
-        (None, [], "record .* does not exist"),
         ("[]", [], "has no items"),
         ("[{", [], "not valid JSON"),
         ('[{"file": "files/9.pkl", "len": 3, "id": 9}]', [], "files/9.pkl does not exist"),
         ('[{"file": "files/2.pkl", "len": 3, "id": 2}]', [], "the record says 3"),
-        ('[{"file": "record.json", "len": 3, "id": 2}]', [], "record.json cannot be read"),
-        ("good", ["--num", "0"], "--num must be at least 1"),
-        ("good", ["--out", "."], "--out . is a folder"),
+        ('[{"file": "other.pkl", "len": 2, "id": 0}]', [], "holds token 65000"),
         ("good", ["--tokenizer", "tests"], "tests has no tokenizer.json"),
-        ("good", ["--vqgan_dir", "gone"], "--vqgan_dir gone is not a folder"),
         ("good", ["--vqgan_dir", "."], "no VQGAN in"),
-        ("good", ["--out", "SAME"], "is the record itself"),
     ],
 )
 def test_bad_input_is_one_message_and_leaves_nothing(record, tmp_path, capsys, content, flags, reason):
     folder = tmp_path / "copy"
     shutil.copytree(record.parent, folder)
-    if content is None:
-        (folder / "record.json").unlink()
-    elif content != "good":
+    save_token_file(folder / "other.pkl", [0, 65000], [IGNORE_INDEX, 65000], 0)
+    if content != "good":
         (folder / "record.json").write_text(content)
     before = sorted(folder.rglob("*"))
-    flags = [str(folder / "record.json") if flag == "SAME" else flag for flag in flags]
     assert main(arguments(folder / "record.json", tmp_path / "page.html", *flags)) == 2
     error = capsys.readouterr().err
     assert re.search(reason, error) and error.startswith("inspect_record.py: ") and "Traceback" not in error
     assert not (tmp_path / "page.html").exists() and sorted(folder.rglob("*")) == before
 
 
-def test_tokens_of_another_tokenizer_are_refused_by_name(record, tmp_path, capsys):
-    save_token_file(tmp_path / "0.pkl", [0, 65000], [IGNORE_INDEX, 65000], 0)
-    (tmp_path / "r.json").write_text('[{"file": "0.pkl", "len": 2, "id": 0}]')
-    assert main([str(tmp_path / "r.json"), *arguments(record, tmp_path / "page.html")[1:]]) == 2
-    assert "holds token 65000" in capsys.readouterr().err
-
-
-def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
-    write_page("old", tmp_path / "page.html")
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_page("new", tmp_path / "page.html")
-    assert (tmp_path / "page.html").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+def test_all_problems_of_the_arguments_are_one_error(tmp_path):
+    (tmp_path / "page").mkdir()
+    flags = ["--num", "0", "--out", str(tmp_path / "page"), "--vqgan_dir", str(tmp_path / "gone")]
+    with pytest.raises(ValueError) as error:
+        validate(build_parser().parse_args([str(tmp_path / "record.json"), *flags]))
+    for reason in ("record.json does not exist", "--num must be at least 1", "is a folder", "gone is not a folder"):
+        assert reason in str(error.value)
+    (tmp_path / "record.json").touch()
+    with pytest.raises(ValueError, match="is the record itself"):
+        validate(build_parser().parse_args([str(tmp_path / "record.json"), "--out", str(tmp_path / "record.json")]))
 
 
 @pytest.mark.slow
 @needs_browser
-@pytest.mark.parametrize("width", [1200, 480])
-def test_a_browser_shows_the_page(browser, page, tmp_path, width):
-    """The copy has a probe in place of the page's policy, so that escaping alone must keep the caption's script out."""
+def test_a_browser_shows_the_page(browser, page, tmp_path):
+    """A probe replaces the page's policy: escaping alone must keep the caption's script out."""
     policy = re.search(r'<meta http-equiv="Content-Security-Policy"[^>]*>', page)[0]
     (tmp_path / "probed.html").write_text(page.replace(policy, PROBE))
-    show(browser, tmp_path / "probed.html", width)
-    seen = json.loads(seen_by_probe(browser))
+    for width in (480, 1200):
+        show(browser, tmp_path / "probed.html", width, 2400)
+        seen = json.loads(seen_by_probe(browser))
+        assert seen["other"] == [] and seen["overflow"] <= 0
     assert seen["title"].endswith("record.json")
     assert seen["images"] == ["64x64", "128x32", "32x64"]
-    assert seen["other"] == [] and seen["overflow"] <= 0
     assert seen["predicted"] == list(CAPTIONS[1:]) and SCRIPT in seen["texts"][0]
-
-    (tmp_path / "page.html").write_text(page)
-    show(browser, tmp_path / "page.html", width, 2400)
     browser.save_screenshot(tmp_path / "shot.png")
     shot = np.asarray(Image.open(tmp_path / "shot.png").convert("RGB"))
-    assert shot.shape == (2400, width, 3)
-    for color in ("#2e9e6b", "#5b8def", "#7c8ff0", "#e58fb1"):  # targets, images, lengths, codes
+    # Targets, images, lengths, codes.
+    for color in ("#2e9e6b", "#5b8def", "#7c8ff0", "#e58fb1"):
         drawn = (shot == [int(color[i : i + 2], 16) for i in (1, 3, 5)]).all(-1).sum()
         assert drawn > 100, f"{color} is not on the page"
 
@@ -333,4 +313,4 @@ def test_a_browser_shows_the_page(browser, page, tmp_path, width):
 def test_the_command_of_the_manual(record, tmp_path, capsys):
     assert main(arguments(record, tmp_path / "page.html", "--num", "2")) == 0
     assert "2 of 3 items" in capsys.readouterr().out
-    assert (tmp_path / "page.html").read_text().count("<article>") == 2
+    assert (tmp_path / "page.html").read_text().count("<article ") == 2

@@ -1,14 +1,14 @@
-"""The page about a run: what it says, what its curves keep, and how a real browser takes it."""
+"""The page about a run: its words, its curves, and how a real browser shows it."""
 
 import base64
 import hashlib
 import json
-import math
 import re
 import shlex
 import shutil
-import sys
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,15 +18,14 @@ from data.whole_file import is_locked
 from model.charts import MAX_POINTS, log_ticks, nice_ticks, smooth, thin, tick_label
 from model.checkpoint import find_newest, lock_output_dir, read_state
 from model.options import build_parser
-from model.report import command_to_go_on, main, report_at_end, write_report
+from model.report import command_to_resume, main, report_at_end, write_report
+from model.report_assets import write_page
 from model.report_page import build_charts
 from model.samples_format import read_samples, write_samples
-from tests import forked
 from tests.browser_helpers import needs_browser, seen_by_probe, show
-from tests.small_run import environment
 
 NASTY = "a cat <script>document.title='taken'</script> \"'><img src=x onerror=\"document.title='taken'\"> &\x00"
-# Takes every chart through hovering, both scales and raw curves, and notes what goes wrong and what was fetched.
+# Hovers over every chart, clicks both scales and raw curves, and notes errors and what was fetched.
 PROBE = """
 const wrong = [];
 addEventListener("error", event => wrong.push(String(event.message || event.target)), true);
@@ -62,7 +61,7 @@ addEventListener("load", () => {
 
 @pytest.fixture
 def full_run(trained, tmp_path) -> Path:
-    """A copy of it with what a longer run of all options has: validation, types, memory, waiting, samples, bad data."""
+    """A copy of `trained` with what a longer run has: validation, types, memory, samples, bad items."""
     folder = tmp_path / "full"
     shutil.copytree(trained, folder)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -72,12 +71,9 @@ def full_run(trained, tmp_path) -> Path:
             line |= {"loss_by_type": {"captions": line["loss"] * 0.9, "<b>edits": line["loss"] * 1.1}, "new figure": 3}
             file.write(json.dumps(line) + "\n")
             if line["step"] % 8 == 0:
-                part = {
-                    "val_text_loss": line["loss"],
-                    "val_image_loss": line["loss"],
-                    "val_loss_by_type": {"captions": 5},
-                }
-                file.write(json.dumps({"step": line["step"], "epoch": line["epoch"], "val_loss": 5.0, **part}) + "\n")
+                part = {"step": line["step"], "epoch": line["epoch"], "val_loss": 5.0}
+                part |= {"val_text_loss": 5.0, "val_image_loss": 5.0, "val_loss_by_type": {"captions": 5}}
+                file.write(json.dumps(part) + "\n")
                 write_samples(folder, line["step"], [(NASTY, "plain", [Image.new("RGB", (64, 32), "red")])])
     (folder / "bad_items.jsonl").write_text(json.dumps({"step": 3, "place": "7.pkl", "reason": NASTY}) + "\n")
     return folder
@@ -90,15 +86,9 @@ def write_lines(folder: Path, lines) -> Path:
 
 
 def line_at(step: int, **changes) -> dict:
-    line = {
-        "step": step,
-        "epoch": step / 1000,
-        "lr": 1e-5,
-        "loss": 2 + 5 / step,
-        "num_valid_tokens": 10,
-        "grad_norm": 1.0,
-    }
-    return line | {"tokens_per_s": 1000.0, "skipped_steps": 0, "bad_items": 0, "fill": 0.99} | changes
+    line = {"step": step, "epoch": step / 1000, "lr": 1e-5, "loss": 2 + 5 / step, "num_valid_tokens": 10}
+    line |= {"grad_norm": 1.0, "tokens_per_s": 1000.0, "skipped_steps": 0, "bad_items": 0, "fill": 0.99}
+    return line | changes
 
 
 def look_at(browser, report: Path, width: int = 1400) -> dict:
@@ -113,10 +103,12 @@ def look_at(browser, report: Path, width: int = 1400) -> dict:
 
 @pytest.mark.slow
 @needs_browser
-@pytest.mark.parametrize("width", [1400, 500])
-def test_a_browser_draws_the_page_of_a_real_run(browser, full_run, width):
-    seen = look_at(browser, write_report(full_run), width)
-    assert seen["wrong"] == [] and seen["other"] == [] and seen["overflow"] <= 0
+def test_a_browser_draws_the_page_of_a_real_run(browser, full_run):
+    report = write_report(full_run)
+    for width in (500, 1400):
+        seen = look_at(browser, report, width)
+        assert seen["wrong"] == [] and seen["other"] == [] and seen["overflow"] <= 0
+        assert all(min(chart["size"]) > 150 for chart in seen["charts"])
     assert seen["title"] == "/".join(full_run.parts[-2:])
     assert seen["smoothed"] == [1, 0] and seen["tip"] == "none"
     assert seen["images"] == ["64x32"] * 3 and seen["prompts"] == [NASTY.replace("\x00", "\u2400")]
@@ -126,24 +118,19 @@ def test_a_browser_draws_the_page_of_a_real_run(browser, full_run, width):
     assert {"Speed", "MFU", "Memory", "Time of a step", "Waiting for data", "Filled", "new figure"} <= set(charts)
     for chart in charts.values():
         assert max(chart["paths"]) > 400 and len(chart["labels"]) >= 2, chart
-        assert min(chart["size"]) > 150 and chart["tip"].startswith("step 24"), chart
+        assert chart["tip"].startswith("step 24"), chart
         assert chart["cursor"] == "block" and all(len(shown) == 1 for shown in chart["scales"]), chart
     assert charts["Loss"]["scales"][1:] == [["scale linear"], ["scale log"]]
     assert "train" in charts["Loss"]["tip"] and "validation 5" in charts["Loss"]["tip"]
     assert "<b>edits" in charts["Loss by type of data"]["tip"] and "41.0%" in charts["MFU"]["tip"]
 
-
-@pytest.mark.slow
-@needs_browser
-@pytest.mark.parametrize("is_dark", [False, True])
-def test_curves_are_seen_in_light_and_dark(browser, full_run, is_dark):
-    show(browser, write_report(full_run), 1400, 2400, is_dark)
-    browser.save_screenshot(full_run / "shot.png")
-    shot = np.asarray(Image.open(full_run / "shot.png").convert("RGB"))
-    colors = ("#12181c", "#f5a04c", "#6ea3ff") if is_dark else ("#f5f7f9", "#d06a00", "#2f6fde")
-    for name, color in zip(("page", "text", "image"), colors, strict=True):
-        drawn = (shot == [int(color[i : i + 2], 16) for i in (1, 3, 5)]).all(-1).sum()
-        assert drawn > 300, f"{name} {color} is not on the page"
+    for is_dark, colors in ((False, ("#f5f7f9", "#d06a00", "#2f6fde")), (True, ("#12181c", "#f5a04c", "#6ea3ff"))):
+        show(browser, report, 1400, 2400, is_dark)
+        browser.save_screenshot(full_run / "shot.png")
+        shot = np.asarray(Image.open(full_run / "shot.png").convert("RGB"))
+        for name, color in zip(("page", "text", "image"), colors, strict=True):
+            drawn = (shot == [int(color[i : i + 2], 16) for i in (1, 3, 5)]).all(-1).sum()
+            assert drawn > 300, f"{name} {color} is not on the page"
 
 
 def test_what_a_finished_run_says(trained, tmp_path):
@@ -159,40 +146,28 @@ def test_what_a_finished_run_says(trained, tmp_path):
     assert '<div class="changed" title="default: 2e-05"><dt>lr</dt><dd>0.01</dd></div>' in text
     assert "<div><dt>packing</dt><dd>no</dd></div>" in text
     assert "No step was skipped" in text and "The command of this run" in text
-    assert (trained / "report.html").stat().st_mtime_ns == written, "--out is where it goes"
+    assert (trained / "report.html").stat().st_mtime_ns == written, "the page goes to --out"
 
 
-def test_the_command_shown_is_the_run(trained):
-    """Parsing what the page shows gives the options of the run."""
+def test_the_command_on_the_page_gives_the_options_of_the_run(trained):
     state = read_state(find_newest(trained)[0])
-    words = shlex.split(command_to_go_on(state).replace("\\\n", " "))
+    words = shlex.split(command_to_resume(state).replace("\\\n", " "))
     assert words[:3] == ["python", "-u", "finetune_solver.py"]
     again = vars(build_parser().parse_args(words[3:]))
-    assert {name: str(value) for name, value in again.items()} == {
-        name: str(value) for name, value in state.options.items()
-    }
+    options = state.options.items()
+    assert {name: str(value) for name, value in again.items()} == {name: str(value) for name, value in options}
 
 
-@pytest.mark.parametrize("kind", ["spike", "dip"])
-def test_thinning_keeps_spikes_ends_and_order(kind):
-    rng = np.random.default_rng(0)
-    steps, values = np.arange(100_000) * 10, rng.normal(size=100_000)
-    values[54_321] = 1e6 if kind == "spike" else -1e6
-    kept_steps, kept_values = thin(steps, values)
-    assert len(kept_steps) <= MAX_POINTS and (np.diff(kept_steps) > 0).all()
-    assert kept_values[kept_steps == 543_210] == values[54_321]
-    assert (kept_steps[0], kept_steps[-1]) == (0, 999_990)
-    assert (kept_values == values[kept_steps // 10]).all()
-    assert len(thin(steps[:MAX_POINTS], values[:MAX_POINTS])[0]) == MAX_POINTS
+def test_thinning_keeps_spikes_gaps_and_ends():
+    values = np.random.default_rng(0).normal(size=100_000)
+    values[[54_321, 12_345]] = 1e6, -1e6
+    kept = thin(values)
+    assert len(kept) <= MAX_POINTS and (np.diff(kept) > 0).all() and {0, 12_345, 54_321, 99_999} <= set(kept.tolist())
+    assert len(thin(values[:MAX_POINTS])) == MAX_POINTS
 
-
-def test_thinning_keeps_gaps():
-    values = np.ones(50_000)
     values[20_000] = values[30_000:40_000] = np.nan
-    steps, kept = thin(np.arange(50_000), values)
-    gaps = steps[np.isnan(kept)]
-    assert 20_000 in gaps and ((gaps >= 30_000) & (gaps < 40_000)).sum() >= 99  # of 499 buckets a fifth
-    assert np.isin(gaps, np.flatnonzero(np.isnan(values))).all()
+    gaps = [index for index in thin(values).tolist() if np.isnan(values[index])]
+    assert gaps[0] == 20_000 and 40 <= len(gaps) < 60
 
 
 def test_smoothing_is_a_mean_taken_twice():
@@ -209,70 +184,62 @@ def test_smoothing_is_a_mean_taken_twice():
     assert smooth(values)[0] == values[0] and np.isnan(smooth(np.full(50, np.nan))).all()
 
 
-@pytest.mark.parametrize("low, high", [(0, 1), (0, 1120), (2.31, 2.34), (-5, 12), (0, 3e-5), (0.97, 1.0), (0, 2e9)])
-def test_ticks_are_few_round_and_inside(low, high):
-    ticks = nice_ticks(low, high, 5)
-    assert 2 <= len(ticks) <= 7 and low <= ticks[0] and ticks[-1] <= high * (1 + 1e-9)
-    assert len({tick_label(tick) for tick in ticks}) == len(ticks), "labels tell them apart"
+@pytest.mark.parametrize(
+    "make_ticks, low, high",
+    [
+        *((partial(nice_ticks, about=5), *ends) for ends in [(0, 1120), (2.31, 2.34), (-5, 12), (0, 3e-5), (0, 2e9)]),
+        *((log_ticks, *ends) for ends in [(0.03, 8), (2.1, 2.9), (1e-9, 1e9), (1, 1.001)]),
+    ],
+)
+def test_ticks_are_few_round_and_inside(make_ticks, low, high):
+    ticks = make_ticks(low, high)
+    assert (
+        2 <= len(ticks) <= 7
+        and low - abs(low) / 100 <= ticks[0]
+        and ticks[-1] <= high * 1.01
+        and ticks == sorted(ticks)
+    )
+    assert len({tick_label(tick) for tick in ticks}) == len(ticks), "labels tell the ticks apart"
     assert all(len(tick_label(tick)) <= 7 for tick in ticks)
 
 
-@pytest.mark.parametrize("low, high", [(0.03, 8), (2.1, 2.9), (1e-9, 1e9), (0.5, 40), (1, 1.001)])
-def test_log_ticks_are_few_and_inside(low, high):
-    ticks = log_ticks(low, high)
-    assert 2 <= len(ticks) <= 7 and low * 0.99 <= ticks[0] and ticks[-1] <= high * 1.01 and ticks == sorted(set(ticks))
-
-
 def test_labels_are_short():
-    labels = {
-        20_000: "20k",
-        1_500_000: "1.5M",
-        2e-5: "2e-5",
-        1_500: "1,500",
-        2e9: "2G",
-        1e30: "1e30",
-        0.3: "0.3",
-        0: "0",
-        12_500: "12.5k",
-    }
+    labels = {20_000: "20k", 1_500_000: "1.5M", 2e-5: "2e-5", 1_500: "1,500", 2e9: "2G", 1e30: "1e30", 0.3: "0.3"}
     assert {value: tick_label(value) for value in labels} == labels
     assert tick_label(0.415, is_share=True) == "41.5%"
 
 
-def test_a_null_breaks_the_curve_and_is_told_as_not_finite(tmp_path):
+def test_a_null_breaks_the_curve_and_is_reported(tmp_path):
     lines = [line_at(step) for step in range(1, 11)]
     lines[4]["loss"] = None
-    lines[7] |= {"loss": None, "num_valid_tokens": 0}  # a step without any target is no fault
+    lines[7] |= {"loss": None, "num_valid_tokens": 0}
     validation = [{"step": 5, "epoch": 0.1, "val_loss": 3.0}, {"step": 9, "epoch": 0.1, "val_loss": None}]
     text = write_report(write_lines(tmp_path, lines + validation)).read_text()
     curve = re.search(r'<path class="line c-train" d="([^"]*)"', text)[1]
     points = [1 + part.count("L") for part in curve.split("M")[1:]]
-    assert points == [4, 2, 2]  # broken at 5 and at 8
+    assert points == [4, 2, 2], "broken at 5 and at 8"
     assert "The loss was not finite in 1 log line at step 5." in text
     assert "The validation loss was not finite in 1 log line at step 9." in text
 
 
-def test_warnings_count_skipped_steps_and_items_left_out(tmp_path):
+def test_warnings_count_skipped_steps_and_bad_items(tmp_path):
     folder = write_lines(tmp_path, [line_at(1), line_at(10, skipped_steps=2, bad_items=1), line_at(20, bad_items=1)])
-    steps = [{"step": step, "items": ["7.pkl"]} for step in (4, 5, 5, 70)]  # noted again, and after a cut: not counted
+    # Steps that were noted twice, or after the last step, do not count.
+    steps = [{"step": step, "items": ["7.pkl"]} for step in (4, 5, 5, 70)]
     (folder / "bad_steps.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     (folder / "bad_items.jsonl").write_text(json.dumps({"step": 2, "place": "3.pkl", "reason": NASTY}) + "\n")
     text = write_report(folder).read_text()
     assert "2 steps were skipped" in text and "(step 4, 5)" in text and "1 item could not be read and was" in text
-    assert NASTY.split(" ")[2] not in text and "onerror=&quot;" in text
+    assert NASTY.split(" ")[2] not in text and "onerror=&#34;" in text
     assert text.lower().count("<script") == 2 and "<img" not in text
 
 
-@pytest.mark.slow
-def test_100000_lines_give_a_page_of_a_sane_size(tmp_path):
+def test_many_lines_give_a_page_of_a_sane_size(tmp_path):
     rng = np.random.default_rng(0)
-    noise = rng.normal(size=(100_000, 3)).tolist()
-    lines = (
-        line_at(10 * i, loss=2 + a / 10, text_loss=2 + b / 10, image_loss=4 + c / 10, mfu=0.4 + a / 100, z_loss=100 + b)
-        for i, (a, b, c) in enumerate(noise, 1)
-    )
+    noise = rng.normal(size=(10_000, 2)).tolist()
+    lines = (line_at(10 * i, loss=2 + a / 10, image_loss=4 + b / 10) for i, (a, b) in enumerate(noise, 1))
     out = write_report(write_lines(tmp_path, lines))
-    assert out.stat().st_size < 1_500_000
+    assert out.stat().st_size < 1_000_000
     longest = max(len(re.findall("[ML]", d)) for d in re.findall(r'class="line[^"]*" d="([^"]*)"', out.read_text()))
     assert MAX_POINTS * 0.9 < longest <= MAX_POINTS
 
@@ -283,50 +250,49 @@ def test_young_runs_have_a_page(tmp_path, lines, said):
     assert said in text and ("<svg" in text) == bool(lines)
 
 
-def test_a_torn_line_and_a_damaged_folder_of_samples_leave_a_page(tmp_path):
-    folder = write_lines(tmp_path, [line_at(1), line_at(2)])
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"loss": 3}\n[1]\n{"step": 3, "loss": NaN, "lr": Infinity}\n{"step": 4, "lo')
-    write_samples(folder, 2, [("a", "b", [])])
-    (folder / "samples" / "step00000002" / "samples.json").write_text("[{}]")
-    text = write_report(folder).read_text()
-    assert "step <b>3</b>" in text and "samples are not shown" in text and "samples.json cannot be read" in text
-
-
-@pytest.mark.parametrize("steps", [[1, 2, 9, 3, 4, 2, 10], list(range(1, 40)) + list(range(20, 60)), [5, 5, 5]])
-def test_steps_that_go_back_are_drawn_in_order(tmp_path, steps):
-    text = write_report(write_lines(tmp_path, [line_at(step) for step in steps])).read_text()
+def test_steps_that_go_back_are_drawn_in_order(tmp_path):
+    text = write_report(write_lines(tmp_path, [line_at(step) for step in (1, 2, 9, 3, 4, 2, 10, 5, 5)])).read_text()
     curves = json.loads(re.search(r'<script[^>]*type="application/json"[^>]*>(.*?)</script>', text, re.S)[1])["charts"]
-    assert f"step <b>{max(steps)}</b>" in text
+    assert "step <b>10</b>" in text
     for series in (series for chart in curves for series in chart["series"]):
         assert series["x"] == sorted(series["x"])
 
 
-def test_damaged_lines_are_left_out_and_counted(tmp_path):
+def test_damaged_lines_and_samples_leave_a_page_that_names_them(tmp_path):
     folder = write_lines(tmp_path, [line_at(step) for step in range(1, 6)])
     with (folder / "metrics.jsonl").open("ab") as file:
         file.write(b'\0\0\0\n\xff\xfe\n{"step": true}\n{"step": -3}\n')
         file.write(b'{"step": 6, "epoch": 1e99}\n{"step": 7, "epoch": null}\n')
-        huge = '{"step": 6, "loss": 1' + "0" * 400 + "}\n"
-        file.write(huge.encode() + (json.dumps(line_at(7)) + "\n").encode() + b'{"step": 8, "lo')
+        file.write((json.dumps(line_at(7)) + "\n").encode() + b'{"step": 8, "lo')
     strange = [{"step": 2, "place": ["a", {}], "reason": {"b": 1}}, {"step": 3, "place": None}]
     (folder / "bad_items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in strange) + "{\n")
     (folder / "bad_steps.jsonl").write_text('{"step": 2, "items": 3}\n{"step": 3}\n')
+    (write_samples(folder, 2, [("a", "b", [])]) / "samples.json").write_text("[{}]")
     text = write_report(folder).read_text()
-    assert "step <b>7</b>" in text
+    assert "step <b>7</b>" in text and "samples are not shown" in text and "samples.json cannot be read" in text
     assert "4 lines of metrics.jsonl cannot be read: 6, 7, 8, 9." in text
     assert "1 line of bad_items.jsonl cannot be read: 3." in text and "2 items could not be read" in text
 
 
-@pytest.mark.parametrize("out, reason", [("gone/page.html", "gone does not exist"), (".", "is a folder")])
-def test_a_page_with_no_place_is_refused(tmp_path, capsys, out, reason):
-    folder = write_lines(tmp_path / "run", [line_at(1)])
-    assert main([str(folder), "--out", str(tmp_path / out)]) == 2
+@pytest.mark.parametrize(
+    ("folder", "flags", "reason"),
+    [
+        ("run", ["--out", "gone/page.html"], "gone does not exist"),
+        ("run", ["--out", "."], "is a folder"),
+        (".", [], "is no output folder of a run"),
+        ("none", [], "there is no folder"),
+    ],
+)
+def test_what_cannot_be_is_one_clear_error(tmp_path, monkeypatch, capsys, folder, flags, reason):
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "run", [line_at(1)])
+    assert main([folder, *flags]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"report.py: --out {tmp_path / out}") and reason in error and ".partial" not in error
+    assert error.startswith("report.py: ") and error.count("\n") == 1 and reason in error
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "metrics.jsonl"]
 
 
-def test_a_page_that_fails_is_one_line_to_say_and_no_error(tmp_path):
+def test_a_page_that_fails_at_the_end_is_a_line_and_no_error(tmp_path):
     folder = write_lines(tmp_path / "run", [line_at(1)])
     assert report_at_end(folder) == f"{folder / 'report.html'} shows this run"
     (folder / "report.html").unlink()
@@ -336,23 +302,23 @@ def test_a_page_that_fails_is_one_line_to_say_and_no_error(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "report.html"]
 
 
-@pytest.mark.parametrize("has_folder", [True, False])
-def test_a_folder_that_is_no_run_is_one_clear_error(tmp_path, capsys, has_folder):
-    folder = tmp_path if has_folder else tmp_path / "gone"
-    assert main([str(folder)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("report.py: ") and error.count("\n") == 1 and str(folder) in error
-    assert "give the --output_dir" in error and list(tmp_path.iterdir()) == []
+def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    write_page("old", tmp_path / "page.html")
+    monkeypatch.setattr("os.replace", mock.Mock(side_effect=OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_page("new", tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 
-def test_a_run_that_is_still_going_is_known_by_its_lock(tmp_path):
+def test_a_running_run_is_known_by_its_lock(tmp_path):
     folder = write_lines(tmp_path / "run", [line_at(1), line_at(2)])
-    script = "from pathlib import Path; import sys; from model.report import main; sys.exit(main(sys.argv[1:]))"
     with lock_output_dir(folder):
-        write_report(folder)  # as the run's own process does: it keeps its lock
-        forked.run([sys.executable, "-c", script, folder], environment(), check=True)
+        # As the run's own process does; the run must keep its lock.
+        write_report(folder)
+        assert is_locked(folder / ".lock")
+        assert main([str(folder)]) == 0
         assert '<span class="status running">' in (folder / "report.html").read_text()
-    assert not is_locked(folder / ".lock")
     assert main([str(folder)]) == 0
     assert '<span class="status stopped">' in (folder / "report.html").read_text()
 
@@ -363,10 +329,8 @@ def test_every_number_becomes_a_curve_and_empty_ones_none():
     curves = {key: (steps, ones) for key in keys} | {"mfu": (steps, nothing), "skipped_steps": (steps, 0 * ones)}
     main_charts, more = build_charts(curves | {"epoch": (steps, ones)})
     names = {chart.title: [one.name for one in chart.series] for chart in (*main_charts, *more)}
-    assert names == {
-        "Loss": ["train", "validation"], "Loss by type of data": ["a", "b"], "Memory": ["memory"],
-        "Waiting for data": ["data wait"], "my_figure": ["my_figure"],
-    }  # fmt: skip
+    expected = {"Loss": ["train", "validation"], "Loss by type of data": ["a", "b"], "Memory": ["memory"]}
+    assert names == expected | {"Waiting for data": ["data wait"], "my_figure": ["my_figure"]}
 
 
 def test_text_and_image_have_one_colour_each():
@@ -381,7 +345,8 @@ def test_samples_come_back_as_they_were_written(tmp_path):
     images = [Image.fromarray(rng.integers(0, 256, (32, 64, 3), np.uint8)) for _ in range(2)]
     write_samples(tmp_path, 20, [("two", "", images), (NASTY, "words\n", [])])
     write_samples(tmp_path, 5, [("old", "x", images)])
-    write_samples(tmp_path, 5, [("two", "y", images[:1])])  # a run that was cut back comes by once more
+    # A resumed run comes by this step once more.
+    write_samples(tmp_path, 5, [("two", "y", images[:1])])
     early, late = read_samples(tmp_path)
     assert (early.step, late.step) == (5, 20)
     assert [(sample.prompt, sample.text) for sample in late.samples] == [("two", ""), (NASTY, "words\n")]
@@ -393,8 +358,9 @@ def test_samples_come_back_as_they_were_written(tmp_path):
     assert read_samples(tmp_path / "none") == []
 
 
-@pytest.mark.parametrize("key", ["files", "given"])
-@pytest.mark.parametrize("name", ["../../secret.png", "gone.png", "/etc/hostname"])
+@pytest.mark.parametrize(
+    ("key", "name"), [("files", "../../secret.png"), ("given", "gone.png"), ("given", "/etc/hostname")]
+)
 def test_samples_name_only_files_of_their_folder(tmp_path, name, key):
     (tmp_path / "secret.png").touch()
     folder = write_samples(tmp_path, 1, [("a", "b", [])])
@@ -403,8 +369,8 @@ def test_samples_name_only_files_of_their_folder(tmp_path, name, key):
         read_samples(tmp_path)
 
 
-def test_pictures_of_a_prompt_stand_beside_its_words(tmp_path):
-    """Two prompts of the same words are told apart by them; what was written before pictures were kept is shown too."""
+def test_images_of_a_prompt_stand_beside_its_words(tmp_path):
+    """Images tell two prompts of the same words apart; samples of before images were kept are shown too."""
     folder, colors = write_lines(tmp_path, [line_at(2)]), ("red", "blue")
     given = {number: [Image.new("RGB", (8, 4), color)] for number, color in enumerate(colors)}
     write_samples(folder, 2, [("<|image|>Describe it.", f"it is {color}", []) for color in colors], given)
@@ -420,8 +386,8 @@ def test_pictures_of_a_prompt_stand_beside_its_words(tmp_path):
     assert '<th scope="row">&lt;|image|&gt;Describe it.</th>' in write_report(folder).read_text()
 
 
-def test_the_losses_on_top_are_the_ends_of_the_curves_that_are_drawn(tmp_path):
-    """One line of a noisy curve says little: the end of the bold line, where there is one; none if it is lost."""
+def test_the_losses_on_top_are_the_ends_of_the_drawn_curves(tmp_path):
+    """The end of the smoothed curve, where there is one; none if the last loss is not finite."""
 
     def tiles(num_lines: int, **last) -> list[str]:
         lines = [line_at(step, loss=2.0 + 0.5 * (-1) ** step) for step in range(1, num_lines + 1)]
@@ -443,11 +409,11 @@ def test_many_validations_do_not_hide_the_training(tmp_path, number, kind):
     assert kinds == {kind}
 
 
-def test_many_steps_of_samples_are_thinned_to_both_ends(tmp_path):
+def test_many_steps_of_samples_are_thinned(tmp_path):
     folder = write_lines(tmp_path, [line_at(30)])
     for step in range(1, 31):
         write_samples(folder, step, [("a", f"answer {step}", [])])
     text = write_report(folder).read_text()
     columns = [int(step) for step in re.findall(r"<th>step (\d+)</th>", text)]
     assert len(columns) == 8 and columns[0] == 1 and columns[-1] == 30 and columns == sorted(columns)
-    assert math.isclose(np.diff(columns).mean(), 29 / 7) and "22 of 30 steps" in text
+    assert "22 of 30 steps" in text

@@ -1,11 +1,10 @@
-"""How long a training step stands still for a checkpoint: written by a thread, against written at once.
+"""How long a checkpoint delays training: written by a background thread, against `--no_async_save`.
 
     python exps/bench/checkpoint.py --gigabytes 0.5
 
-One decoder is trained on random tokens in one process, and saved several times: weights, both Adam moments and the
-Hugging Face files, put on disk. The baseline is `--no_async_save`: training stands still until the checkpoint is
-whole. Ours copies and goes on; what the writing thread takes from the steps beside it is measured too. The last line
-printed is one JSON object.
+One process trains a decoder on random tokens and saves weights, both Adam moments and the Hugging Face files several
+times. With `--no_async_save`, training waits until the checkpoint is on disk. Our way only waits for a copy; steps that
+run while the thread writes are slower, which is measured too. The last line printed is one JSON object.
 """
 
 import argparse
@@ -29,17 +28,24 @@ from model.distributed import Launch, process_group  # noqa: E402
 from model.optim import OptimOptions, build_optimizer  # noqa: E402
 from model.parallelize import ParallelOptions, build_mesh, parallelize  # noqa: E402
 
-BYTES_PER_PARAMETER = 16  # fp32 weights twice (for resuming, and in the Hugging Face files) and two moments
+# fp32 weights twice (for resuming, and in the Hugging Face files) and two moments.
+BYTES_PER_PARAMETER = 16
 VOCAB_SIZE, HIDDEN_SIZE, INTERMEDIATE_SIZE = 8192, 512, 1376
-NUM_PLAIN_STEPS = 3  # before each save
+# Before each save.
+NUM_PLAIN_STEPS = 3
 COLUMNS = ("gigabytes", "step_s", "stall_s", "slowed_s", "lost_s", "whole_s", "peak_gib")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = common.build_bench_parser(__doc__, repeats="saves measured, after one to warm up")
+    parser = common.build_bench_parser(__doc__, repeats="saves to measure, after one to warm up")
     add = parser.add_argument
-    add("--gigabytes", type=float, default=0.5, help="size of a checkpoint, by the number of layers (default 0.5)")
-    add("--num_tokens", type=common.positive, default=256, help="of a training step (default 256)")
+    add(
+        "--gigabytes",
+        type=float,
+        default=0.5,
+        help="size of a checkpoint in GB, which gives the number of layers (default 0.5)",
+    )
+    add("--num_tokens", type=common.positive, default=256, help="tokens of a training step (default 256)")
     add("--output_dir", type=Path, help="folder on the disk to measure (default: a temporary one)")
     return parser
 
@@ -62,14 +68,15 @@ def measure(
 ) -> dict[str, float]:
     """Medians over the saves after the first one, in seconds; size of a checkpoint in GB; peak host memory in GiB.
 
-    `stall_s` is how long `save` keeps the training, `slowed_s` how much longer than others the steps take that run
-    while the thread writes, `lost_s` both, `whole_s` the time from the call until the checkpoint is whole.
+    `stall_s`: duration of `save`. `slowed_s`: delay of the steps that run while the thread writes. `lost_s`: the sum of
+    both. `whole_s`: time from the call until the checkpoint is complete.
     """
     if device == "cpu":
         keep_freed_memory()
     with process_group(Launch(), device, timeout_s=600) as torch_device:
         step, saver = build_training(Path(folder), gigabytes, num_tokens, torch_device, async_save)
-        step()  # allocates moments and gradients
+        # Allocates moments and gradients.
+        step()
         saves = [measure_save(step, saver, number) for number in range(1 + repeats)]
     (checkpoint,) = Path(folder).glob("epoch*")
     size = sum(read_state(checkpoint).files.values())
@@ -80,7 +87,7 @@ def measure(
 def build_training(
     folder: Path, gigabytes: float, num_tokens: int, device: torch.device, async_save: bool
 ) -> tuple[Callable[[], None], CheckpointSaver]:
-    """A training step without arguments, which waits for the device, and the saver of its model."""
+    """A training step, which waits for the device, and the saver of its model."""
     config = build_config("tiny", **model_shape(gigabytes))
     options = ParallelOptions(precision="bf16" if device.type == "cuda" else "fp32", compile=False)
     model = parallelize(build_model(config), build_mesh(options, device.type, 1), options).to_empty(device=device)
@@ -101,7 +108,7 @@ def build_training(
 
 
 def model_shape(gigabytes: float) -> dict[str, int]:
-    """Widths fixed, as many layers as make a checkpoint of that size, at least one."""
+    """A decoder of fixed widths, with as many layers as make a checkpoint of that size."""
     per_layer = 4 * HIDDEN_SIZE**2 + 3 * HIDDEN_SIZE * INTERMEDIATE_SIZE
     rest = gigabytes * 1e9 / BYTES_PER_PARAMETER - 2 * VOCAB_SIZE * HIDDEN_SIZE
     shape = {"vocab_size": VOCAB_SIZE, "hidden_size": HIDDEN_SIZE, "intermediate_size": INTERMEDIATE_SIZE}
@@ -109,7 +116,7 @@ def model_shape(gigabytes: float) -> dict[str, int]:
 
 
 def measure_save(step: Callable[[], None], saver: CheckpointSaver, number: int) -> dict[str, float]:
-    """Some plain steps, a save, and steps beside it until it is whole."""
+    """Times some plain steps, a save, and the steps until the checkpoint is complete."""
     plain = statistics.median(timed(step) for _ in range(NUM_PLAIN_STEPS))
     state = TrainerState(Position(0, number + 1, number + 1), 1, 1, {})
     began = time.perf_counter()
@@ -118,7 +125,7 @@ def measure_save(step: Callable[[], None], saver: CheckpointSaver, number: int) 
     while saver.is_writing:
         slowed.append(timed(step) - plain)
     saver.wait()
-    # The last step runs on after the checkpoint is whole, by half its length on average.
+    # The checkpoint is complete before the last step ends, half a step on average.
     whole = time.perf_counter() - began - (plain / 2 if slowed else 0)
     lost = stall + sum(slowed)
     return {"step_s": plain, "stall_s": stall, "slowed_s": sum(slowed), "lost_s": lost, "whole_s": whole}

@@ -1,7 +1,6 @@
-"""The frame of the benches: each way runs in a process of its own; then a table for people, and one JSON object.
+"""The frame of the benches: each way runs in its own process; the results are a table and one JSON object.
 
-A bench measures its ways with `run_alone`, puts two that belong together into a row with `compare`, and ends with
-`report`.
+A bench measures its ways with `run_alone`, puts two ways into a row with `compare`, and ends with `report`.
 """
 
 import argparse
@@ -24,12 +23,17 @@ Row = Mapping[str, Any]
 
 
 def build_bench_parser(description: str | None, repeats: str | None = None) -> argparse.ArgumentParser:
-    """A parser with `--device` and, where `repeats` says of what they are, `--repeats`."""
+    """A parser with `--device` and, if `repeats` says what is repeated, `--repeats`."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default auto: cuda if there is one")
+    add(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="device to measure (default auto: CUDA if there is a GPU)",
+    )
     if repeats:
         add("--repeats", type=positive, default=3, help=f"{repeats} (default 3)")
     return parser
@@ -43,17 +47,15 @@ def positive(text: str) -> int:
 
 
 def start(main: Callable[[], int]) -> NoReturn:
-    """Runs a script. SIGTERM ends it as an exception does: a `with` removes its temporary folder, and the measurement
-    that runs is killed."""
+    """Runs a script. SIGTERM becomes an exception: temporary folders are removed, a running measurement is killed."""
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     sys.exit(main())
 
 
 def run_alone(function: str, **arguments: Any) -> dict[str, Any]:
-    """What a function `module:name` of exps.bench returns in a process of its own; `{"failed": why}` if it fails.
+    """What a function `module:name` of exps.bench returns in its own process; `{"failed": why}` if it fails.
 
-    Arguments and result travel as JSON. The module is not the main one there, so that loader processes started by it
-    need not import it again.
+    Arguments and result are JSON. The module is not `__main__` there: its loader processes need not import it again.
     """
     module, name = function.split(":")
     code = (
@@ -70,7 +72,7 @@ def run_alone(function: str, **arguments: Any) -> dict[str, Any]:
 
 
 def compare(case: Row, ours: Row, baseline: Row | None, **more: Any) -> dict[str, Any]:
-    """A row: what was measured of both ways in one case, and ours / baseline of each number that both have."""
+    """A row: the figures of both ways in one case, and ours / baseline of each figure that both have."""
     others = dict(flatten(baseline or {}))
     ratio = {name: value / others[name] for name, value in flatten(ours) if others.get(name)}
     return {**case, "case": list(case.values()), "ours": ours, "baseline": baseline, "ratio": ratio or None, **more}
@@ -79,10 +81,10 @@ def compare(case: Row, ours: Row, baseline: Row | None, **more: Any) -> dict[str
 def report(
     bench: str, title: str, device: str, rows: Sequence[Row], columns: Sequence[str], main_row: Row | None = None
 ) -> int:
-    """Prints the table and the JSON object, whose figures are those of `main_row` (default: the first).
+    """Prints the table and the JSON object with the figures of `main_row` (default: the first row).
 
-    Returns the exit code, 1 if a way failed. `columns` are paths of figures ("ms.median"); those that no way has are
-    left out.
+    Returns the exit code, 1 if a way failed. `columns` are paths of figures ("ms.median"); columns without any figure
+    are left out.
     """
     summary = {"bench": bench, "device": device_name(device), "versions": versions(), **(main_row or rows[0])}
     print(f"{title}, on {summary['device']}; {', '.join(map(' '.join, versions().items()))}\n")
@@ -92,7 +94,7 @@ def report(
 
 
 def format_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """Three lines for each row: ours, the baseline (`way` of the row is its name) and ours / baseline."""
+    """Three lines for each row: ours, the baseline (named by the row's `way`) and ours / baseline."""
     measured = [dict(flatten(row[way] or {})) for row in rows for way in ("ours", "baseline")]
     shown = [column for column in columns if any(column in figures for figures in measured)]
     lines = [f"| case | way | {' | '.join(shown)} |", "|---" * (2 + len(shown)) + "|"]
@@ -105,12 +107,14 @@ def format_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
             cells = [number(numbers[column]) if column in numbers else "-" for column in shown]
             failed = f"failed: {figures['failed']}" if "failed" in figures else None
             line = f"| {', '.join(map(str, row['case']))} | {way} | {failed or ' | '.join(cells)} |"
-            lines += [line] * (line not in lines)  # ours stands beside several baselines
+            # Ours stands beside several baselines.
+            if line not in lines:
+                lines.append(line)
     return "\n".join(lines)
 
 
 def flatten(values: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """(path, number) of every number in nested mappings, not of lists."""
+    """(path, number) of every number in nested mappings; lists are skipped."""
     if isinstance(values, Mapping):
         for key, value in values.items():
             yield from flatten(value, f"{name}.{key}" if name else str(key))
@@ -124,7 +128,7 @@ def number(value: float) -> str:
 
 
 def choose_device(wanted: str) -> str:
-    """`auto`: cuda if there is one."""
+    """The device; `auto` is CUDA if there is a GPU."""
     return wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -1,14 +1,14 @@
-"""From records to rows of tokens: index, plan and loader against the recipe's lists and padded batches.
+"""From records to rows of tokens: our index, epoch order and loader against the recipe's lists and padded batches.
 
     python exps/bench/data.py --num_items 1000000 10000000
 
 The recipe's way, on each rank: the whole record by `json.load` as a list of dicts; items sorted by length, shuffled
 among 500 global batches of neighbours and cut into batches; one `pickle.load` per item in a torch DataLoader; lists
-padded to the longest of the batch. Ours: `open_index`, which the first process of a node builds, `plan_epoch` and
-`build_loader`, by default and, for time and fill alone, with packing (rows of `--max_seq_len` tokens). Both read the
-same items as rank 0, out of the page cache. Memory is the peak on top of what was there, pages that ranks share
-included; `private_mib` is what a rank has at the end without them. The last line printed is one JSON object; its
-figures are those of the last `--num_items`.
+padded to the longest of the batch. Our way: `open_index`, which the first process of a node builds, `plan_epoch` and
+`build_loader`; with packing (rows of `--max_seq_len` tokens) only time and fill are measured. Both read the same items
+as rank 0, out of the page cache. Memory is the growth to the peak, with pages that ranks share; `private_mib` is the
+growth at the end without these pages. The last line printed is one JSON object with the figures of the last
+`--num_items`.
 """
 
 import argparse
@@ -39,22 +39,43 @@ from data.vocab import IGNORE_INDEX  # noqa: E402
 from exps.bench import common  # noqa: E402
 from exps.bench.synthetic import VOCAB_SIZE, write_pool, write_record  # noqa: E402
 
-NEIGHBOUR_BATCHES = 500  # global batches among which the recipe shuffles items of similar length
+# The recipe shuffles items of similar length among so many global batches.
+NEIGHBOUR_BATCHES = 500
 WARMUP_ROWS = 20
 PARTS, COSTS = ("build", "open", "plan", "packing"), ("seconds", "extra_mib", "fill")
 COLUMNS = (*(f"{part}.{cost}" for part in PARTS for cost in COSTS), "private_mib")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = common.build_bench_parser(__doc__, repeats="passes of reading, of which the median is taken")
+    parser = common.build_bench_parser(__doc__, repeats="passes of reading; the median counts")
     add = parser.add_argument
-    add("--num_items", type=int, nargs="+", default=[1_000_000, 10_000_000], help="default 1000000 10000000")
-    add("--num_rows", type=common.positive, default=200, help=f"read after {WARMUP_ROWS} to warm up (default 200)")
-    add("--num_workers", type=int, nargs="+", default=[0, 1, 2], help="of the loader (default 0 1 2)")
+    add(
+        "--num_items",
+        type=int,
+        nargs="+",
+        default=[1_000_000, 10_000_000],
+        help="sizes of the dataset (default 1000000 10000000)",
+    )
+    add(
+        "--num_rows",
+        type=common.positive,
+        default=200,
+        help=f"rows to read after {WARMUP_ROWS} to warm up (default 200)",
+    )
+    add("--num_workers", type=int, nargs="+", default=[0, 1, 2], help="processes of the loader (default 0 1 2)")
     add("--batch_size", type=common.positive, default=8, help="items per row (default 8, as in exps/7B.sh)")
-    add("--num_ranks", type=common.positive, default=8, help="that share a step, without accumulation (default 8)")
+    add(
+        "--num_ranks", type=common.positive, default=8, help="ranks that share a step, without accumulation (default 8)"
+    )
     add("--max_seq_len", type=int, default=8192, help="tokens of a packed row (default 8192)")
-    add("--lengths", type=int, nargs=2, default=[300, 8000], metavar=("MIN", "MAX"), help="of items (default 300 8000)")
+    add(
+        "--lengths",
+        type=int,
+        nargs=2,
+        default=[300, 8000],
+        metavar=("MIN", "MAX"),
+        help="tokens of an item (default 300 8000)",
+    )
     return parser
 
 
@@ -99,7 +120,7 @@ def measure_plan(case: dict) -> dict[str, dict]:
 
 
 def measure_read(case: dict) -> dict:
-    """Seconds and memory to open an index that is there, rates by number of workers, private memory of the rank."""
+    """Seconds and memory to open an existing index, rates by number of workers, private memory of the rank."""
     private_mib = resident_mib("RssAnon")
     dataset, open_cost = cost_of(lambda: open_dataset(case))
     dataset.use_vocabulary(VOCAB_SIZE, begin_image_id=0)
@@ -111,17 +132,15 @@ def measure_read(case: dict) -> dict:
 
 
 def measure_recipe(case: dict) -> dict:
-    """The same of the recipe's way, and its order of an epoch."""
+    """The same figures of the recipe's way, and its order of an epoch."""
     private_mib, batch_size = resident_mib("RssAnon"), case["batch_size"]
     items, open_cost = cost_of(lambda: RecipeItems(Path(case["record"])))
     (order, fill), plan_cost = cost_of(lambda: recipe_order(items.lens, batch_size, case["num_ranks"]))
 
     def tokens_of_rows(num_workers: int) -> Iterable[int]:
-        loader = DataLoader(
-            items, batch_size, sampler=order, num_workers=num_workers, collate_fn=list,
-            multiprocessing_context="fork" if num_workers else None,
-        )  # fmt: skip
-        return map(pad_lists, loader)
+        context = "fork" if num_workers else None
+        options = {"num_workers": num_workers, "multiprocessing_context": context, "collate_fn": list}
+        return map(pad_lists, DataLoader(items, batch_size, sampler=order, **options))
 
     read = read_rates(case, tokens_of_rows)
     private_mib = resident_mib("RssAnon") - private_mib
@@ -149,7 +168,7 @@ class RecipeItems(Dataset):
 
 
 def recipe_order(lens: list[int], batch_size: int, num_ranks: int) -> tuple[list[int], float]:
-    """The items of rank 0 in the recipe's order, and the fill of all ranks' batches; what fills no step is lost."""
+    """The items of rank 0 in the recipe's order, and the fill of all ranks' batches; a short last step is dropped."""
     rng = np.random.default_rng(0)
     step_size = batch_size * num_ranks
     pairs = [[index, length] for index, length in enumerate(lens)]
@@ -177,7 +196,7 @@ def pad_lists(batch: list[tuple[list[int], list[int]]]) -> int:
 
 
 def read_rates(case: dict, tokens_of_rows: Callable[[int], Iterable[int]]) -> dict[str, dict]:
-    """The median `tokens_per_s` of the loader by number of workers, and the `num_tokens` that it read."""
+    """The median `tokens_per_s` of the loader by number of workers, and the `num_tokens` read."""
     found: dict[str, dict] = {"tokens_per_s": {}, "num_tokens": {}}
     for num_workers in case["num_workers"]:
         passes = [read_rows(tokens_of_rows(num_workers), case["num_rows"]) for _ in range(case["repeats"])]
@@ -187,7 +206,7 @@ def read_rates(case: dict, tokens_of_rows: Callable[[int], Iterable[int]]) -> di
 
 
 def read_rows(tokens_of_rows: Iterable[int], num_rows: int) -> tuple[float, int]:
-    """Takes up to `num_rows` rows after those that warm up: the tokens/s without these, and the tokens of all."""
+    """Reads WARMUP_ROWS and then up to `num_rows` rows: tokens/s of the latter, and the tokens of all."""
     num_tokens = warmup_tokens = 0
     began = time.perf_counter()
     for number, in_row in enumerate(tokens_of_rows, start=1):
@@ -200,9 +219,10 @@ def read_rows(tokens_of_rows: Iterable[int], num_rows: int) -> tuple[float, int]
 
 
 def cost_of(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-    """What `work` returns, its seconds, and MiB of peak memory on top of what was there."""
+    """What `work` returns, its seconds, and the growth to the peak of memory in MiB."""
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    # Resets the peak.
+    Path("/proc/self/clear_refs").write_text("5")
     base_mib = resident_mib("VmRSS")
     began = time.perf_counter()
     returned = work()

@@ -1,16 +1,15 @@
-"""Pictures from a model, tokens per second: `generate_batch` against `transformers.generate` with the same weights.
+"""Tokens per second of generated images: `generate_batch` against `transformers.generate` with the same weights.
 
     python exps/bench/generate.py --model_size tiny --batch_sizes 1 8 --cfg 1 4
     python exps/bench/generate.py --model_size 7B --device cuda --batch_sizes 1 8 --cfg 1 4
 
-Every answer is a picture that begins at once and is not over before `--num_tokens`, so all ways draw as many tokens,
-each with a key/value cache. The baselines are stock `ChameleonForConditionalGeneration` with `generate`, and logits
-processors that follow the grammar of images in Python, row by row, and run the unconditional branch as a second
-forward per token with a cache of its own. They are asked for the whole batch at once ("batched") and, where it has
-several prompts, for one after the other, as the recipe samples ("one by one"). Weights are seeded, not trained. The
-first run of each case is greedy: it warms up, and its tokens are compared (`equal_tokens`). `read_tb_per_s` is what
-decoding reads at the least, per second: its limit is the memory's bandwidth (4.3 TB/s for an H200). The last line
-printed is one JSON object.
+Every answer is an image that begins at once and does not end before `--num_tokens`: all ways draw as many tokens, each
+with a key/value cache. The baselines are stock `ChameleonForConditionalGeneration` with `generate`. Its logits
+processors follow the grammar of images in Python, row by row, and run the unconditional branch as a second forward per
+token with its own cache. "batched" is the whole batch at once, "one by one" the prompts one after the other, as the
+recipe samples. Weights are random. The first run of each case is greedy: it warms up, and its tokens are compared
+(`equal_tokens`). `read_tb_per_s` is the least that decoding must read, per second; its limit is the memory's bandwidth
+(4.3 TB/s on an H200). The last line printed is one JSON object.
 """
 
 import argparse
@@ -35,11 +34,14 @@ from model.generation import SamplingOptions, generate_batch  # noqa: E402
 from model.image_grammar import ImageGrammar, Kind  # noqa: E402
 
 WAYS = OURS, BATCHED, ONE_BY_ONE = "ours", "batched", "one by one"
-Answers = list[list[int]]  # token ids
+# Token ids.
+Answers = list[list[int]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-NUM_CODES, VOCAB_SIZE = 8192, 65536  # Chameleon's
-TINY_NUM_CODES, TINY_VOCAB_SIZE = 1024, 1480  # of the laptop default's tokenizer
-PROMPT_LEN = 32  # of the longest prompt in tokens, the others are a little shorter
+# Chameleon's, and the tokenizer's of the laptop default.
+NUM_CODES, VOCAB_SIZE = 8192, 65536
+TINY_NUM_CODES, TINY_VOCAB_SIZE = 1024, 1480
+# Tokens of the longest prompt; the others are a little shorter.
+PROMPT_LEN = 32
 COLUMNS = ("tokens_per_s", "ms_per_step", "equal_tokens", "read_tb_per_s", "peak_gib")
 
 
@@ -50,14 +52,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--model_size",
         choices=("tiny", "bench", "1B", "7B"),
         default="tiny",
-        help="default tiny; `bench` is tiny with 65,536 token ids",
+        help="size of the decoder (default tiny; `bench` is tiny with 65,536 token ids)",
     )
-    add("--precision", choices=tuple(DTYPES), help="default: fp32 on a CPU, bf16 on CUDA")
+    add("--precision", choices=tuple(DTYPES), help="precision of the weights (default: fp32 on a CPU, bf16 on CUDA)")
     add("--batch_sizes", type=common.positive, nargs="+", default=[1, 8], help="prompts at a time (default 1 8)")
-    add("--cfg", type=float, nargs="+", default=[1.0, 4.0], help="guidance, 1 is without (default 1 4)")
+    add("--cfg", type=float, nargs="+", default=[1.0, 4.0], help="guidance scales; 1 is none (default 1 4)")
     add("--num_tokens", type=common.positive, help="new tokens per prompt (default 256 on a CPU, 1024 on CUDA)")
     add("--ways", nargs="+", choices=WAYS, default=WAYS, help="what to measure; ours always is (default: all)")
-    add("--compile", action="store_true", help="ours with torch.compile")
+    add("--compile", action="store_true", help="our way with torch.compile (default: off)")
     return parser
 
 
@@ -99,10 +101,16 @@ def share_of_equal(ours: list[list[int]], theirs: list[list[int]]) -> float:
 
 
 def measure(
-    way: str, model_size: str, precision: str, device: str, cases: list, num_tokens: int, repeats: int,
+    way: str,
+    model_size: str,
+    precision: str,
+    device: str,
+    cases: list,
+    num_tokens: int,
+    repeats: int,
     compile_step: bool,
-) -> dict:  # fmt: skip
-    """One way in all cases (batch size, cfg): figures and greedy tokens of each; None for one that is no case of it."""
+) -> dict:
+    """Figures and greedy tokens of one way in each case (batch size, cfg); None where the way does not apply."""
     vocab_mapping = make_vocabulary(model_size)
     vocab, dtype = ChameleonVocab.from_mapping(vocab_mapping), DTYPES[precision]
     config = build_config(model_size, vocab_mapping)
@@ -113,7 +121,8 @@ def measure(
     for batch_size, cfg in cases:
         prompts = make_prompts(batch_size, PROMPT_LEN, vocab)
         if way == ONE_BY_ONE and batch_size == 1:
-            found.append(None)  # the same as batched
+            # The same as batched.
+            found.append(None)
             continue
         if way == OURS:
             draw = ours(model, vocab, prompts, begin, cfg, num_tokens, compile_step)
@@ -132,12 +141,11 @@ def measure(
 def needed_bytes(
     model: torch.nn.Module, vocab: ChameleonVocab, way: str, num_tokens: int, batch_size: int, cfg: float
 ) -> float:
-    """
-    What a decoding step reads at the least, in bytes: weights once, and the cache of each branch of each prompt.
+    """The least that a decoding step reads, in bytes: weights once, and the cache of each branch of each prompt.
 
-    Weights are all parameters but the embedding, of which one row per token is read; of the head, ours reads the image
-    codes only. The cache is `2 * layers * kv heads * head_dim` numbers for every token that is visible, on average
-    prompt + 3 + num_tokens / 2 of them; the unconditional branch has no prompt.
+    Weights are all parameters except the embedding, which is read one row per token; our head reads only the rows of
+    image codes. The cache is `2 * layers * kv heads * head_dim` numbers for each visible token, on average
+    prompt + 3 + num_tokens / 2 tokens; the unconditional branch has no prompt.
     """
     config, head = model.config, model.lm_head.weight
     size = head.element_size()
@@ -151,7 +159,7 @@ def needed_bytes(
 
 
 def make_vocabulary(model_size: str) -> dict[str, int]:
-    """Names and ids in Chameleon's layout; what is no control token is a word."""
+    """Token ids by name in Chameleon's layout; all but control tokens are words."""
     tiny = model_size == "tiny"
     names = special_names(TINY_NUM_CODES if tiny else NUM_CODES, max_grids=32)
     names += [f"word{n}" for n in range((TINY_VOCAB_SIZE if tiny else VOCAB_SIZE) - len(names))]
@@ -167,7 +175,7 @@ def make_prompts(batch_size: int, prompt_len: int, vocab: ChameleonVocab) -> lis
 
 
 def image_start(num_tokens: int, vocab: ChameleonVocab) -> list[int]:
-    """The beginning of the smallest square image that is not over after so many tokens."""
+    """The first tokens of the smallest square image that has so many tokens."""
     sides = {token_id: CODES_PER_GRID * grids for grids, token_id in vocab.grid_size_ids.items()}
     grid = next(token_id for token_id, side in sides.items() if side * (side + 1) >= num_tokens)
     return [vocab.begin_image_id, grid, grid]
@@ -184,7 +192,7 @@ def build_stock(config: transformers.PretrainedConfig, device: str, dtype: torch
     del model.model.vqmodel
     model.to_empty(device=device)
     reset_rotary_buffers(model)
-    # Its forward masks the image tokens in this list, so that it can draw no image: an empty one lets it.
+    # Stock Chameleon masks the image tokens of this list; with an empty list it can draw images.
     model.model.vocabulary_mapping.__dict__["image_tokens"] = []
     return model.eval()
 
@@ -192,7 +200,7 @@ def build_stock(config: transformers.PretrainedConfig, device: str, dtype: torch
 def ours(
     model, vocab: ChameleonVocab, prompts: Answers, begin: list[int], cfg: float, num_tokens: int, compile_step: bool
 ) -> Callable[[float], Answers]:
-    """A call that draws all answers at a temperature; returns their tokens without `begin`."""
+    """A function of the temperature that draws all answers and returns their tokens without `begin`."""
     forward = LeanForward(model, vocab, compile_step)
 
     def draw(temperature: float) -> list[list[int]]:
@@ -217,10 +225,15 @@ def stock(
         guidance = [UnconditionalBranch(model, vocab, cfg)] if cfg != 1 else []
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
         found = model.generate(
-            input_ids, attention_mask=(input_ids != vocab.pad_id).long(), max_new_tokens=num_tokens, use_cache=True,
-            eos_token_id=vocab.end_of_turn_id, pad_token_id=vocab.pad_id,
-            logits_processor=transformers.LogitsProcessorList([*guidance, grammar]), **sampling,
-        )  # fmt: skip
+            input_ids,
+            attention_mask=(input_ids != vocab.pad_id).long(),
+            max_new_tokens=num_tokens,
+            use_cache=True,
+            eos_token_id=vocab.end_of_turn_id,
+            pad_token_id=vocab.pad_id,
+            logits_processor=transformers.LogitsProcessorList([*guidance, grammar]),
+            **sampling,
+        )
         return found[:, width:].tolist()
 
     def draw(temperature: float) -> list[list[int]]:
@@ -233,7 +246,7 @@ def stock(
 
 
 class PythonGrammar(transformers.LogitsProcessor):
-    """What may come next and its top-k, found in Python from the tokens of each row; the rest is minus infinity."""
+    """Masks all but the allowed next tokens and their top-k, found in Python from the tokens of each row."""
 
     def __init__(self, vocab: ChameleonVocab, model: torch.nn.Module):
         device = model.lm_head.weight.device
@@ -264,7 +277,7 @@ class PythonGrammar(transformers.LogitsProcessor):
 
 
 class UnconditionalBranch(transformers.LogitsProcessor):
-    """Guidance by a second forward per token, whose cache holds what came since the image began."""
+    """Guidance by a second forward per token, with a cache of the tokens since the image began."""
 
     def __init__(self, model: torch.nn.Module, vocab: ChameleonVocab, cfg: float):
         self.model, self.vocab, self.cfg, self.cache = model, vocab, cfg, None
@@ -286,7 +299,7 @@ def last_begin(tokens: list[int], vocab: ChameleonVocab) -> int:
 
 
 def timed(draw: Callable[[float], Answers], temperature: float, device: str) -> tuple[Answers, float]:
-    """The tokens, and the seconds that they took."""
+    """The tokens and the seconds to draw them."""
     began = time.perf_counter()
     tokens = draw(temperature)
     if device == "cuda":

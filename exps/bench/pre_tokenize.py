@@ -2,11 +2,12 @@
 
     python exps/bench/pre_tokenize.py --num_images 4 --target_size 512 768
 
-The recipe's way takes one image at a time, decodes it in line, encodes it in NCHW layout with torch's own TF32 settings
-(cuDNN may use it), and asks the tokenizer for its whole vocabulary at each of the 5 lookups of an image; the time of
-these is taken away in `images_per_s_without_lookups`. Ours is `pre_tokenize.py` itself. Neither counts loading the
-weights, and both crop from the centre, so that their codes can be compared (`equal_codes`). The last line printed is
-one JSON object; its figures are those of the last size and precision.
+The recipe's way reads, encodes and writes one image at a time, in NCHW layout and with torch's own TF32 settings. It
+asks the tokenizer for its whole vocabulary at each of the 5 lookups of an image; `images_per_s_without_lookups` leaves
+the time of these out. Ours is `pre_tokenize.py` itself; beside it stand the rates of its two parts alone: the encoder
+on whole batches, and one core that reads and crops JPEGs. No way counts loading the weights. Both ways crop from the
+centre, so that `equal_codes` can compare their codes. The last line printed is one JSON object with the figures of the
+last size and precision.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from PIL import Image, ImageFilter  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig  # noqa: E402
 
+from data.image_transform import crop_to_rgb, open_image  # noqa: E402
 from data.item_processor import ItemProcessor, build_text_encode, load_text_tokenizer  # noqa: E402
 from data.json_stream import iter_json_values  # noqa: E402
 from data.token_file import load_token_file, save_token_file  # noqa: E402
@@ -35,19 +37,30 @@ from exps.bench.synthetic import VOCAB_SIZE, special_names  # noqa: E402
 from model.vqgan import VQGAN, image_to_pixels, load_vqgan, save_vqgan  # noqa: E402
 from pre_tokenize import pre_tokenize  # noqa: E402
 
-PICTURE_SIDE = 1024  # pixels; square, so that all crops have one size
-LOOKUPS_PER_IMAGE = 5  # begin, height, width, new line, end
-COLUMNS = ("images_per_s", "images_per_s_without_lookups", "equal_codes", "host_gib", "device_gib")
+WAYS = OURS, RECIPE = "ours", "recipe"
+# Square, so that all crops have one size.
+IMAGE_SIDE = 1024
+# More items show the same images again: drawing an image takes longer than encoding it.
+MAX_DIFFERENT_IMAGES = 24
+# Begin, height, width, new line, end.
+LOOKUPS_PER_IMAGE = 5
+# Of the encoder alone, after one to warm up.
+ENCODER_BATCHES = 4
+COLUMNS = (
+    *("images_per_s", "images_per_s_without_lookups", "encoder_images_per_s", "core_images_per_s"),
+    *("equal_codes", "host_gib", "device_gib"),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = common.build_bench_parser(__doc__)
     add = parser.add_argument
-    add("--num_images", type=common.positive, default=16, help="per measurement (default 16)")
+    add("--num_images", type=common.positive, default=16, help="images per measurement (default 16)")
     add("--target_size", type=int, nargs="+", default=[512, 768], help="sides in pixels (default 512 768)")
-    add("--precision", nargs="+", help="of ours (default: tf32 fp32 bf16 on CUDA, fp32 bf16 on a CPU)")
-    add("--vqgan_dir", type=Path, help="of images (default: Chameleon's size with seeded weights)")
-    add("--num_workers", type=int, default=2, help="of ours, loaders beside the encoder (default 2)")
+    add("--precision", nargs="+", help="precisions of our way (default: tf32 fp32 bf16 on CUDA, fp32 bf16 on a CPU)")
+    add("--vqgan_dir", type=Path, help="folder of the VQGAN (default: Chameleon's size with seeded weights)")
+    add("--num_workers", type=int, default=2, help="loaders of our way beside the encoder (default 2)")
+    add("--ways", nargs="+", choices=WAYS, default=WAYS, help="what to measure; ours always is (default: both)")
     return parser
 
 
@@ -61,20 +74,19 @@ def main(argv: list[str] | None = None) -> int:
         task = {"work_dir": work_dir, "vqgan_dir": str(args.vqgan_dir or folder / "vqgan"), "device": device}
         for size in args.target_size:
             recipe_dir = folder / f"recipe-{size}"
-            baseline = common.run_alone(
-                "pre_tokenize:measure_recipe", out_dir=str(recipe_dir), target_size=size, **task
-            )
+            baseline = None
+            if RECIPE in args.ways:
+                arguments = {"out_dir": str(recipe_dir), "target_size": size, **task}
+                baseline = common.run_alone("pre_tokenize:measure_recipe", **arguments)
             for precision in args.precision or (["tf32"] if device == "cuda" else []) + ["fp32", "bf16"]:
                 out_dir = folder / f"ours-{size}-{precision}"
-                ours = common.run_alone(
-                    "pre_tokenize:measure_ours", out_dir=str(out_dir), target_size=size, precision=precision,
-                    num_workers=args.num_workers, **task,
-                )  # fmt: skip
-                if "failed" not in ours | baseline:
+                arguments = {"out_dir": str(out_dir), "target_size": size, "precision": precision, **task}
+                ours = common.run_alone("pre_tokenize:measure_ours", num_workers=args.num_workers, **arguments)
+                if baseline and "failed" not in ours | baseline:
                     ours["equal_codes"] = share_of_equal_codes(recipe_dir, out_dir, folder)
                 case = {"target_size": size, "precision": precision}
-                rows.append(common.compare(case, ours, baseline, way="recipe"))
-    title = f"{args.num_images} images of {PICTURE_SIDE} x {PICTURE_SIDE} pixels"
+                rows.append(common.compare(case, ours, baseline, way=RECIPE))
+    title = f"{args.num_images} images of {IMAGE_SIDE} x {IMAGE_SIDE} pixels"
     return common.report("pre_tokenize", title, device, rows, COLUMNS, main_row=rows[-1])
 
 
@@ -87,10 +99,8 @@ def measure_recipe(work_dir: str, vqgan_dir: str, device: str, out_dir: str, tar
         pixels = (image_to_pixels(image)[None].to(device) for image in images)
         return [vqgan.encode(one)[0].cpu().numpy() for one in pixels]
 
-    processor = ItemProcessor(
-        build_text_encode(tokenizer), ChameleonVocab.from_tokenizer(tokenizer), encode_one_by_one,
-        target_size, image_dirs=[work_dir],
-    )  # fmt: skip
+    vocab, text_encode = ChameleonVocab.from_tokenizer(tokenizer), build_text_encode(tokenizer)
+    processor = ItemProcessor(text_encode, vocab, encode_one_by_one, target_size, image_dirs=[work_dir])
     encode_one_by_one([blank(target_size)])
     files_dir = Path(out_dir) / "files"
     files_dir.mkdir(parents=True)
@@ -108,30 +118,43 @@ def measure_recipe(work_dir: str, vqgan_dir: str, device: str, out_dir: str, tar
 def measure_ours(
     work_dir: str, vqgan_dir: str, device: str, out_dir: str, target_size: int, precision: str, num_workers: int
 ) -> dict[str, float]:
-    """`pre_tokenize.py` as a user runs it; the clock runs while its `run` does, after one batch to warm up."""
-    argv = [
-        f"--in_filename={work_dir}/in.json", f"--out_dir={out_dir}", f"--target_size={target_size}",
-        f"--tokenizer={work_dir}/tokenizer", f"--vqgan_dir={vqgan_dir}", f"--device={device}",
-        f"--precision={precision}", f"--num_workers={num_workers}",
-    ]  # fmt: skip
-    elapsed_s, run = 0.0, pre_tokenize.run
+    """`pre_tokenize.py` as a user runs it; the clock runs only while its `run` does, after one batch to warm up."""
+    flags = {"in_filename": f"{work_dir}/in.json", "out_dir": out_dir, "target_size": target_size, "device": device}
+    flags |= {"tokenizer": f"{work_dir}/tokenizer", "vqgan_dir": vqgan_dir}
+    flags |= {"precision": precision, "num_workers": num_workers}
+    elapsed_s, encoder_rate, run = 0.0, 0.0, pre_tokenize.run
 
     def timed_run(worker: pre_tokenize.Worker, *args: object) -> object:
-        nonlocal elapsed_s
-        worker.encoder([blank(target_size)] * worker.options.batch_size)
+        nonlocal elapsed_s, encoder_rate
+        batch = [blank(target_size)] * worker.options.batch_size
+        worker.encoder(batch)
+        began = time.perf_counter()
+        for _ in range(ENCODER_BATCHES):
+            worker.encoder(batch)
+        encoder_rate = ENCODER_BATCHES * len(batch) / (time.perf_counter() - began)
         began = time.perf_counter()
         returned = run(worker, *args)
         elapsed_s = time.perf_counter() - began
         return returned
 
     pre_tokenize.run = timed_run
-    if exit_code := pre_tokenize.main(argv):
+    if exit_code := pre_tokenize.main([f"--{name}={value}" for name, value in flags.items()]):
         raise RuntimeError(f"pre_tokenize.py ended with exit code {exit_code}")
-    return figures(out_dir, elapsed_s, 0.0, device)
+    rates = {"encoder_images_per_s": encoder_rate, "core_images_per_s": core_rate(Path(work_dir), target_size)}
+    return figures(out_dir, elapsed_s, 0.0, device) | rates
+
+
+def core_rate(folder: Path, target_size: int) -> float:
+    """Images per second that one core reads and crops."""
+    paths = list(folder.glob("*.jpg"))
+    began = time.perf_counter()
+    for path in paths:
+        crop_to_rgb(open_image(path), target_size)
+    return len(paths) / (time.perf_counter() - began)
 
 
 def figures(out_dir: str, elapsed_s: float, lookup_s: float, device: str) -> dict[str, float]:
-    """Images per second, also without the time of the lookups, and peak memory of the host and the device."""
+    """Images per second, with and without the time of the lookups, and peak memory of the host and the device."""
     num_images = len(list((Path(out_dir) / "files").glob("*.pkl")))
     return {
         "images_per_s": num_images / elapsed_s,
@@ -142,7 +165,7 @@ def figures(out_dir: str, elapsed_s: float, lookup_s: float, device: str) -> dic
 
 
 def share_of_equal_codes(recipe_dir: Path, our_dir: Path, work_dir: Path) -> float:
-    """The share of image codes that both ways agree upon. Raises ValueError if anything but codes differs."""
+    """The share of image codes that are the same both ways. Raises ValueError if anything but codes differs."""
     image_ids = ChameleonVocab.from_tokenizer(load_text_tokenizer(work_dir / "tokenizer")).image_token_ids
     num_codes = num_equal = 0
     for path in sorted((recipe_dir / "files").glob("*.pkl")):
@@ -160,17 +183,17 @@ def blank(side: int) -> Image.Image:
 
 
 def write_inputs(folder: Path, num_images: int, with_vqgan: bool) -> None:
-    """Pictures as JPEG, the items, a tokenizer of Chameleon's size and, if asked, a VQGAN of it."""
+    """Images as JPEG, the items, a tokenizer of Chameleon's size and, with `with_vqgan`, a VQGAN of that size."""
     rng = np.random.default_rng(0)
-    items = []
-    for number in range(num_images):
+    num_different = min(num_images, MAX_DIFFERENT_IMAGES)
+    for number in range(num_different):
         coarse = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
-        smooth = coarse.resize((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BICUBIC)
-        grain = Image.fromarray(rng.integers(0, 256, (PICTURE_SIDE, PICTURE_SIDE, 3), dtype=np.uint8))
-        picture = Image.blend(smooth, grain.filter(ImageFilter.GaussianBlur(2)), 0.3)
-        picture.save(folder / f"{number}.jpg", quality=90)
-        turns = [{"from": "human", "value": "Generate an image."}, {"from": "gpt", "value": "<|image|>"}]
-        items.append({"conversations": turns, "image": f"{number}.jpg"})
+        smooth = coarse.resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.BICUBIC)
+        grain = Image.fromarray(rng.integers(0, 256, (IMAGE_SIDE, IMAGE_SIDE, 3), dtype=np.uint8))
+        image = Image.blend(smooth, grain.filter(ImageFilter.GaussianBlur(2)), 0.3)
+        image.save(folder / f"{number}.jpg", quality=90)
+    turns = [{"from": "human", "value": "Generate an image."}, {"from": "gpt", "value": "<|image|>"}]
+    items = [{"conversations": turns, "image": f"{number % num_different}.jpg"} for number in range(num_images)]
     (folder / "in.json").write_text(json.dumps(items))
     write_tokenizer(folder / "tokenizer")
     if with_vqgan:
@@ -178,7 +201,7 @@ def write_inputs(folder: Path, num_images: int, with_vqgan: bool) -> None:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Chameleon's layout and size; its text part is bytes, and names without a use."""
+    """A tokenizer of Chameleon's layout and size; text is bytes, and the other names are unused."""
     special = special_names(num_codes=8192, max_grids=100)
     names = special + sorted(pre_tokenizers.ByteLevel.alphabet())
     names += [f"unused{number}" for number in range(VOCAB_SIZE - len(names))]
@@ -192,11 +215,14 @@ def write_tokenizer(folder: Path) -> None:
 
 def seeded_vqgan() -> VQGAN:
     """Chameleon's VQGAN without its decoder, every weight drawn from a seed of its own name."""
-    config = ChameleonVQVAEConfig(
-        embed_dim=256, num_embeddings=8192, double_latent=False, latent_channels=256, resolution=512, in_channels=3,
-        base_channels=128, channel_multiplier=[1, 1, 2, 2, 4], num_res_blocks=2, attn_resolutions=[], dropout=0.0,
-        attn_type="vanilla",
-    )  # fmt: skip
+    shape = {"embed_dim": 256, "num_embeddings": 8192, "latent_channels": 256, "resolution": 512, "base_channels": 128}
+    layers = {
+        "channel_multiplier": [1, 1, 2, 2, 4],
+        "num_res_blocks": 2,
+        "attn_resolutions": [],
+        "attn_type": "vanilla",
+    }
+    config = ChameleonVQVAEConfig(**shape, **layers, double_latent=False, in_channels=3, dropout=0.0)
     vqgan = VQGAN(config, with_decoder=False).eval()
     for name, parameter in vqgan.named_parameters():
         noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))

@@ -1,7 +1,7 @@
-"""Made-up vocabularies and weights, and for exps/bench/data.py a dataset of any number of items that fits a disk.
+"""Synthetic vocabularies and weights, and for exps/bench/data.py a small dataset of any number of items.
 
-There is one token file for each length, in one folder; `files/0`, `files/1`, ... are links to it. Items have lengths
-drawn evenly from a seed, and each lies under a path of its own, or nearly so, that opens and holds as many tokens.
+One folder holds a token file for each length; `files/0`, `files/1`, ... are links to the folder. Lengths of items are
+drawn evenly from a seed; nearly every item has its own path, which opens and holds as many tokens.
 """
 
 from pathlib import Path
@@ -14,7 +14,8 @@ from data.record import RecordEntry, write_merged
 from data.token_file import save_token_file
 from data.vocab import BEGIN_IMAGE, BOS, END_IMAGE, END_OF_TURN, EOS, FIRST_GRID_SIZE, IGNORE_INDEX, NEW_LINE, PAD
 
-VOCAB_SIZE = 65536  # Chameleon's
+# Chameleon's.
+VOCAB_SIZE = 65536
 ITEMS_PER_FOLDER = 1000
 WEIGHT_STD = 0.02
 
@@ -29,7 +30,7 @@ def write_pool(folder: Path, min_len: int, max_len: int) -> None:
 
 
 def write_record(folder: Path, pool: Path, min_len: int, max_len: int, num_items: int) -> Path:
-    """`record.json` of items with a file of `pool` each, as pre-tokenizing leaves it; returns its path."""
+    """Writes a `record.json` of items with files of `pool`, as pre-tokenizing does; returns its path."""
     (folder / "files").mkdir()
     for number in range(-(-num_items // ITEMS_PER_FOLDER)):
         (folder / "files" / str(number)).symlink_to(pool.absolute(), target_is_directory=True)
@@ -44,7 +45,7 @@ def write_record(folder: Path, pool: Path, min_len: int, max_len: int, num_items
 
 
 def special_names(num_codes: int, max_grids: int) -> list[str]:
-    """The first token names of Chameleon's layout: all that are no text."""
+    """The first token names of Chameleon's layout: all that are not text."""
     letters = str.maketrans("0123456789", "ABCDEFGHIJ")
     names = [BOS, PAD, EOS, "<unk>", *(f"IMGIMG{str(code).translate(letters)}Z" for code in range(num_codes))]
     names += [END_IMAGE, BEGIN_IMAGE, END_OF_TURN, NEW_LINE]
@@ -53,8 +54,10 @@ def special_names(num_codes: int, max_grids: int) -> list[str]:
 
 @torch.no_grad()
 def fill_weights(model: torch.nn.Module) -> torch.nn.Module:
-    """Those of the norms 1 and 0, all else normal, drawn on the device in the order of the parameters: ours and stock
-    `transformers` get the same. 7B drawn on the host would take a minute."""
+    """Weights of norms become 1, biases 0, all else normal in the order of the parameters.
+
+    Our model and stock `transformers` get the same weights. They are drawn on the device: a host takes a minute for 7B.
+    """
     generator = None
     for name, parameter in model.named_parameters():
         module, _, kind = name.rpartition(".")

@@ -1,20 +1,20 @@
-"""Tokens per second, FLOPs and peak memory of a training step: ours, and with `--baseline` the recipe's, same items.
+"""Tokens per second, FLOPs and peak memory of a training step: ours and, with `--baseline`, the recipe's.
 
     python exps/bench/train.py --model_size bench --baseline --num_items 4 --item_len 300 1100 --precision fp32 bf16
     python exps/bench/train.py --model_size 7B --rows 2 --checkpointing --baseline
 
-Ours is built and stepped as `finetune_solver.py` does it (packed rows, fused loss, layers compiled on CUDA); the
-recipe's is stock `transformers` on one padded batch (exps/bench/train_ways.py). Items are random tokens, weights are
-random. Every option of finetune_solver.py that changes the step can be given as well: `--checkpointing`, `--compile`,
+Our way is built and stepped as by `finetune_solver.py` (packed rows, fused loss, layers compiled on CUDA). The
+recipe's way is stock `transformers` on one padded batch of the same items (exps/bench/train_ways.py). Items and weights
+are random. Every option of finetune_solver.py that changes the step is accepted: `--checkpointing`, `--compile`,
 `--z_loss_weight`, `--data_parallel`, ...
 
-Tokens are those of items: neither filler nor padding counts. MFU is the share of useful work, without what is computed
-again by `--checkpointing`: FLOPs per token (model/flops.py) are 6 x (weights of all matrices but the embedding) + 6 x
-layers x (mean length of an item, seen from its tokens) x width: 43.7 GFLOP for 7B and items of 4,096 tokens. It is
-given over the GPU's datasheet (bf16), and over the rate of the model's own matrix products measured in the same run.
-Memory is the peak of tensors on CUDA (`reserved_gib`: of what the allocator held), on a CPU that of the process over
-what it held before. Phases and kinds of work come from steps after those that are timed; our loss has its backward
-within its forward. The last line printed is one JSON object.
+Tokens of items count, filler and padding do not. MFU counts useful work only, not what `--checkpointing` computes
+again: FLOPs per token (model/flops.py) are 6 x (weights of all matrices but the embedding) + 6 x layers x (mean length
+of an item, seen from its tokens) x width: 43.7 GFLOP for 7B and items of 4,096 tokens. MFU is given over the GPU's
+datasheet (bf16), and over the rate of the model's own matrix products, measured in the same run. Memory is the peak of
+tensors on CUDA (`reserved_gib`: peak of the allocator's pool), on a CPU the growth of the process. `host_ms`: how long
+the host takes to queue a step. `allocator`: events per step. Later steps give phases and kinds of work; the forward of
+our loss contains its backward. The last line printed is one JSON object.
 """
 
 import argparse
@@ -36,10 +36,12 @@ from model.decoder.chameleon import MODEL_SIZES  # noqa: E402
 from model.flops import peak_flops  # noqa: E402
 from model.options import Options  # noqa: E402
 
-MIN_GIB_FOR_7B = 110  # 16 bytes for each of its parameters are 104 GiB
+# 16 bytes for each of its parameters are 104 GiB.
+MIN_GIB_FOR_7B = 110
 COLUMNS = (
     *("tokens_per_s", "ms_per_step.median", "ms_per_step.min", "ms_per_step.max", "tflops"),
-    *("mfu.datasheet", "mfu.matrix_rate", "peak_gib", "reserved_gib"),
+    *("mfu.datasheet", "mfu.matrix_rate", "peak_gib", "reserved_gib", "host_ms"),
+    *("allocator.num_alloc_retries", "allocator.num_device_alloc", "allocator.num_device_free"),
     *("phases_ms.forward", "phases_ms.loss", "phases_ms.backward", "phases_ms.optimizer"),
     *("kinds_ms.attention", "kinds_ms.copies", "kinds_ms.idle"),
 )
@@ -51,12 +53,18 @@ def build_parser() -> argparse.ArgumentParser:
     size_help = f"default: 7B on a GPU of {MIN_GIB_FOR_7B} GiB or more, 1B on a smaller one, tiny on a CPU"
     add("--model_size", choices=tuple(MODEL_SIZES), help=size_help)
     add("--precision", nargs="+", choices=("fp32", "tf32", "bf16"), help="default: bf16 on CUDA, fp32 on a CPU")
-    add("--rows", type=common.positive, default=1, help="full rows that one micro-step takes, as one (default 1)")
-    add("--row_len", type=common.positive, default=4096, help="tokens of a row, and the longest item (default 4096)")
-    add("--item_len", type=int, nargs="+", metavar="N", help="of items: shortest and longest (default: --row_len)")
-    add("--num_items", type=common.positive, help="of a micro-step (default: as many as fill --rows)")
+    add("--rows", type=common.positive, default=1, help="full rows of a micro-step, joined to one row (default 1)")
+    add("--row_len", type=common.positive, default=4096, help="tokens of a row, and of the longest item (default 4096)")
+    add(
+        "--item_len",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="tokens of the shortest and the longest item (default: --row_len)",
+    )
+    add("--num_items", type=common.positive, help="items of a micro-step (default: as many as fill --rows)")
     add("--accum_iter", type=common.positive, default=1, help="micro-steps of a step (default 1)")
-    add("--baseline", action="store_true", help="measure the recipe's way too")
+    add("--baseline", action="store_true", help="measure the recipe's way too (default: off)")
     return parser
 
 
@@ -74,7 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     else:
         item_lens = fill_rows(args.rows * args.row_len, lengths[0], lengths[-1])
     work = Work(item_lens, sum(item_lens) if args.num_items else args.rows * args.row_len, args.accum_iter)
-    if device == "cuda":  # near the limit of a GPU, blocks of fixed size leave gaps between them that no tensor fits
+    if device == "cuda":
+        # Near the limit of a GPU, blocks of fixed size leave gaps between them that no tensor fits.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     sizes = ["--model_size", size, "--max_seq_len", str(args.row_len)]
     lines = [
@@ -93,7 +102,8 @@ def default_model_size(device: str) -> str:
     """The largest size that a training of all its weights in fp32 leaves room for."""
     if device != "cuda":
         return "tiny"
-    total = torch.cuda.get_device_properties(0).total_memory  # needs no context, which would take some of it
+    # Needs no context, which would take some of the memory.
+    total = torch.cuda.get_device_properties(0).total_memory
     return "7B" if total >= MIN_GIB_FOR_7B * 2**30 else "1B"
 
 

@@ -1,7 +1,7 @@
 """What exps/bench/train.py measures in one process: speed, memory and where the time goes.
 
-Phases are timed by marks in the step, kinds of work by the profiler, both in one step after those that are timed. The
-matrix rate is what the machine reaches on products of the model's own shapes and precision, one after the other.
+Marks in the step time its phases, and the profiler times kinds of work, both after the timed steps. The matrix rate is
+what the machine reaches on products of the model's own shapes and precision, one after the other.
 """
 
 import re
@@ -23,9 +23,9 @@ from model.options import Options
 from model.options import build_parser as build_training_parser
 from model.parallelize import DTYPES, set_matmul_precision
 
-# Kinds of work by the names of operators (CPU) and kernels (CUDA); the first that fits counts. Copies come before the
-# optimizer, since copies of lists run in its `multi_tensor` kernels too; what is compiled is named after all that it
-# does, casts (`_to_copy`) among it, and is no copy.
+# Kinds of work by the names of operators (CPU) and kernels (CUDA); the first pattern that fits counts. Copies come
+# before the optimizer because lists are copied by its `multi_tensor` kernels too. The name of a compiled kernel lists
+# all that the kernel does, casts (`_to_copy`) too: it is no copy.
 KINDS = {
     "attention": r"_scaled_dot_product|attend_documents|flash|fmha|sdpa|flex_attention",
     "matrix products": r"^aten::(mm|addmm|bmm|baddbmm|addmm_|_scaled_mm)$|gemm|cutlass|nvjet|xmma|cublas",
@@ -34,8 +34,12 @@ KINDS = {
 }
 
 
+# Counted per step. Retries and mapped memory in a steady step mean that the card is too full.
+ALLOCATOR_COUNTERS = ("num_alloc_retries", "num_device_alloc", "num_device_free", "num_sync_all_streams")
+
+
 def parse_training(arguments: Sequence[str]) -> Options:
-    """The options of a training whose items are made up."""
+    """The options of a training on random items."""
     return Options.from_namespace(build_training_parser().parse_args(["--data_config", "made_up.yaml", *arguments]))
 
 
@@ -51,15 +55,23 @@ def measure(way: str, training: list[str], device: str, work: Mapping[str, Any],
         flops = trained_flops_per_token(built.model, shape.mean_context)
         losses = [built.step() for _ in range(3 if device == "cuda" else 1)]
         wait(torch_device)
-        seconds = time_steps(lambda: losses.append(built.step()), repeats, torch_device)
+        before = count_allocations(device)
+        began = time.perf_counter()
+        marks = mark_steps(lambda: losses.append(built.step()), repeats, torch_device)
+        queued_s = time.perf_counter() - began
+        wait(torch_device)
+        seconds = [ms / 1e3 for ms in marks.read_ms().values()]
         memory = {"peak_gib": resident_gib() - base_gib}
         if device == "cuda":
             memory = {"peak_gib": peak_device_gib(device), "reserved_gib": torch.cuda.max_memory_reserved() / 2**30}
+            after = count_allocations(device)
+            memory["allocator"] = {name: (after[name] - before[name]) / repeats for name in after}
         split = profile_step(built.step, torch_device)
     median = statistics.median(seconds)
     return {
         "tokens_per_s": shape.num_tokens / median,
         "ms_per_step": {"median": median * 1e3, "min": min(seconds) * 1e3, "max": max(seconds) * 1e3},
+        "host_ms": queued_s / repeats * 1e3,
         "flops_per_token": flops,
         "tflops": shape.num_tokens * flops / median / 1e12,
         **memory,
@@ -70,18 +82,30 @@ def measure(way: str, training: list[str], device: str, work: Mapping[str, Any],
     }
 
 
-def time_steps(step: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
-    """Seconds of each of some steps; on CUDA the host does not wait between them."""
+def count_allocations(device: str) -> dict[str, int]:
+    """The allocator's counters so far; empty without CUDA."""
+    stats = torch.cuda.memory_stats() if device == "cuda" else {}
+    return {name: stats[name] for name in ALLOCATOR_COUNTERS if name in stats}
+
+
+def mark_steps(step: Callable[[], object], repeats: int, device: torch.device) -> "Marks":
+    """Runs some steps, each with a mark at its end; on CUDA the host does not wait."""
     marks = Marks(device)
     for number in range(repeats):
         step()
         marks(str(number))
+    return marks
+
+
+def time_steps(step: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
+    """Seconds of each of some steps."""
+    marks = mark_steps(step, repeats, device)
     wait(device)
     return [ms / 1e3 for ms in marks.read_ms().values()]
 
 
 class Marks:
-    """Time between marks, added up by name; on CUDA by events, read when all is done."""
+    """Time between marks, added up by name; on CUDA from events, which are read when all work is done."""
 
     def __init__(self, device: torch.device) -> None:
         self.is_cuda = device.type == "cuda"
@@ -107,8 +131,8 @@ class Marks:
 def profile_step(step: Callable[[Marks], object], device: torch.device) -> dict[str, Any]:
     """Milliseconds of one step by phase and by kind of work.
 
-    `idle` is the time in which no kernel ran. Kinds can add up to more than the step, since copies run beside products.
-    On CUDA the phases are those of another step, without the profiler: it makes the host slower, but no kernel.
+    `idle` is the time in which no kernel ran. Kinds can add up to more than the step: copies run beside products. On
+    CUDA another step, without the profiler, gives the phases: the profiler slows the host, but no kernel.
     """
     phases = mark_step(step, device) if device.type == "cuda" else {}
     activity = torch.profiler.ProfilerActivity
@@ -124,7 +148,7 @@ def profile_step(step: Callable[[Marks], object], device: torch.device) -> dict[
 
 
 def read_kernels(events: Iterable[Any]) -> tuple[dict[str, float], float]:
-    """Of a profile: milliseconds by kernel, and those in which at least one of them ran."""
+    """Milliseconds of a profile by kernel, and milliseconds in which at least one kernel ran."""
     kernels = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
     by_name: dict[str, float] = defaultdict(float)
     for event in kernels:
@@ -141,7 +165,7 @@ def mark_step(step: Callable[[Marks], object], device: torch.device) -> dict[str
 
 
 def sum_by_kind(by_name: Mapping[str, float]) -> dict[str, float]:
-    """Sums of the values by the kind of their names, `KINDS` and `other`."""
+    """Sums of the values by the kind of work, `KINDS` and `other`."""
     totals = dict.fromkeys([*KINDS, "other"], 0.0)
     for name, value in by_name.items():
         totals[next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.I)), "other")] += value
@@ -158,7 +182,7 @@ def covered(intervals: Sequence[tuple[float, float]]) -> float:
 
 
 def measure_matrix_rate(training: list[str], device: str, work: Mapping[str, Any]) -> dict[str, Any]:
-    """`flops_per_s` of the fastest of the model's own matrix products, `by_shape` of each (rows x inner x columns)."""
+    """FLOP/s of the model's own matrix products: the fastest, and each `by_shape` (rows x inner x columns)."""
     options = parse_training(training)
     set_matmul_precision(options.parallel.precision)
     config, dtype = bench_config(options), DTYPES[options.parallel.precision]
@@ -170,7 +194,7 @@ def measure_matrix_rate(training: list[str], device: str, work: Mapping[str, Any
 
 
 def matrix_rate(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device, seconds: float = 0.5) -> float:
-    """FLOPs per second of `[m, k] @ [k, n]`, run for so many seconds on the same inputs."""
+    """FLOP/s of `[m, k] @ [k, n]`, repeated for `seconds` on the same inputs."""
     left, right = torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype).t()
     out = torch.empty(m, n, dtype=dtype, device=device)
 
@@ -182,6 +206,6 @@ def matrix_rate(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was told."""
+    """Waits until the device has done all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -1,10 +1,9 @@
-"""The two ways of a training step that exps/bench/train.py compares, on the same made-up items.
+"""The two ways of a training step that exps/bench/train.py compares, on the same random items.
 
-`Ours` is built and stepped by what `finetune_solver.py` calls (model/training.py). `Recipe` is what the recipe does:
-the decoder of stock `transformers` (its forward would mask the logits of images, so its parts are called), one batch
-padded to the longest item, layers not compiled, an fp32 copy of the logits for the cross-entropy and another for the
-z-loss, AdamW that is not fused, activations of all layers kept or computed again. Attention is torch's sdpa, sharding
-and mixed precision are ours.
+`Ours` is built and stepped by the functions of `finetune_solver.py` (model/training.py). `Recipe` works as the recipe
+does: the decoder of stock `transformers`, one batch padded to the longest item, no compilation, an fp32 copy of the
+logits for the cross-entropy and another for the z-loss, AdamW that is not fused, activations of all layers kept or
+recomputed. Attention is torch's sdpa; sharding and mixed precision are ours.
 """
 
 import contextlib
@@ -35,14 +34,17 @@ from model.trainable import init_adapters
 from model.training import build_sharded, micro_step, optimizer_step
 
 PAD_ID = 1
-TINY_VOCAB_SIZE = 2048  # of `tiny`, whose vocabulary is that of its tokenizer; Chameleon's, 65,536, of the others
-PROMPT_SHARE = 0.1  # of an item, without targets: a caption before its picture
-NUM_LENGTHS = 8  # different ones, where items fill rows
+# Of `tiny`, about as large as its tokenizer's; all other sizes have Chameleon's, 65,536.
+TINY_VOCAB_SIZE = 2048
+# Share of an item without targets, as a caption before its image.
+PROMPT_SHARE = 0.1
+# Different lengths of items that fill rows.
+NUM_LENGTHS = 8
 
 
 @dataclass(frozen=True)
 class Work:
-    """One optimizer step: the tokens of each item and the length of the row that they share, in each micro-step."""
+    """One optimizer step: in each micro-step, the tokens of each item and of the row that holds all items."""
 
     item_lens: tuple[int, ...]
     row_len: int
@@ -50,27 +52,28 @@ class Work:
 
     @property
     def num_tokens(self) -> int:
-        """Of items, in the whole step; neither filler nor padding."""
+        """Tokens of items in the whole step, without filler and padding."""
         return sum(self.item_lens) * self.micro_steps
 
     @property
     def mean_context(self) -> float:
-        """Length of the item in which a token stands, on average over tokens: what attention costs depends on it."""
+        """Length of a token's item, on average over tokens: the cost of attention depends on it."""
         return sum(length**2 for length in self.item_lens) / sum(self.item_lens)
 
 
 def fill_rows(num_tokens: int, shortest: int, longest: int) -> tuple[int, ...]:
-    """Lengths evenly spread from `shortest` to `longest`, over and over, the last one cut, that fill `num_tokens`."""
+    """Lengths that fill `num_tokens`: evenly spread from `shortest` to `longest`, repeated, the last one cut."""
     lengths, left = [], num_tokens
     for length in itertools.cycle(spread_lengths(NUM_LENGTHS, shortest, longest)):
         lengths.append(min(length, left))
         left -= lengths[-1]
-        if left < 2:  # an item has at least one target
+        # An item of one token has no target.
+        if left < 2:
             return tuple(lengths)
 
 
 def spread_lengths(num_items: int, shortest: int, longest: int) -> tuple[int, ...]:
-    """So many lengths, evenly spread from `shortest` to `longest`."""
+    """`num_items` lengths, evenly spread from `shortest` to `longest`."""
     return tuple(np.linspace(shortest, longest, num_items).round().astype(int).tolist())
 
 
@@ -87,7 +90,7 @@ def make_items(lengths: Sequence[int], vocab_size: int, seed: int) -> list[Token
 
 
 def bench_config(options: Options) -> ChameleonXLLMXConfig:
-    """The decoder's shape: that of `--model_size`; an eighth of the tokens, as in Chameleon, are image tokens."""
+    """The decoder's shape by `--model_size`; as in Chameleon, an eighth of the tokens are image tokens."""
     changes = {name: getattr(options.model, name) for name in ("dropout", "z_loss_weight", "mask_image_logits")}
     is_tiny = options.model.model_size == "tiny"
     changes["vocab_size"] = TINY_VOCAB_SIZE if is_tiny else VOCAB_SIZE
@@ -99,9 +102,13 @@ class Ours:
     """The step of finetune_solver.py in a group of one, on packed rows."""
 
     def __init__(
-        self, work: Work, options: Options, config: ChameleonXLLMXConfig, device: torch.device,
+        self,
+        work: Work,
+        options: Options,
+        config: ChameleonXLLMXConfig,
+        device: torch.device,
         compile_backend: str | Callable = "inductor",
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Builds and fills model and optimizer, in the order of `Solver.build`."""
         self.work, self.options, self.device = work, options, device
         self.mesh = build_mesh(options.parallel, device.type, 1)
@@ -125,9 +132,14 @@ class Ours:
         for number, row in enumerate(self.rows):
             with marked_head(self.model, mark):
                 output = micro_step(
-                    self.model, row, self.device, self.options.parallel, is_last=number == len(self.rows) - 1,
-                    max_seqlen=self.options.data.max_seq_len, divisor=num_valid,
-                )  # fmt: skip
+                    self.model,
+                    row,
+                    self.device,
+                    self.options.parallel,
+                    is_last=number == len(self.rows) - 1,
+                    max_seqlen=self.options.data.max_seq_len,
+                    divisor=num_valid,
+                )
             self.sums.add(output, row["num_tokens"])
             losses.append(output.loss.detach())
             mark("backward")
@@ -163,7 +175,7 @@ class Recipe:
         ]
 
     def step(self, mark: Callable[[str], None] = lambda phase: None) -> torch.Tensor:
-        """As `Ours.step`; every micro-step counts alike."""
+        """As `Ours.step`; every micro-step has the same weight."""
         losses = []
         for number, (input_ids, labels) in enumerate(self.batches):
             begin_micro_step(self.model, self.options.parallel, is_last=number == len(self.batches) - 1)
@@ -187,6 +199,7 @@ class RecipeDecoder(ChameleonForConditionalGeneration):
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """int64 [B, T] twice, padded to the right -> the loss, a scalar."""
         hidden = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        # Stock `forward` would mask the logits of image tokens.
         logits = self.lm_head(hidden).float()
         targets = labels[:, 1:].contiguous()
         shifted = logits[:, :-1].contiguous()
@@ -201,7 +214,7 @@ WAYS: dict[str, Callable[..., Any]] = {"ours": Ours, "baseline": Recipe}
 
 
 def pad_items(items: Sequence[TokenItem]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Input ids and labels int64 [B, longest]; padding is on the right, so that a causal mask is enough."""
+    """Input ids and labels int64 [B, longest]; padding is on the right: a causal mask is enough."""
     shape = len(items), max(len(item.token) for item in items)
     input_ids, labels = torch.full(shape, PAD_ID), torch.full(shape, IGNORE_INDEX)
     for number, item in enumerate(items):
@@ -220,7 +233,7 @@ def fill(model: nn.Module, device: torch.device, options: Options) -> None:
 
 @contextlib.contextmanager
 def marked_head(model: nn.Module, mark: Callable[[str], None]) -> Iterator[None]:
-    """Marks where the forward of the layers ends, and where that of the head (with our loss) does."""
+    """Marks the end of the forward of the layers, and of the head (with our loss)."""
     handles = [
         model.lm_head.register_forward_pre_hook(lambda *_: mark("forward")),
         model.lm_head.register_forward_hook(lambda *_: mark("loss")),

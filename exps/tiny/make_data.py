@@ -1,11 +1,10 @@
-"""Write the training conversations of the laptop default as the recipe's input JSON, with their pictures.
+"""Write the training conversations of the laptop default as the recipe's input JSON, with their images.
 
     python exps/tiny/make_data.py --out_dir output/tiny/data
 
-Four kinds of items, all from scenes with exact ground truth (`scenes.py`), none with a held-out pair: text to image,
-image to caption, edits of a given picture, and a picture drawn from text and then edited. `train.json` has those to
-train on, `val.json` others of the same kinds, and `samples.json` a few prompts that the training answers on its way,
-also of held-out pairs. The same arguments write the same files; what is already there is left alone.
+There are four kinds of items, all from scenes with exact ground truth (`scenes.py`), none with a held-out pair: text to
+image, image to caption, edits of a given image, and an image drawn from text and then edited. `samples.json` has
+prompts for the training's samples, also of held-out pairs. The same arguments write the same files.
 """
 
 import argparse
@@ -18,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data.whole_file import open_whole  # noqa: E402
 from exps.tiny.scenes import SCENE_PIXELS, Scene, all_scenes, caption, draw, random_edit, random_scene  # noqa: E402
 
 CAPTION_REQUEST = "Describe the image."
@@ -55,19 +55,20 @@ def build_samples(file_names: dict[Scene, str]) -> list[dict]:
     rng = random.Random(7)
     scenes = [random_scene(rng) for _ in range(3)] + rng.sample(all_scenes(held_out=True), 2)
     prompts = [{"prompt": caption(scene), "size": f"{SCENE_PIXELS}x{SCENE_PIXELS}"} for scene in scenes]
-    told = random_scene(rng)
-    instruction, _ = random_edit(told, rng)
+    described = random_scene(rng)
+    instruction, _ = random_edit(described, rng)
     for text in (CAPTION_REQUEST, instruction):
-        prompts.append({"prompt": f"<|image|>{text}", "image": file_names[told]})
+        prompts.append({"prompt": f"<|image|>{text}", "image": file_names[described]})
     return prompts
 
 
 def write_data(out_dir: Path, num_items: int, num_val_items: int, seed: int) -> None:
-    """Write `images/`, `train.json`, `val.json` and `samples.json`, each whole; what is there stays. Raises OSError."""
+    """Writes `images/`, `train.json`, `val.json` and `samples.json`, each atomically. Raises OSError."""
     (out_dir / "images").mkdir(parents=True, exist_ok=True)
     file_names = {scene: f"images/{index:04d}.png" for index, scene in enumerate(all_scenes())}
     for scene, name in tqdm(file_names.items(), desc="scenes", unit="image", mininterval=1):
         if not (out_dir / name).exists():
+            # Atomic, but not synced to disk: the images are many and can be drawn again.
             draw(scene).save(out_dir / f"{name}.partial", format="PNG")
             os.replace(out_dir / f"{name}.partial", out_dir / name)
 
@@ -77,23 +78,23 @@ def write_data(out_dir: Path, num_items: int, num_val_items: int, seed: int) -> 
 
 
 def write_list(path: Path, items: list[dict]) -> None:
-    """Write a JSON list, one item per line; a file that says the same stays."""
+    """Writes a JSON list, one item per line. A file of the same content stays: tokens that exist belong to it."""
     text = "[\n" + ",\n".join(json.dumps(item) for item in items) + "\n]\n"
-    if path.exists() and path.read_bytes() == text.encode():
+    if path.exists() and path.read_text() == text:
         print(f"{path}: already there, {len(items)} items")
         return
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    with open_whole(path) as file:
+        file.write(text.encode())
     print(f"{path}: {len(items)} items")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out_dir", type=Path, default=Path("output/tiny/data"), help="default: %(default)s")
-    parser.add_argument("--num_items", type=int, default=16000, help="conversations to write (default: %(default)s)")
-    parser.add_argument("--num_val_items", type=int, default=400, help="to validate on (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draw (default: %(default)s)")
+    add = parser.add_argument
+    add("--out_dir", type=Path, default=Path("output/tiny/data"), help="folder to write to (default: %(default)s)")
+    add("--num_items", type=int, default=16000, help="conversations to write (default: %(default)s)")
+    add("--num_val_items", type=int, default=400, help="validation conversations (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the draw (default: %(default)s)")
     return parser
 
 

@@ -1,7 +1,7 @@
-"""Scenes of emoji on coloured backgrounds: how they are drawn, told, edited and read back.
+"""Scenes of emoji on coloured backgrounds: how to draw, describe, edit and read a scene.
 
-A scene is a layout, its objects and a background; drawing it is exact, and so is the nearest-template reader that
-scores generated pictures. Some unordered pairs of objects never stand side by side in the training data
+A scene is a layout, its objects and a background. Drawing is exact, and so is the nearest-template reader that scores
+generated images. Some unordered pairs of objects never stand side by side in the training data
 (`HELD_OUT_PAIRS`).
 """
 
@@ -16,12 +16,14 @@ from PIL import Image
 
 SPRITE_DIR = Path(__file__).parent / "sprites"
 SCENE_PIXELS = 64
-MARGIN = 1  # background pixels kept around a sprite inside its slot
+# Background pixels around a sprite inside its slot.
+MARGIN = 1
 BACKGROUNDS = {
     "red": (214, 40, 40), "yellow": (250, 220, 70), "green": (60, 160, 75),
     "blue": (50, 100, 215), "purple": (130, 60, 170), "white": (245, 245, 245),
 }  # fmt: skip
-SLOTS = {  # layout -> (left, top, side) of each object's square
+# (left, top, side) of each object's square, by layout.
+SLOTS = {
     "big": ((8, 8, 48),),
     "small": ((16, 16, 32),),
     "pair": ((0, 16, 32), (32, 16, 32)),
@@ -30,7 +32,6 @@ SLOTS = {  # layout -> (left, top, side) of each object's square
 }
 LAYOUT_WEIGHTS = {"big": 4, "small": 2, "pair": 4, "three": 1.5, "four": 1.5}
 OBJECTS = tuple(sorted(path.stem.replace("_", " ") for path in SPRITE_DIR.glob("*.png")))
-IRREGULAR_PLURALS = {"fish": "fish"}
 HELD_OUT_SHARE = 0.15
 
 
@@ -47,12 +48,8 @@ class Scene:
         return frozenset(self.objects) in HELD_OUT_PAIRS
 
 
-def _held_out_pairs() -> frozenset[frozenset[str]]:
-    pairs = list(itertools.combinations(OBJECTS, 2))
-    return frozenset(map(frozenset, random.Random(1234).sample(pairs, round(HELD_OUT_SHARE * len(pairs)))))
-
-
-HELD_OUT_PAIRS = _held_out_pairs()
+_PAIRS = list(itertools.combinations(OBJECTS, 2))
+HELD_OUT_PAIRS = frozenset(map(frozenset, random.Random(1234).sample(_PAIRS, round(HELD_OUT_SHARE * len(_PAIRS)))))
 
 
 def all_scenes(held_out: bool = False) -> list[Scene]:
@@ -86,11 +83,11 @@ def with_article(name: str) -> str:
 
 
 def plural(name: str) -> str:
-    return IRREGULAR_PLURALS.get(name, f"{name}s")
+    return name if name == "fish" else f"{name}s"
 
 
 def caption(scene: Scene) -> str:
-    """The one sentence that tells the scene, such as "three cars on a white background"."""
+    """The one sentence that describes the scene, such as "three cars on a white background"."""
     first = scene.objects[0]
     if scene.layout in ("big", "small"):
         what = f"a {scene.layout} {first}"
@@ -120,22 +117,22 @@ def random_edit(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The scene as an RGB picture of SCENE_PIXELS."""
-    picture = Image.new("RGB", (SCENE_PIXELS, SCENE_PIXELS), BACKGROUNDS[scene.background])
+    """The scene as an RGB image of SCENE_PIXELS."""
+    image = Image.new("RGB", (SCENE_PIXELS, SCENE_PIXELS), BACKGROUNDS[scene.background])
     for name, (left, top, side) in zip(scene.objects, SLOTS[scene.layout], strict=True):
         sprite = _sprite(name, side - 2 * MARGIN)
-        picture.paste(sprite, (left + MARGIN, top + MARGIN), sprite)
-    return picture
+        image.paste(sprite, (left + MARGIN, top + MARGIN), sprite)
+    return image
 
 
-def read(picture: Image.Image) -> Scene | None:
-    """The scene that a picture shows: nearest background, then the layout and objects whose drawing is nearest.
+def read(image: Image.Image) -> Scene | None:
+    """The scene that an image shows: nearest background, then the layout and objects whose drawing is nearest.
 
-    None if the picture has another size, or if some slot of the nearest layout looks most like empty background.
+    None if the image has another size, or if some slot of the nearest layout looks most like empty background.
     """
-    if picture.size != (SCENE_PIXELS, SCENE_PIXELS):
+    if image.size != (SCENE_PIXELS, SCENE_PIXELS):
         return None
-    pixels = np.asarray(picture.convert("RGB"), np.float32)
+    pixels = np.asarray(image.convert("RGB"), np.float32)
     background = _read_background(pixels)
     best_error, best_scene = np.inf, None
     for layout, slots in SLOTS.items():

@@ -2,15 +2,14 @@
 
     python exps/tiny/score.py --model_path output/tiny/checkpoints --out_dir output/tiny
 
-Four sets of prompts: captions of scenes that are in the training data, captions with a held-out pair, edits of given
-pictures, and pictures to be captioned. Generated pictures are read by the nearest-template reader of `scenes.py`; an
-answer is exact if layout, objects and background are all right (captions: if the sentence is the true one). Writes
-`score.json` and `contact_sheet.png`; does nothing if both are of this checkpoint and number of prompts already.
+Four sets of prompts: scenes of the training data from text, scenes with a held-out pair from text, edits of given
+images, and captions of given images. The reader of `scenes.py` reads generated images; an answer is exact if layout,
+objects and background (or the whole caption) are right. `score.json` and `contact_sheet.png` are the results; they stay
+if they belong to this checkpoint and number of prompts.
 """
 
 import argparse
 import json
-import os
 import random
 import sys
 import time
@@ -20,14 +19,15 @@ from pathlib import Path
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from exps.tiny.contact_sheet import Section, Tile, draw_contact_sheet  # noqa: E402
+from data.whole_file import open_whole  # noqa: E402
+from exps.tiny.contact_sheet import Tile, draw_contact_sheet  # noqa: E402
 from exps.tiny.make_data import CAPTION_REQUEST  # noqa: E402
 from exps.tiny.scenes import SCENE_PIXELS, Scene, all_scenes, caption, draw, random_edit, random_scene, read  # noqa: E402
 
 
 @dataclass
 class Prompt:
-    """One question: `text` and `image` go in; the answer should show `target`, or tell it if `wants_text`."""
+    """A question of `text` and `image`. The answer should show `target`, or describe it with `wants_text`."""
 
     text: str
     target: Scene
@@ -37,11 +37,11 @@ class Prompt:
 
 @dataclass
 class Scored:
-    """An answer and what it got right; every attribute is None where nothing could be read."""
+    """An answer and, by attribute, whether it is right."""
 
     prompt: Prompt
     text: str
-    picture: Image.Image | None
+    image: Image.Image | None
     attributes: dict[str, bool] = field(default_factory=dict)
 
     @property
@@ -52,7 +52,7 @@ class Scored:
 def build_prompts(num_prompts: int, seed: int) -> dict[str, list[Prompt]]:
     """The four sets, `num_prompts` each, distinct scenes within a set where there are enough."""
     rng = random.Random(seed)
-    seen, told = _distinct_scenes(num_prompts, rng), _distinct_scenes(num_prompts, rng)
+    seen, described = _distinct_scenes(num_prompts, rng), _distinct_scenes(num_prompts, rng)
     held_out = rng.sample(all_scenes(held_out=True), min(num_prompts, len(all_scenes(held_out=True))))
     edits = []
     for _ in range(num_prompts):
@@ -63,7 +63,7 @@ def build_prompts(num_prompts: int, seed: int) -> dict[str, list[Prompt]]:
         "seen": [Prompt(caption(scene), scene) for scene in seen],
         "held_out_pairs": [Prompt(caption(scene), scene) for scene in held_out],
         "edits": edits,
-        "captions": [Prompt(CAPTION_REQUEST, scene, image=draw(scene), wants_text=True) for scene in told],
+        "captions": [Prompt(CAPTION_REQUEST, scene, image=draw(scene), wants_text=True) for scene in described],
     }
 
 
@@ -75,21 +75,21 @@ def _distinct_scenes(count: int, rng: random.Random) -> list[Scene]:
     return list(scenes)
 
 
-def score_answer(prompt: Prompt, text: str, pictures: list[Image.Image]) -> Scored:
-    """What an answer got right; the last picture counts."""
+def score_answer(prompt: Prompt, text: str, images: list[Image.Image]) -> Scored:
+    """What an answer got right; the last image counts."""
     if prompt.wants_text:
         return Scored(prompt, text.strip(), None, {"exact": text.strip() == caption(prompt.target)})
-    picture = pictures[-1] if pictures else None
-    scene = read(picture) if picture is not None else None
+    image = images[-1] if images else None
+    scene = read(image) if image is not None else None
     attributes = {
         name: scene is not None and getattr(scene, name) == getattr(prompt.target, name)
         for name in ("layout", "objects", "background")
     }
-    return Scored(prompt, text, picture, {"exact": scene == prompt.target, **attributes})
+    return Scored(prompt, text, image, {"exact": scene == prompt.target, **attributes})
 
 
 def answer_all(solver, prompts: dict[str, list[Prompt]], max_gen_len: int) -> dict[str, list[Scored]]:
-    """Greedy answers, in batches, of every set; without guidance, which hurts at this size."""
+    """Greedy answers to every set, in batches. Guidance makes answers of so small a model worse."""
     scored = {}
     sampling = solver.create_logits_processor(cfg=1.0)
     for name, questions in prompts.items():
@@ -116,23 +116,25 @@ def summarize(scored: dict[str, list[Scored]]) -> dict[str, float]:
     return figures
 
 
-def build_sections(scored: dict[str, list[Scored]], figures: dict[str, float], columns: int) -> list[Section]:
-    """The first answers of each set, as tiles for the sheet; edits show the picture before beside the one after."""
+def build_sections(
+    scored: dict[str, list[Scored]], figures: dict[str, float], columns: int
+) -> list[tuple[str, list[Tile]]]:
+    """The first answers of each set, as tiles for the sheet; edits show the image before and after."""
     titles = {
         "seen": "Scenes of the training data, from text",
         "held_out_pairs": "Pairs of objects never seen together, from text",
         "edits": "Edits: before and after",
-        "captions": "Captions of pictures",
+        "captions": "Captions of images",
     }
     sections = []
     for name, answers in scored.items():
         tiles = []
         for answer in answers[: columns if name in ("edits", "captions") else 2 * columns]:
             prompt = answer.prompt
-            pictures = [prompt.image, answer.picture] if name == "edits" else [answer.picture or prompt.image]
-            tiles.append(Tile(pictures, answer.text if prompt.wants_text else prompt.text, answer.exact))
+            images = [prompt.image, answer.image] if name == "edits" else [answer.image or prompt.image]
+            tiles.append(Tile(images, answer.text if prompt.wants_text else prompt.text, answer.exact))
         title = f"{titles[name]}: {figures[f'{name}_exact']:.0%} of {figures[f'{name}_prompts']} exact"
-        sections.append(Section(title, tiles))
+        sections.append((title, tiles))
     return sections
 
 
@@ -147,13 +149,10 @@ def newest_checkpoint(model_path: Path) -> Path:
 
 
 def is_scored(model_path: Path, num_prompts: int, score_path: Path, sheet_path: Path) -> bool:
-    """Whether both files are newer than the checkpoint, and of it and of so many prompts."""
+    """Whether both files are newer than the checkpoint and belong to it and to `num_prompts`."""
     if not (score_path.is_file() and sheet_path.is_file()):
         return False
-    try:
-        made = json.loads(score_path.read_text())
-    except ValueError:  # not one of ours: it is written anew
-        return False
+    made = json.loads(score_path.read_text())
     newest = (model_path / "config.json").stat().st_mtime
     is_newer = min(score_path.stat().st_mtime, sheet_path.stat().st_mtime) > newest
     return is_newer and (made.get("checkpoint"), made.get("edits_prompts")) == (str(model_path), num_prompts)
@@ -170,11 +169,17 @@ def load_solver(model_path: Path, vqgan_dir: str):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model_path", type=Path, default=Path("output/tiny/checkpoints"), help="default: %(default)s")
-    parser.add_argument("--vqgan_dir", default="exps/tiny/vqgan", help="default: %(default)s")
-    parser.add_argument("--out_dir", type=Path, default=Path("output/tiny"), help="default: %(default)s")
-    parser.add_argument("--num_prompts", type=int, default=256, help="prompts of each set (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="seed of the prompts (default: %(default)s)")
+    add = parser.add_argument
+    add(
+        "--model_path",
+        type=Path,
+        default=Path("output/tiny/checkpoints"),
+        help="a checkpoint or a folder of them (default: %(default)s)",
+    )
+    add("--vqgan_dir", default="exps/tiny/vqgan", help="folder of the VQGAN (default: %(default)s)")
+    add("--out_dir", type=Path, default=Path("output/tiny"), help="folder to write to (default: %(default)s)")
+    add("--num_prompts", type=int, default=256, help="prompts of each set (default: %(default)s)")
+    add("--seed", type=int, default=1, help="seed of the prompts (default: %(default)s)")
     return parser
 
 
@@ -197,12 +202,10 @@ def main(argv: list[str] | None = None) -> int:
     scored = answer_all(solver, build_prompts(args.num_prompts, args.seed), max_gen_len=64)
     figures = summarize(scored)
     print(f"{model_path}: {sum(map(len, scored.values()))} answers in {time.time() - start:.0f} s")
-    partial = sheet_path.with_name("contact_sheet.png.partial")
-    draw_contact_sheet(build_sections(scored, figures, columns=8)).save(partial, format="PNG")
-    os.replace(partial, sheet_path)
-    partial = score_path.with_name("score.json.partial")
-    partial.write_text(json.dumps({"checkpoint": str(model_path), **figures}, indent=2) + "\n")
-    os.replace(partial, score_path)
+    with open_whole(sheet_path) as file:
+        draw_contact_sheet(build_sections(scored, figures, columns=8)).save(file, format="PNG")
+    with open_whole(score_path) as file:
+        file.write((json.dumps({"checkpoint": str(model_path), **figures}, indent=2) + "\n").encode())
     print(f"{score_path.read_text()}{sheet_path}")
     return 0
 

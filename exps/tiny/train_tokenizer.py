@@ -3,8 +3,7 @@
     python exps/tiny/train_tokenizer.py --in_filename output/tiny/data/train.json --out_dir output/tiny/tokenizer
 
 The layout is Chameleon's, only smaller: special tokens, the image codes `IMGIMG...Z`, end and begin of an image, the
-reserved tokens that the sequence format names, then bytes and merges. Everything is looked up by name, so nothing
-else changes.
+reserved tokens that the sequence format names, then bytes and merges. All ids are looked up by name.
 """
 
 import argparse
@@ -18,11 +17,12 @@ from transformers import PreTrainedTokenizerFast
 
 NUM_CODES = 1024
 MAX_GRIDS = 32
-VOCAB_SIZE = 1536  # a multiple of 64: what the texts do not fill stays reserved
+# A multiple of 64; ids that the texts do not fill stay reserved.
+VOCAB_SIZE = 1536
 
 
 def image_token_name(code: int) -> str:
-    """Chameleon's name of an image code: its decimal digits as letters A to J, such as IMGIMGBACZ for 102."""
+    """Chameleon's name of an image code: decimal digits as letters A to J, such as IMGIMGBACZ for 102."""
     return f"IMGIMG{''.join(chr(ord('A') + int(digit)) for digit in str(code))}Z"
 
 
@@ -62,24 +62,24 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def read_texts(path: Path) -> list[str]:
-    """The texts of all turns of an input JSON. Raises ValueError if it is not one."""
+    """The texts of all turns of an input JSON. Raises ValueError if the file is no such JSON."""
     try:
         items = json.loads(path.read_text(encoding="utf-8"))
-        texts = [turn["value"].replace("<|image|>", "") for item in items for turn in item["conversations"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"--in_filename {path} is not what exps/tiny/make_data.py writes ({reason})") from None
-    if not texts:
-        raise ValueError(f"--in_filename {path} holds no texts; write it with exps/tiny/make_data.py")
-    return texts
+        return [turn["value"].replace("<|image|>", "") for item in items for turn in item["conversations"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--in_filename {path} is not what exps/tiny/make_data.py writes ({error!r})") from None
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--in_filename", type=Path, default=Path("output/tiny/data/train.json"), help="default: %(default)s"
+    add = parser.add_argument
+    add(
+        "--in_filename",
+        type=Path,
+        default=Path("output/tiny/data/train.json"),
+        help="input JSON (default: %(default)s)",
     )
-    parser.add_argument("--out_dir", type=Path, default=Path("output/tiny/tokenizer"), help="default: %(default)s")
+    add("--out_dir", type=Path, default=Path("output/tiny/tokenizer"), help="folder to write to (default: %(default)s)")
     return parser
 
 
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         if args.out_dir.exists() and (not args.out_dir.is_dir() or any(args.out_dir.iterdir())):
-            raise ValueError(f"--out_dir {args.out_dir} holds something else than a tokenizer; choose another")
+            raise ValueError(f"--out_dir {args.out_dir} holds other files than a tokenizer; choose another")
         texts = read_texts(args.in_filename)
     except (ValueError, OSError) as error:
         print(f"train_tokenizer.py: {error}", file=sys.stderr)

@@ -1,16 +1,15 @@
-"""Train the small VQGAN of the laptop default (f=16, five levels, the class of the 7B's); done once and committed.
+"""Train the small VQGAN of the laptop default (f=16, five levels, the class of the 7B's VQGAN); done once, committed.
 
     python exps/tiny/train_vqgan.py --decoder_steps 0
     python exps/tiny/train_vqgan.py --steps 0 --decoder_steps 1200 --lr 1.5e-3 --init_from exps/tiny/vqgan
 
-Its codes must be *local*: a decoder that learns from few scenes can compose pairs that it has never seen only if an
-object's codes do not change with what stands beside it. Trained by reconstruction alone the receptive field, which
-covers the whole picture, spoils that. So the codebook is fixed in meaning first: 1,024 k-means centres of 16x16
-patches, embedded by their principal components. The encoder learns to name the centre of each cell (cross-entropy
-over distances to the codebook), in scenes and in collages whose cells come from different scenes; the decoder learns
-to draw the picture from the codes. No code can collapse, because each is a target from the first step. The second
-command keeps encoder and codebook, and so every code, and lets the decoder alone learn on, on scenes as they occur in
-the data. Held-out pairs are never shown.
+Codes must be *local*: a language model can compose pairs of objects that it never saw only if an object's codes do not
+depend on its neighbour. Training by reconstruction alone spoils that: the receptive field covers the whole image. So
+the codebook comes first: 1,024 k-means centres of 16x16 patches, embedded by their principal components. The encoder
+learns to name the centre of each cell (cross-entropy over distances to the codebook), in scenes and in collages of
+cells from different scenes. The decoder learns to draw the image from the codes. No code can collapse, because each is
+a target from the first step. The second command keeps all codes and trains the decoder alone, on scenes as frequent as
+in the data. Held-out pairs are never shown.
 """
 
 import argparse
@@ -35,16 +34,23 @@ NUM_CODES = 1024
 PATCH = 16
 GRID = SCENE_PIXELS // PATCH
 CONFIG = ChameleonVQVAEConfig(
-    embed_dim=32, num_embeddings=NUM_CODES, latent_channels=32, resolution=SCENE_PIXELS, base_channels=32,
-    channel_multiplier=[1, 1, 2, 2, 3], num_res_blocks=1, attn_resolutions=[], attn_type="none",
-)  # fmt: skip
+    embed_dim=32,
+    num_embeddings=NUM_CODES,
+    latent_channels=32,
+    resolution=SCENE_PIXELS,
+    base_channels=32,
+    channel_multiplier=[1, 1, 2, 2, 3],
+    num_res_blocks=1,
+    attn_resolutions=[],
+    attn_type="none",
+)
 
 
 class PatchWorld:
-    """All distinct patches of the training scenes, the patches of each scene, and the code that each patch should have.
+    """All distinct patches of the training scenes, the patches of each scene, and the right code of each patch.
 
-    `patches` [P, 3, 16, 16] in [-1, 1]; `scene_cells` [S, 4, 4] indices of patches; `scene_weights` [S] how often a
-    scene occurs in the training data; `codes` [P]; `centres` [K, 768].
+    `patches` [P, 3, 16, 16] in [-1, 1]; `scene_cells` [S, 4, 4] indices of patches; `scene_weights` [S] frequency of a
+    scene in the training data; `codes` [P]; `centres` [K, 768].
     """
 
     def __init__(self, scenes: list[Scene], generator: torch.Generator):
@@ -59,8 +65,7 @@ class PatchWorld:
         self.codes = torch.cdist(flat, self.centres).argmin(1)
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Pixels [size, 3, 64, 64] and codes [size, 4, 4]: half scenes, the rest collages of quadrants and of single
-        cells."""
+        """Pixels [size, 3, 64, 64] and codes [size, 4, 4]: half scenes, else collages of quadrants and of cells."""
 
         def draw_cells(count: int) -> Tensor:
             return self.scene_cells[torch.randint(len(self.scene_cells), (count,), generator=generator)]
@@ -77,14 +82,14 @@ class PatchWorld:
         return self.assemble(cells), self.codes[cells]
 
     def assemble(self, cells: Tensor) -> Tensor:
-        """Pixels [B, 3, 64, 64] of indices of patches [B, 4, 4]."""
-        tiles = self.patches[cells]  # [B, 4, 4, 3, 16, 16]
+        """Indices of patches [B, 4, 4] -> pixels [B, 3, 64, 64]."""
+        # [B, 4, 4, 3, 16, 16]
+        tiles = self.patches[cells]
         return tiles.permute(0, 3, 1, 4, 2, 5).reshape(len(cells), 3, SCENE_PIXELS, SCENE_PIXELS)
 
 
 def k_means(points: Tensor, num_centres: int, generator: torch.Generator, iterations: int = 40) -> Tensor:
-    """Centres [K, D] of points [N, D] by Lloyd's algorithm from a k-means++ start; an empty centre restarts at the
-    worst point."""
+    """Points [N, D] -> centres [K, D]: Lloyd's algorithm, k-means++ start; an empty centre moves to the worst point."""
     centres = points[torch.randint(len(points), (1,), generator=generator)]
     distances = torch.cdist(points, centres).square().squeeze(1)
     while len(centres) < num_centres:
@@ -101,8 +106,7 @@ def k_means(points: Tensor, num_centres: int, generator: torch.Generator, iterat
 
 
 def build_vqgan(world: PatchWorld) -> VQGAN:
-    """A new VQGAN whose codebook is the principal components of the patch centres, scaled to unit variance in the
-    mean."""
+    """A new VQGAN; its codebook is the principal components of the patch centres, scaled to unit variance."""
     vqgan = VQGAN(CONFIG).train().requires_grad_(True)
     centred = world.centres - world.centres.mean(0)
     _, _, directions = torch.linalg.svd(centred, full_matrices=False)
@@ -112,21 +116,19 @@ def build_vqgan(world: PatchWorld) -> VQGAN:
 
 
 def train(world: PatchWorld, steps: int, batch_size: int, lr: float, generator: torch.Generator) -> VQGAN:
-    """The trained VQGAN; prints the losses and the share of cells named right while it goes."""
+    """The trained VQGAN. The progress bar shows losses and the share of cells with the right code."""
     vqgan = build_vqgan(world)
     optimizer = torch.optim.AdamW(vqgan.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
     modules = ((vqgan.encoder, vqgan.quant_conv), (vqgan.decoder, vqgan.post_quant_conv))
-    halves = [[p for module in half for p in module.parameters()] for half in modules]  # share only the codebook
+    # Encoder and decoder share only the codebook: each half has its own clipping.
+    halves = [[p for module in half for p in module.parameters()] for half in modules]
     progress = tqdm(range(steps), desc="VQGAN", mininterval=10)
     for step in progress:
         warmup = min(1.0, (step + 1) / 100)
         optimizer.param_groups[0]["lr"] = lr * warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
         pixels, codes = world.batch(batch_size, generator)
-        noise = (
-            torch.randn(pixels.shape, generator=generator)
-            * 0.05
-            * torch.rand(len(pixels), 1, 1, 1, generator=generator)
-        )
+        noise = torch.randn(pixels.shape, generator=generator) * 0.05
+        noise *= torch.rand(len(pixels), 1, 1, 1, generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
             features = vqgan.features(pixels + noise)
             embedding = vqgan.quantize.embedding.weight
@@ -152,7 +154,7 @@ def train(world: PatchWorld, steps: int, batch_size: int, lr: float, generator: 
 def train_decoder(
     vqgan: VQGAN, world: PatchWorld, steps: int, batch_size: int, lr: float, generator: torch.Generator
 ) -> VQGAN:
-    """The same VQGAN with its decoder trained on, on the codes that the frozen encoder gives."""
+    """The same VQGAN after further training of its decoder, on the codes of the frozen encoder."""
     vqgan.requires_grad_(False)
     decoder = [*vqgan.decoder.parameters(), *vqgan.post_quant_conv.parameters()]
     for parameter in decoder:
@@ -180,15 +182,14 @@ def train_decoder(
 
 @torch.no_grad()
 def measure(vqgan: VQGAN, world: PatchWorld) -> dict[str, float]:
-    """The gates: scenes read right after encode and decode (training and held-out), PSNR, and how local the codes
-    are."""
+    """Share of scenes (seen, held out) that are read right after encode and decode, PSNR, and how local codes are."""
     figures: dict[str, float] = {}
     used = set()
     for name, scenes in (("seen", all_scenes()), ("held_out_pairs", all_scenes(held_out=True))):
         pixels = torch.stack([image_to_pixels(draw(scene)) for scene in scenes])
         codes = torch.cat([vqgan.encode(chunk) for chunk in pixels.split(128)])
         drawn = torch.cat([vqgan.decode(chunk) for chunk in codes.split(128)])
-        exact = [read(pixels_to_image(picture)) == scene for picture, scene in zip(drawn, scenes, strict=True)]
+        exact = [read(pixels_to_image(one)) == scene for one, scene in zip(drawn, scenes, strict=True)]
         error = (drawn.clamp(-1, 1) - pixels).square().mean()
         figures[f"round_trip_{name}"] = float(np.mean(exact))
         figures[f"psnr_db_{name}"] = round(float(10 * torch.log10(4 / error)), 2)
@@ -201,18 +202,19 @@ def measure(vqgan: VQGAN, world: PatchWorld) -> dict[str, float]:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2400, help="steps of the whole VQGAN (default: %(default)s)")
-    parser.add_argument("--decoder_steps", type=int, default=1200, help="then of the decoder (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=32, help="pictures a step (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of data and weights (default: %(default)s)")
-    parser.add_argument("--init_from", type=Path, help="with --steps 0: folder of the VQGAN whose decoder learns on")
-    parser.add_argument("--out_dir", type=Path, default=Path("exps/tiny/vqgan"), help="default: %(default)s")
+    add = parser.add_argument
+    add("--steps", type=int, default=2400, help="steps of the whole VQGAN (default: %(default)s)")
+    add("--decoder_steps", type=int, default=1200, help="further steps of the decoder alone (default: %(default)s)")
+    add("--batch_size", type=int, default=32, help="images per step (default: %(default)s)")
+    add("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of data and weights (default: %(default)s)")
+    add("--init_from", type=Path, help="with --steps 0: folder of the VQGAN whose decoder is trained")
+    add("--out_dir", type=Path, default=Path("exps/tiny/vqgan"), help="folder to write to (default: %(default)s)")
     return parser
 
 
 def validate(args: argparse.Namespace) -> VQGAN | None:
-    """The VQGAN to start from, if any. Raises ValueError or FileNotFoundError for arguments that cannot be."""
+    """The VQGAN to start from, if any. Raises ValueError or FileNotFoundError for bad arguments."""
     if min(args.steps, args.decoder_steps) < 0 or bool(args.steps) == bool(args.init_from):
         raise ValueError("give --steps above 0 for a new VQGAN, or --steps 0 with --init_from; no steps below 0")
     if args.batch_size < 1 or not args.lr > 0:
