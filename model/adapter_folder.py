@@ -112,9 +112,8 @@ class BaseWeights:
                 return place
         was = f" (commit {self.revision} of {self.source})" if self.revision else ""
         raise ValueError(
-            f"{folder} holds only what was trained; the rest comes from {places[0]}, whose weights are not those any "
-            f"more that it was trained with{was}. Put those back, or write where they are as `source` into "
-            f"{folder / NOTE_NAME}."
+            f"{folder} holds only what was trained; the rest comes from {places[0]}, whose weights have changed since "
+            f"the training{was}. Put the old ones back, or write where they are as `source` into {folder / NOTE_NAME}."
         )
 
 

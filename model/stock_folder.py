@@ -83,31 +83,14 @@ def write_processor_files(folder: Path) -> None:
 
     vq_config = config["vq_config"]
     side, downsampling = vq_config["resolution"], 2 ** (len(vq_config["channel_multiplier"]) - 1)
-    _write_json(folder / "preprocessor_config.json", _image_processor(side))
+    # The class's defaults, but for the side and the exact scale: pixels in [-1, 1], the range of the VQGAN's input.
+    pixels = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}, "rescale_factor": 2 / 255}
+    classes = {"image_processor_type": "ChameleonImageProcessor", "processor_class": "ChameleonProcessor"}
+    _write_json(folder / "preprocessor_config.json", classes | pixels)
     processor = {"processor_class": "ChameleonProcessor", "image_token": IMAGE}
     _write_json(folder / PROCESSOR_NAME, processor | {"image_seq_length": (side // downsampling) ** 2})
     ids = {"bos_token_id": config["bos_token_id"], "pad_token_id": config["pad_token_id"]}
     GenerationConfig(**ids, eos_token_id=tokenizer.sep_token_id).save_pretrained(folder)
-
-
-def _image_processor(side: int) -> dict[str, Any]:
-    """Crops of `side` x `side` pixels in [-1, 1], the range of the VQGAN's input."""
-    return {
-        "image_processor_type": "ChameleonImageProcessor",
-        "processor_class": "ChameleonProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": side},
-        # Lanczos
-        "resample": 1,
-        "do_center_crop": True,
-        "crop_size": {"height": side, "width": side},
-        "do_rescale": True,
-        "rescale_factor": 2 / 255,
-        "do_normalize": True,
-        "image_mean": [1.0, 1.0, 1.0],
-        "image_std": [1.0, 1.0, 1.0],
-    }
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

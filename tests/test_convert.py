@@ -1,11 +1,8 @@
 """Weights in and out: both shapes of checkpoint, plain and sharded, image rows, and what stock transformers loads."""
 
-import gc
 import json
-import re
 import shutil
 import weakref
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -278,43 +275,6 @@ def test_without_image_tokens_the_head_can_only_be_kept(tmp_path):
     with pytest.raises(ValueError, match="names no image tokens.*--image_head_init keep"):
         convert_checkpoint(tmp_path / "source", tmp_path / "out", image_head_init="zero")
     convert_checkpoint(tmp_path / "source", tmp_path / "out")
-
-
-def peak_growth_mib(work) -> tuple[float, object]:
-    """How far the resident memory of this process rose above what it was, in MiB, while `work()` ran; its result."""
-
-    def status(name: str) -> int:
-        return int(re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M).group(1))
-
-    gc.collect()
-    # Resets the peak to what is resident now.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    result = work()
-    return (status("VmHWM") - before) / 1024, result
-
-
-def measure_memory(_: int, folder: str) -> None:
-    """In a process of its own, so that memory freed by earlier work hides nothing."""
-    shape = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8, num_key_value_heads=8)
-    model = build_model(small_config(num_hidden_layers=4, **shape), "cpu")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(0.5)
-    size = sum(parameter.nbytes for parameter in model.parameters()) / 2**20
-    small_files = dict(dtype=torch.bfloat16, max_file_bytes=8 * 2**20)
-    export_hf(model, model.config, folder + "/fp32")
-    load, other = peak_growth_mib(lambda: load_pretrained(folder + "/fp32"))
-    convert, _ = peak_growth_mib(lambda: convert_checkpoint(folder + "/fp32", folder + "/converted", **small_files))
-    assert same_parameters(model, other) and size > 60
-    # Pages of mapped files count, although they are shared by all processes and given back at need.
-    assert size < load < 2 * size + 20, "the pages of the file and one copy"
-    assert convert < size + 20, "the pages of the source and one file"
-
-
-@pytest.mark.slow
-def test_memory_of_load_and_convert(tmp_path):
-    forked.spawn(measure_memory, (str(tmp_path),), 1)
 
 
 def sharded_round_trip(rank: int, world_size: int, folder: str) -> None:

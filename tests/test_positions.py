@@ -25,7 +25,8 @@ from tests.small_run import call_main, export_hf, read_lines, solver_args, write
 from tests.test_convert import same_parameters
 
 START, MAX_SEQ_LEN = 64, 128
-SIZE = (96, 96)  # 46 tokens: two of them are beyond the start's positions
+# 46 tokens: two of these images are beyond the start's positions.
+SIZE = (96, 96)
 
 
 @pytest.fixture(scope="module")

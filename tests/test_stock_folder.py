@@ -46,6 +46,7 @@ def folders(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_auto_processor_makes_what_the_model_takes(folders):
     processor = AutoProcessor.from_pretrained(folders / "hf")
     image = Image.effect_noise((100, SIDE), 80).convert("RGB")
@@ -65,6 +66,7 @@ def test_auto_processor_makes_what_the_model_takes(folders):
         assert stock(**inputs).logits.isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_pipeline_answers_about_an_image(folders):
     pipe = pipeline("image-text-to-text", model=str(folders / "hf"))
     image = Image.effect_noise((100, 80), 80).convert("RGB")
@@ -73,6 +75,7 @@ def test_a_pipeline_answers_about_an_image(folders):
     assert pipe.model.generation_config.eos_token_id == pipe.tokenizer.convert_tokens_to_ids("<reserved08706>")
 
 
+@pytest.mark.slow
 def test_a_raw_checkpoint_is_loaded_by_the_auto_classes(folders, tmp_path):
     assert type(AutoConfig.from_pretrained(folders / "raw")) is ChameleonXLLMXConfig
     found = AutoModelForCausalLM.from_pretrained(folders / "raw", device_map="cpu", trust_remote_code=False)
