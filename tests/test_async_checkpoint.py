@@ -125,7 +125,7 @@ def test_a_save_needs_as_much_space_as_a_checkpoint_takes(small_task, tmp_path, 
         patch.setattr("model.async_checkpoint.shutil.disk_usage", lambda path: usage(10**6, 0, 10**5))
         code, message = call_main(args)
     needed = float(re.search(r"\(it needs ([\d.e-]+) GB, and the disk has 0.0001 GB free", message)[1]) * 1e9
-    assert code == 1 and message.count("\n") == 1 and "2 checkpoints stay" in message
+    assert code == 1 and message.count("\n") == 1 and "(2 stay beside" in message
     assert not [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
     assert call_main(args) == (0, "")
     files = read_state(tmp_path / "out" / "epoch0-iter1").files
