@@ -116,6 +116,8 @@ class HangWatch:
             return
         self.rest()
         if self._file is None:
+            # Rank 0 has made the folder, but a network disk may not show it to other machines yet.
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a")
         limit_s = patience * self._timeout_s
         self._what, self._deadline = f"{what} took more than {limit_s:g} s", time.monotonic() + limit_s
