@@ -7,6 +7,7 @@ no collective is the stuck one.
 import contextlib
 import faulthandler
 import math
+import os
 import re
 import sys
 import time
@@ -136,6 +137,6 @@ class HangWatch:
         """Ends the watch, and removes a file without stacks."""
         self.rest()
         if self._file is not None:
+            if not os.fstat(self._file.fileno()).st_size:
+                self._path.unlink(missing_ok=True)
             self._file.close()
-            if not self._path.stat().st_size:
-                self._path.unlink()
