@@ -145,18 +145,6 @@ class CheckpointSaver:
         )
 
 
-def find_space_problem(folder: Path, needed: int, keep: int) -> str | None:
-    """Why a checkpoint of `needed` bytes has no room in `folder`, if so; `keep` is --ckpt_max_keep."""
-    free = shutil.disk_usage(folder).free
-    if needed <= free:
-        return None
-    kept = f"{keep} checkpoints stay" if keep > 0 else "all checkpoints stay"
-    return (
-        f"it needs {needed / 1e9:.3g} GB, and the disk has {free / 1e9:.3g} GB free; remove checkpoints that are not "
-        f"needed ({kept} beside the new one: --ckpt_max_keep), or use a larger disk"
-    )
-
-
 class _CheckpointWriter(dcp.FileSystemWriter):
     """Writes one checkpoint: all ranks their shards, then the first rank the rest, while the others wait.
 
@@ -172,9 +160,13 @@ class _CheckpointWriter(dcp.FileSystemWriter):
         self._shapes = {name: (tuple(weights[key].shape), weights[key].dtype) for name, key in self._keys.items()}
 
     def prepare_global_plan(self, plans: list[dcp.SavePlan]) -> list[dcp.SavePlan]:
-        options = self._saver.options
-        if problem := find_space_problem(options.output_dir, self._num_bytes, options.ckpt_max_keep):
-            raise SaveError(problem)
+        free, keep = shutil.disk_usage(self._folder.parent).free, self._saver.options.ckpt_max_keep
+        if free < self._num_bytes:
+            kept = f"{keep if keep > 0 else 'all'} stay beside the new one: --ckpt_max_keep"
+            raise SaveError(
+                f"it needs {self._num_bytes / 1e9:.3g} GB, and the disk has {free / 1e9:.3g} GB free; remove other "
+                f"checkpoints ({kept}), or use a larger disk"
+            )
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future[Any]:
@@ -226,7 +218,8 @@ class _HostStager(AsyncStager):
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         staged = self._copy(state_dict, ())
-        if torch.cuda.is_available():
+        # Training may change the shards once the copies from the GPU are done.
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         return staged
 

@@ -32,7 +32,6 @@ from data.flags import flag
 from data.whole_file import open_locked, open_whole, sync_path
 from model.adapter_folder import NOTE_NAME
 from model.hf_folder import name_checkpoints_in
-from model.optim import ADAMW_8BIT
 from model.trainable import LORA_TARGETS
 
 STATE_NAME = "trainer_state.json"
@@ -181,15 +180,12 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     try:
         dcp.load(state, checkpoint_id=folder / SHARDS_NAME)
     except CheckpointException as error:
-        saved, (cause, _) = read_state(folder), next(iter(error.failures.values()))
-        saved_by = saved.world_size
-        if saved_by == dist.get_world_size() or saved.options.get("optim") != ADAMW_8BIT:
-            raise
+        cause, _ = next(iter(error.failures.values()))
         raise ValueError(
-            f"{folder} was saved by {saved_by} ranks and cannot be divided among {dist.get_world_size()} ({cause}): "
-            f"blocks of moments in 8 bits cannot be split. Resume with {saved_by} ranks, or start another run with "
-            "--init_from the checkpoint"
-        ) from None
+            f"{folder} was saved by {read_state(folder).world_size} ranks and cannot be divided among "
+            f"{dist.get_world_size()} ({cause}). Blocks of moments in 8 bits cannot be split: resume with the old "
+            "number of ranks, or start another run with --init_from the checkpoint"
+        ) from error
     set_state_dict(
         model,
         optimizer,

@@ -7,6 +7,7 @@ no collective is the stuck one.
 import contextlib
 import faulthandler
 import math
+import os
 import re
 import sys
 import time
@@ -118,6 +119,8 @@ class HangWatch:
             return
         self.rest()
         if self._file is None:
+            # Rank 0 has made the folder, but a network disk may not show it to other machines yet.
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a")
         limit_s = patience * self._timeout_s
         self._what, self._deadline = f"{what} took more than {limit_s:g} s", time.monotonic() + limit_s
@@ -136,6 +139,6 @@ class HangWatch:
         """Ends the watch, and removes a file without stacks."""
         self.rest()
         if self._file is not None:
+            if not os.fstat(self._file.fileno()).st_size:
+                self._path.unlink(missing_ok=True)
             self._file.close()
-            if not self._path.stat().st_size:
-                self._path.unlink()

@@ -108,7 +108,7 @@ def run(
         printed = process.communicate(timeout)
     finally:
         process.kill()
-    done = subprocess.CompletedProcess(process.args, process.returncode, *printed)
+    done = subprocess.CompletedProcess(process.args, process.poll(), *printed)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
