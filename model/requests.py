@@ -130,7 +130,8 @@ class RequestCodec:
                     raise ValueError(
                         f"it has {', '.join(map(brief, request))}; it must have qas, and may have images and size"
                     )
-                encoded[id(request)] = self.encode_request(request["qas"], request.get("images")), request.get("size")
+                size = request.get("size") and tuple(request["size"])
+                encoded[id(request)] = self.encode_request(request["qas"], request.get("images")), size
             except ValueError as error:
                 raise ValueError(f"request {index}: {error}" if index else str(error)) from None
         pairs = [encoded[id(request)] for request in requests]

@@ -8,7 +8,8 @@ from model.image_grammar import ImageGrammar, Kind, open_image_start
 from tests.decoder_helpers import small_vocabulary
 
 VOCAB = ChameleonVocab.from_mapping(small_vocabulary())
-SIZE = VOCAB.vocab_size + 3  # models may have more logits than the tokenizer has ids
+# Models may have more logits than the tokenizer has ids.
+SIZE = VOCAB.vocab_size + 3
 
 
 def plain_allowed(tokens: list[int]) -> set[int]:
@@ -70,7 +71,6 @@ def test_start_after_any_prefix():
 def test_the_turn_ends_outside_of_images_only():
     grammar = ImageGrammar(VOCAB, SIZE)
     state = grammar.start([[], [VOCAB.begin_image_id]])
-    assert not state.done.any()
     state = grammar.advance(state, torch.tensor([VOCAB.end_of_turn_id, VOCAB.grid_size_ids[1]]))
     assert state.done.tolist() == [True, False]
     assert grammar.kind(state).tolist() == [Kind.PADDING, Kind.GRID_SIZE]

@@ -1,4 +1,4 @@
-"""VQGAN: reference figures of the decoder, the three folder formats, and refusals."""
+"""VQGAN: reference figures of the decoder, the three folder formats, and their errors."""
 
 import json
 import math
@@ -70,8 +70,10 @@ def test_decoder_meets_the_reference(meta_vqgan_dir):
 
 def test_keys_are_those_of_metas_checkpoint(meta_vqgan_dir):
     keys = json.loads((GOLDEN / "vqgan_keys.json").read_text())
-    state = load_vqgan(meta_vqgan_dir).state_dict()
-    assert {name: list(tensor.shape) for name, tensor in state.items()} == keys
+    vqgan = load_vqgan(meta_vqgan_dir)
+    assert {name: list(tensor.shape) for name, tensor in vqgan.state_dict().items()} == keys
+    norms = [module for module in vqgan.modules() if isinstance(module, torch.nn.GroupNorm)]
+    assert norms and all(type(norm) is CenteredGroupNorm for norm in norms)
 
 
 def test_our_format_and_hf_format_give_the_same_codes(meta_vqgan_dir, tmp_path):
@@ -95,8 +97,8 @@ def test_our_format_and_hf_format_give_the_same_codes(meta_vqgan_dir, tmp_path):
     assert hash_vqgan(hf) != hash_vqgan(tmp_path / "ours")
 
 
-def test_a_folder_without_a_vqgan_is_refused_by_name(tmp_path):
-    with pytest.raises(FileNotFoundError, match="vqgan.yaml"):
+def test_a_folder_without_a_vqgan_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"no VQGAN in {tmp_path}"):
         load_vqgan(tmp_path)
 
 
@@ -113,12 +115,10 @@ def test_missing_tensors_are_named(meta_vqgan_dir, tmp_path):
     "name, content",
     [
         ("model.safetensors", b""),
-        ("model.safetensors", b"\x08\x00\x00\x00\x00\x00\x00\x00{}"),
         ("model.safetensors", (TINY / "model.safetensors").read_bytes()[:5000]),
-        ("vqgan.json", b"{"),
         ("vqgan.json", b"[]"),
-        ("vqgan.json", b'{"embed_dim": "many"}'),
-        ("vqgan.json", b'{"embed_dim": 8}'),  # weights of another shape
+        # Weights of another shape.
+        ("vqgan.json", b'{"embed_dim": 8}'),
     ],
 )
 def test_a_damaged_folder_of_ours_is_named(tmp_path, name, content):
@@ -128,22 +128,17 @@ def test_a_damaged_folder_of_ours_is_named(tmp_path, name, content):
         load_vqgan(tmp_path / "vqgan")
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04torn"])
-def test_a_damaged_folder_of_metas_is_named(tmp_path, content):
-    (tmp_path / "vqgan.yaml").write_text((GOLDEN / "vqgan.yaml").read_text())
-    (tmp_path / "vqgan.ckpt").write_bytes(content)
-    with pytest.raises(ValueError, match="vqgan.ckpt"):
-        load_vqgan(tmp_path)
+@pytest.mark.parametrize("weights, config", [(b"PK\x03\x04torn", None), (None, "model: {"), (None, "model: 3")])
+def test_a_damaged_folder_of_metas_is_named(tmp_path, weights, config):
     torch.save([1, 2], tmp_path / "vqgan.ckpt")
-    with pytest.raises(ValueError, match="vqgan.ckpt"):
+    if weights is not None:
+        (tmp_path / "vqgan.ckpt").write_bytes(weights)
+    (tmp_path / "vqgan.yaml").write_text(config or (GOLDEN / "vqgan.yaml").read_text())
+    with pytest.raises(ValueError, match="vqgan.yaml and .*vqgan.ckpt"):
         load_vqgan(tmp_path)
-    for text in ("model: {", "model: 3", ""):
-        (tmp_path / "vqgan.yaml").write_text(text)
-        with pytest.raises(ValueError, match="vqgan.yaml"):
-            load_vqgan(tmp_path)
 
 
-def test_wrong_sizes_and_codes_are_refused():
+def test_wrong_sizes_and_codes_are_rejected():
     vqgan: VQGAN = load_vqgan(TINY)
     with pytest.raises(ValueError, match="65x64"):
         vqgan.encode(torch.zeros(1, 3, 64, 65))
@@ -173,9 +168,3 @@ def test_group_norm_is_exact_in_channels_last_layout(size):
         out = norm(x.to(memory_format=layout))
         assert out.is_contiguous(memory_format=layout)
         torch.testing.assert_close(out.double(), expected, rtol=0, atol=3e-6)
-
-
-def test_all_norms_of_the_vqgan_are_exact_ones(meta_vqgan_dir):
-    vqgan = load_vqgan(meta_vqgan_dir)
-    norms = [module for module in vqgan.modules() if isinstance(module, torch.nn.GroupNorm)]
-    assert norms and all(type(norm) is CenteredGroupNorm for norm in norms)
