@@ -33,12 +33,8 @@ _OURS = {
 class Manifest:
     """The settings that all workers of one output folder share.
 
-    Attributes:
-        codebook_sha256: names the VQGAN whatever its file format; None in manifests of an older version.
-        seed: None if nothing is random.
-        max_seq_len: None without a limit.
-        num_items: of the whole input.
-        item_processor: SHA-256 of the source of an edited one.
+    `codebook_sha256` names the VQGAN whatever its file format (None: an older version), `item_processor` is the SHA-256
+    of the source of an edited one, `num_items` counts the whole input, `seed` is None if nothing is random.
     """
 
     tokenizer_sha256: str
@@ -69,7 +65,9 @@ def settle_manifest(out_dir: str | os.PathLike, manifest: Manifest, overwrite: b
     with ExitStack() as held:
         held.enter_context(open_locked(path, patience_s=math.inf))
         is_new = not path.stat().st_size
-        problem = _foreign_records(folder) if is_new else _difference(folder, manifest)
+        problem = "" if is_new else _difference(folder, manifest)
+        if is_new and find_sub_records(folder):
+            problem = f"{folder} has records but no {MANIFEST_NAME}, so their settings are unknown; {_WAY_OUT}"
         if problem and not overwrite:
             if is_new:
                 path.unlink()
@@ -110,12 +108,6 @@ def _difference(folder: Path, manifest: Manifest) -> str:
     differing = [key for key in ours if key in theirs and ours[key] != theirs[key]]
     changes = [f"{key} was {one_line(theirs[key])}, is now {one_line(ours[key])}" for key in differing]
     return f"{folder} was begun with other settings: {'; '.join(changes)}; {_WAY_OUT}" if changes else ""
-
-
-def _foreign_records(folder: Path) -> str:
-    """The problem if a folder without a manifest has records, else ""."""
-    found = [path.name for path in find_sub_records(folder).values()]
-    return f"{folder} has {found[0]} but no {MANIFEST_NAME}, so its settings are unknown; {_WAY_OUT}" if found else ""
 
 
 def _clear(folder: Path) -> None:

@@ -25,7 +25,7 @@ from data.whole_file import open_whole
 # Lengths are kept in 32 bits, ids and places in files in 64.
 MAX_LEN = 2**31 - 1
 MAX_PLACE = 2**63 - 1
-# Characters of a path; Linux opens no longer one.
+# Bytes of a path; Linux opens no longer one.
 MAX_PATH = 4096
 
 _SUB_RECORD = re.compile(r"(\d+)-of-(\d+)-record\.jsonl")
@@ -174,6 +174,6 @@ def find_sub_records(folder: str | os.PathLike) -> dict[tuple[int, int], Path]:
 
 def _is_path(file: str) -> bool:
     try:
-        return 0 < len(file) <= MAX_PATH and b"\0" not in os.fsencode(file)
+        return 0 < len(file.encode("utf-8", "surrogateescape")) <= MAX_PATH and "\0" not in file
     except UnicodeEncodeError:
         return False

@@ -213,7 +213,8 @@ def _write_columns(entries: Iterator[RecordEntry], folder: Path) -> dict:
                 # Neighbours of one shard share its name.
                 if entry.file != last_name:
                     last_name = entry.file
-                    name_start, names_size = names_size, names_size + names.write(os.fsencode(last_name))
+                    name_start = names_size
+                    names_size += names.write(last_name.encode("utf-8", "surrogateescape"))
                     if not first_relative and last_name != _INLINE and not os.path.isabs(last_name):
                         first_relative = last_name
                 item_id = entry.id if isinstance(entry.id, int) else position

@@ -16,7 +16,7 @@ PLAIN = st.recursive(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(PLAIN, st.integers(0, 5))
 def test_what_was_pickled_is_read_and_the_next_one_after_it(value, protocol):
     file = io.BytesIO(pickle.dumps(value, protocol) * 2)

@@ -78,16 +78,6 @@ def test_a_shard_that_is_cut_or_holds_code_is_rejected(tmp_path, monkeypatch):
         load_token_file("0.pkls", places[0][0] + 3, 5)
 
 
-def test_nothing_is_left_of_a_shard_that_fails(tmp_path):
-    def payloads():
-        yield b"one"
-        raise ValueError("stop")
-
-    with pytest.raises(ValueError, match="stop"):
-        write_shard(tmp_path / "0.pkls", payloads())
-    assert not os.listdir(tmp_path)
-
-
 def test_a_file_that_is_too_large_is_rejected_unread(tmp_path):
     """10 GB, all of them a hole."""
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"token": [1], "label": [1]}))
