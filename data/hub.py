@@ -67,7 +67,7 @@ def fetch_folder(
             return found
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         if not constants.HF_HUB_OFFLINE:
-            reason = " ".join(f" ({type(error).__name__}: {error})".split())[:_MAX_REASON]
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:_MAX_REASON]
     raise FileNotFoundError(_describe_absence(what, name, files, reason))
 
 
@@ -119,5 +119,5 @@ def _describe_absence(what: str, name: str, files: Sequence[str], reason: str = 
     offline = ", and HF_HUB_OFFLINE=1 forbids to download" if constants.HF_HUB_OFFLINE else ""
     return (
         f"{what} {name} is not a folder here, and could not be fetched from the hub: its cache "
-        f"{constants.HF_HUB_CACHE} lacks {', '.join(files)}{offline}{reason and ' '}{reason}"
+        f"{constants.HF_HUB_CACHE} lacks {', '.join(files)}{offline}{reason and f' ({reason})'}"
     )

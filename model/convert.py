@@ -77,7 +77,7 @@ def check_weights(dir_or_hub_id: str | os.PathLike, image_head_init: str = "keep
     """
     The configuration of a checkpoint, after a check that its weights fit it and have the image rows to set.
 
-    Only names and shapes are read, and of a folder alone: the weights of a hub id are checked when they are loaded.
+    Only names and shapes are read. The weights of a hub id are checked when they are loaded.
 
     Raises:
         FileNotFoundError: no weights in it.
