@@ -11,6 +11,7 @@ import sys
 import threading
 import urllib.request
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -133,15 +134,16 @@ def test_sizes_are_those_of_training(page, solver):
         assert size is None or solver.image_start(size)
 
 
-def test_a_taken_port_and_a_foreign_address_are_rejected_before_the_model_is_loaded(capsys):
+def test_a_taken_port_and_a_foreign_address_are_rejected_before_the_model_is_loaded(monkeypatch, capsys):
+    # Importing the real one takes long.
+    monkeypatch.setitem(sys.modules, "gradio", ModuleType("gradio"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=rf"127.0.0.1:{port} .*give another --port"):
             free_port("127.0.0.1", port)
-        if HAS_GRADIO:
-            arguments = ["--model_path", "absent", "--vqgan_dir", "exps/tiny/vqgan", "--serve", "--port", str(port)]
-            assert main(arguments) == 2
-            assert f"127.0.0.1:{port}" in capsys.readouterr().err
+        arguments = ["--model_path", "absent", "--vqgan_dir", "exps/tiny/vqgan", "--serve", "--port", str(port)]
+        assert main(arguments) == 2
+        assert f"127.0.0.1:{port}" in capsys.readouterr().err
     for host, port in (("192.0.2.1", 0), ("127.0.0.1", 70000)):
         with pytest.raises(OSError, match=f"{host}:{port}"):
             free_port(host, port)
