@@ -1,8 +1,8 @@
-"""The standard form of an item: turns of a conversation, and the paths of the images that their symbols stand for.
+"""The standard form of an item: turns of a conversation, and the paths of its images. TRAIN.md describes it.
 
-`conversations` is a list of turns, human first and alternating, after an optional leading system turn; `image` is a
-path or a list of paths. Each `<|image|>` in the turns stands for one image, in order. Keys and symbols that carry
-meaning in other formats are rejected, never trained on as if they meant nothing.
+    {"conversations": [{"from": "human", "value": "draw"}, {"from": "gpt", "value": "<|image|>"}], "image": "a.png"}
+
+Keys and symbols that carry meaning in other formats are rejected, never ignored.
 """
 
 import re
@@ -15,7 +15,8 @@ from data.vocab import IMAGE_SYMBOL
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 HOW_TO_ADAPT = "TRAIN.md, Another format, shows how to adapt such items (process_item)"
 _FRAMES = "single frames in `image`? Videos are not tokenized."
-_FOREIGN_KEYS = {  # key -> what is meant, in the words of this format
+# Key -> what is meant, in the words of this format.
+_FOREIGN_KEYS = {
     "images": "`image`?",
     "video": _FRAMES,
     "videos": _FRAMES,
@@ -27,7 +28,8 @@ _FOREIGN_KEYS = {  # key -> what is meant, in the words of this format
     "tools": "a leading turn from `system` that describes them?",
     "chosen": "a last turn from `gpt`?",
 }
-_IMAGE_KEYS = ("image_path", "image_paths", "image_file", "image_url", "image_urls", "img")  # harmless beside `image`
+# Harmless beside `image`.
+_IMAGE_KEYS = ("image_path", "image_paths", "image_file", "image_url", "image_urls", "img")
 # Of LLaVA, Qwen-VL, InternVL, XComposer, Phi, Gemma and others. A tag with attributes is HTML and does not match.
 _FOREIGN_SYMBOL = re.compile(
     r"<\|?(?:image|img|video|audio|vision)s?"
@@ -39,16 +41,16 @@ _NO_PATH = re.compile(r"[a-z][a-z\d+.-]+://|data:", re.IGNORECASE)
 
 
 class ItemError(ValueError):
-    """This item cannot be used; the message is the reason. The others go on."""
+    """This item cannot be used; the message is the reason."""
 
 
 class FormatError(ItemError):
-    """The item is not of this format at all, so the whole input is likely not: nothing should be started on it."""
+    """The item is not of this format at all. The whole input is probably wrong, so nothing should be started."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says. `role` is "human", "gpt" or "system"; only gpt turns are predicted."""
+    """`role` is "human", "gpt" or "system". Only gpt turns are predicted."""
 
     role: str
     text: str
@@ -87,13 +89,12 @@ def parse_conversation(raw: Mapping) -> Conversation:
 
 
 def foreign_symbol_problem(texts: Iterable[str]) -> str:
-    """What to say of texts that have images and no symbol of ours but one of another format; "" if there is none."""
+    """The message for an item with images that has an image symbol of another format; "" if it has none."""
     found = next(filter(None, map(_FOREIGN_SYMBOL.search, texts)), None)
     return f"the text has {brief(found[0])[1:-1]} but no {IMAGE_SYMBOL}: did you mean {IMAGE_SYMBOL}?" if found else ""
 
 
 def _check_keys(raw: Mapping, name: str, image_keys: Iterable[str]) -> None:
-    """Raises ItemError for a key with a value that carries meaning in other formats, and is not read here."""
     for key, meant in [*_FOREIGN_KEYS.items(), *((key, "`image`?") for key in image_keys)]:
         if raw.get(key):
             raise ItemError(f"{name.format(key)} is not read: did you mean {meant} {HOW_TO_ADAPT}")
@@ -103,16 +104,15 @@ def _parse_turns(raw_turns: object) -> tuple[Turn, ...]:
     if not isinstance(raw_turns, list) or not raw_turns:
         raise ItemError(f"`conversations` must be a list of turns that is not empty, got {brief(raw_turns)}")
     turns = tuple(_parse_turn(raw, index) for index, raw in enumerate(raw_turns))
-    speaking = turns[1:] if turns[0].role == "system" else turns
-    for index, turn in enumerate(speaking):
+    num_leading = int(turns[0].role == "system")
+    for index, turn in enumerate(turns[num_leading:]):
         expected = ("human", "gpt")[index % 2]
         if turn.role != expected:
-            position = index + len(turns) - len(speaking)
             raise ItemError(
-                f"turn {position} is from {turn.role}, {expected} expected: turns alternate, human first, "
+                f"turn {index + num_leading} is from {turn.role}, {expected} expected: turns alternate, human first, "
                 "after an optional leading system turn"
             )
-    if len(speaking) < 2:
+    if len(turns) < num_leading + 2:
         raise ItemError("there is nothing to predict: no turn is from gpt")
     return turns
 
@@ -128,12 +128,8 @@ def _parse_turn(raw: object, index: int) -> Turn:
         raise ItemError(f"turn {index} is from {brief(role)}; `from` must be one of {', '.join(ROLES)}")
     if not isinstance(text, str):
         raise ItemError(f"`value` of turn {index} must be text, got {brief(text)}")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ItemError(f"`value` of turn {index} holds half of a surrogate pair, which is no text") from None
     if not text and ROLES[role] == "gpt":
-        raise ItemError(f"turn {index} is from {role} and empty: nothing is learned but to end at once")
+        raise ItemError(f"turn {index} is from {role} and empty, so the model would learn to end at once")
     return Turn(ROLES[role], text)
 
 

@@ -1,9 +1,8 @@
 """From an image file to the RGB crop that the VQGAN sees: opened upright, scaled and cropped to one of a few sizes.
 
-The sizes for a target size of T pixels are whole 32-pixel grids, at most (T/32)^2 of them, of an aspect ratio up to
-4: for each width the largest height, and on the way to it from the next width all heights between. The crop is done
-in the mode of the file and transparency put on white after it, as the recipe does it, so that the same file gives the
-same codes.
+The sizes for a target size of T pixels are whole 32-pixel grids, at most (T/32)^2 of them, with an aspect ratio up to
+4. As in the recipe, the crop is done in the mode of the file and transparency is put on white after it, so that the
+same file gives the same codes.
 """
 
 import os
@@ -17,10 +16,11 @@ from data.messages import one_line
 from data.vocab import GRID_PIXELS
 
 MAX_ASPECT_RATIO = 4.0
-# Cropped as they are; all others are converted before.
+# Images of these modes are cropped as they are; all others are converted before.
 CROP_MODES = ("L", "LA", "RGB", "RGBA", "P", "CMYK", "YCbCr")
 _ODD_ALPHA = ("La", "PA", "RGBa")
 _HIGH_DEPTH = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+# Orientation of the EXIF data -> how to turn the image. `ImageOps.exif_transpose` fails where other data are damaged.
 _TO_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -37,6 +37,7 @@ def crop_sizes(target_size: int) -> tuple[tuple[int, int], ...]:
         raise ValueError(f"the target size must be a positive multiple of {GRID_PIXELS} pixels, got {target_size}")
     max_grids = (target_size // GRID_PIXELS) ** 2
     sizes = []
+    # For each width the largest height, and all heights between it and that of the next width.
     for width in range(max_grids, 0, -1):
         tallest, shortest = max_grids // width, (max_grids // (width + 1)) or 1
         for height in range(shortest, tallest + 1):
@@ -46,7 +47,7 @@ def crop_sizes(target_size: int) -> tuple[tuple[int, int], ...]:
 
 
 def choose_crop_size(width: int, height: int, target_size: int) -> tuple[int, int]:
-    """The crop size that keeps the largest share of a picture of width x height; the taller or wider one on a tie."""
+    """The crop size that keeps the largest share of an image of width x height; the wider one on a tie."""
 
     def share_kept(size: tuple[int, int]) -> tuple[float, tuple[int, int]]:
         ratios = size[0] / width, size[1] / height
@@ -58,7 +59,8 @@ def choose_crop_size(width: int, height: int, target_size: int) -> tuple[int, in
 def open_image(path: str | os.PathLike) -> Image.Image:
     """The first frame of an image file, decoded whole and upright. Raises ItemError with the path and the reason."""
     try:
-        if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for its writer
+        # Opening a pipe would wait for its writer.
+        if os.path.exists(path) and not os.path.isfile(path):
             raise ItemError("it is a folder" if os.path.isdir(path) else "it is no regular file")
         with Image.open(path) as file:
             file.load()
@@ -67,24 +69,25 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         raise ItemError(f"image {one_line(path)} does not exist") from None
     except UnidentifiedImageError:
         reason = "it is empty" if not os.path.getsize(path) else "Pillow knows no such image format"
-    except Exception as error:  # what the decoders raise for a damaged file has no common class
+    # The errors of the decoders for a damaged file have no common class.
+    except Exception as error:
         reason = one_line(error) or type(error).__name__
     raise ItemError(f"image {one_line(path)} cannot be read: {reason}")
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """A copy as its EXIF data says it is to be seen; as it lies in the file where these are damaged."""
     try:
         transpose = _TO_UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # the pixels are good, and what damaged metadata raise has no common class
+    # The pixels are good, and the errors of damaged metadata have no common class.
+    except Exception:
         transpose = None
     return image.copy() if transpose is None else image.transpose(transpose)
 
 
 def crop_to_rgb(image: Image.Image, target_size: int, generator: np.random.Generator | None = None) -> Image.Image:
-    """The RGB crop of a picture of any mode: scaled to cover the best of `crop_sizes`, cut from the centre.
+    """The RGB crop of an image of any mode: scaled to cover the best of `crop_sizes`, cut from the centre.
 
-    With a generator the place of the cut is drawn from it. Raises ItemError for a picture too narrow to be scaled.
+    With a generator the place of the cut is drawn from it. Raises ItemError for an image too narrow to be scaled.
     """
     image = _to_crop_mode(image)
     return to_rgb(_scale_and_crop(image, choose_crop_size(*image.size, target_size), generator))

@@ -1,9 +1,8 @@
 """One item from raw JSON to tokens and labels: conversation -> text ids and image crops -> codes -> one sequence.
 
 A sequence is `<s>`, then for each turn its text with the images in place, and the end-of-turn token. Labels are the
-tokens of gpt turns, IGNORE_INDEX elsewhere. The work comes in three parts, so that the caller may prepare in other
-threads and encode images in batches: `process_item`, `prepare`, (encode `.images`), `finish`. `tokenize_item` is all
-of them for one item.
+tokens of gpt turns, IGNORE_INDEX elsewhere. The work comes in parts, so that the caller can prepare items in other
+processes and encode images in batches: `process_item`, `prepare`, (encode `.images`), `finish`.
 """
 
 import hashlib
@@ -12,28 +11,31 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from tokenizers import Tokenizer
 
 from data.conversation import Conversation, ItemError, Turn, parse_conversation
 from data.hub import TOKENIZER_FILES, fetch_folder
-from data.image_transform import crop_sizes, crop_to_rgb, open_image
+from data.image_transform import crop_to_rgb, open_image
 from data.messages import MAX_VALUE, one_line
 from data.vocab import IGNORE_INDEX, IMAGE_SYMBOL, ChameleonVocab, is_control_token
 
 TextEncode = Callable[[str], list[int]]
-ImageEncode = Callable[[list[Image.Image]], list[np.ndarray]]  # RGB pictures of any sizes -> codes [h, w] of each
+# RGB images of any sizes -> codes [h, w] of each.
+ImageEncode = Callable[[list[Image.Image]], list[np.ndarray]]
 
-IMAGE_SLOT = None  # stands among the segments of a turn where the next image goes
+# Stands among the segments of an item where the next image goes.
+IMAGE_SLOT = None
 
 
-@dataclass(frozen=True)
-class PreparedTurn:
-    """Segments of a turn: ids of a stretch of text, or IMAGE_SLOT for the next image."""
+class Segment(NamedTuple):
+    """A part of a sequence: `ids`, or IMAGE_SLOT for the next image. Only parts of gpt turns are predicted."""
 
+    ids: list[int] | None
     is_predicted: bool
-    segments: tuple[list[int] | None, ...]
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class PreparedItem:
     """An item that lacks only the codes of its images, RGB crops in the order of their slots."""
 
     id: int
-    turns: tuple[PreparedTurn, ...]
+    segments: tuple[Segment, ...]
     images: tuple[Image.Image, ...]
 
 
@@ -59,9 +61,6 @@ class ItemProcessor:
         image_dirs: Sequence[str | os.PathLike] = ("",),
     ):
         """`image_dirs`: where relative image paths are looked for, in this order. `crop`: "center" or "random"."""
-        if crop not in ("center", "random"):
-            raise ValueError(f"crop must be center or random, got {crop!r}")
-        crop_sizes(target_size)  # raises for a size that is no multiple of 32
         self.text_encode = text_encode
         self.vocab = vocab
         self.image_encode = image_encode
@@ -69,6 +68,10 @@ class ItemProcessor:
         self.crop = crop
         self.seed = seed
         self.image_dirs = tuple(image_dirs)
+
+    def __getstate__(self) -> dict:
+        """Sent to another process, it leaves the image encoder here, with the device."""
+        return {**self.__dict__, "image_encode": None}
 
     def process_item(self, raw_item: Mapping, item_id: int) -> Conversation:
         """The conversation of a raw item. Override it to adapt another format. Raises ItemError with the reason."""
@@ -80,18 +83,16 @@ class ItemProcessor:
             crop_to_rgb(open_image(self.find_image(path)), self.target_size, self._crop_generator(item_id, index))
             for index, path in enumerate(conversation.image_paths)
         )
-        return PreparedItem(item_id, tuple(self._prepare_turn(turn) for turn in conversation.turns), images)
+        return PreparedItem(item_id, self._segments(conversation.turns), images)
 
     def finish(self, prepared: PreparedItem, codes: Sequence[np.ndarray]) -> dict:
         """`{"token": list[int], "label": list[int], "id": int}` of an item and the codes [h, w] of its images."""
-        if len(codes) != len(prepared.images):
-            raise ValueError(f"item {prepared.id}: {len(prepared.images)} images but the codes of {len(codes)}")
         remaining = iter(codes)
-        token, label = [self.vocab.bos_id], [IGNORE_INDEX]
-        for turn in prepared.turns:
-            ids = [*self._turn_ids(turn, remaining), self.vocab.end_of_turn_id]
+        token, label = [], []
+        for ids, is_predicted in prepared.segments:
+            ids = self.vocab.image_to_tokens(next(remaining)) if ids is IMAGE_SLOT else ids
             token += ids
-            label += ids if turn.is_predicted else [IGNORE_INDEX] * len(ids)
+            label += ids if is_predicted else [IGNORE_INDEX] * len(ids)
         return {"token": token, "label": label, "id": prepared.id}
 
     def tokenize_item(self, raw_item: Mapping, item_id: int) -> dict:
@@ -102,16 +103,15 @@ class ItemProcessor:
     def encode_prompt(self, turns: Sequence[Turn], images: Sequence[Image.Image] = ()) -> list[int]:
         """Token ids to generate from: `<s>`, the turns, and an open gpt turn at the end.
 
-        If the last turn is gpt's, its text begins the answer and is left open. `images` (any mode and size) are those
-        of the symbols in the turns, in order; they are scaled and cropped as in training, always from the centre.
+        If the last turn is gpt's, its text begins the answer and is left open. `images` (any mode and size) stand for
+        the symbols in the turns, in order. They are scaled and cropped as in training, always from the centre.
         """
         num_symbols = sum(turn.text.count(IMAGE_SYMBOL) for turn in turns)
         if num_symbols != len(images):
             raise ValueError(f"the turns have {num_symbols} {IMAGE_SYMBOL} but {len(images)} images are given")
-        codes = iter(self._encode_images([crop_to_rgb(image, self.target_size) for image in images]))
-        token = [self.vocab.bos_id]
-        for turn in turns:
-            token += [*self._turn_ids(self._prepare_turn(turn), codes), self.vocab.end_of_turn_id]
+        crops = tuple(crop_to_rgb(image, self.target_size) for image in images)
+        prepared = PreparedItem(0, self._segments(turns), crops)
+        token = self.finish(prepared, self._encode_images(crops))["token"]
         return token[:-1] if turns and turns[-1].role == "gpt" else token
 
     def trailing_image_len(self, token: Sequence[int], label: Sequence[int]) -> int | None:
@@ -125,42 +125,36 @@ class ItemProcessor:
         """Where an image lies: as given if absolute, else in the first of `image_dirs` that has it."""
         candidates = [Path(folder) / path for folder in self.image_dirs]
         for candidate in candidates:
-            if os.path.isfile(candidate):  # False, too, for what cannot be a path
+            # False, too, for what cannot be a path.
+            if os.path.isfile(candidate):
                 return candidate
         tried = ", ".join(dict.fromkeys(one_line(candidate) for candidate in candidates))
         raise ItemError(f"image {one_line(path, MAX_VALUE)} does not exist (looked for {tried}); see --image_root")
 
     def _encode_images(self, images: Sequence[Image.Image]) -> list[np.ndarray]:
-        if not images:
-            return []
-        if self.image_encode is None:
-            raise ValueError("this item processor was built without image_encode, so it cannot take images")
-        return self.image_encode(list(images))
+        return self.image_encode(list(images)) if images else []
 
-    def _prepare_turn(self, turn: Turn) -> PreparedTurn:
-        segments: list[list[int] | None] = []
-        for index, text in enumerate(turn.text.split(IMAGE_SYMBOL)):
-            if index:
-                segments.append(IMAGE_SLOT)
-            if text:
-                segments.append(self.text_encode(text))
-        return PreparedTurn(turn.role == "gpt", tuple(segments))
-
-    def _turn_ids(self, turn: PreparedTurn, codes) -> list[int]:
-        ids: list[int] = []
-        for segment in turn.segments:
-            ids += self.vocab.image_to_tokens(next(codes)) if segment is IMAGE_SLOT else segment
-        return ids
+    def _segments(self, turns: Sequence[Turn]) -> tuple[Segment, ...]:
+        segments = [Segment([self.vocab.bos_id], False)]
+        for turn in turns:
+            is_predicted = turn.role == "gpt"
+            for index, text in enumerate(turn.text.split(IMAGE_SYMBOL)):
+                if index:
+                    segments.append(Segment(IMAGE_SLOT, is_predicted))
+                if text:
+                    segments.append(Segment(self.text_encode(text), is_predicted))
+            segments.append(Segment([self.vocab.end_of_turn_id], is_predicted))
+        return tuple(segments)
 
     def _crop_generator(self, item_id: int, image_index: int) -> np.random.Generator | None:
         return np.random.default_rng([self.seed, item_id, image_index]) if self.crop == "random" else None
 
 
 def load_text_tokenizer(tokenizer: str | os.PathLike):
-    """The Hugging Face tokenizer of a folder (a `tokenizer.json`, or Meta's `text_tokenizer.json`, suffices) or of the
-    hub (name/name or name/name/subfolder).
+    """The Hugging Face tokenizer of a folder, or of the hub (name/name or name/name/subfolder).
 
-    Raises FileNotFoundError if there is none, and ValueError if its files are damaged.
+    A `tokenizer.json`, or Meta's `text_tokenizer.json`, suffices. Raises FileNotFoundError if there is neither, and
+    ValueError if the files are damaged.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -172,10 +166,10 @@ def load_text_tokenizer(tokenizer: str | os.PathLike):
         if has_own:
             return PreTrainedTokenizerFast.from_pretrained(os.fspath(path))
         return PreTrainedTokenizerFast(tokenizer_file=os.fspath(path / "text_tokenizer.json"))
-    except Exception as error:  # what a missing or damaged file raises has no common class
-        reason = " ".join(str(error).split())[:200]
+    # The errors of a missing or damaged file have no common class.
+    except Exception as error:
         raise ValueError(
-            f"the tokenizer {tokenizer} cannot be read: {type(error).__name__}: {reason}. "
+            f"the tokenizer {tokenizer} cannot be read: {type(error).__name__}: {one_line(error)}. "
             "Copy its tokenizer.json and tokenizer_config.json again"
         ) from error
 
@@ -188,10 +182,9 @@ def hash_tokenizer(tokenizer) -> str:
 
 
 def build_text_encode(tokenizer) -> "PlainTextEncoder":
-    """A function from text to its ids, without special tokens, in which no text whatever becomes a control token.
+    """A function from text to its ids, without special tokens. No text whatever becomes a control token.
 
-    It encodes with a copy of the tokenizer that does not know the control tokens, so that their names typed by a user
-    stay text.
+    It encodes with a copy of the tokenizer that lacks the control tokens, so their names stay text.
     """
     description = json.loads(tokenizer.backend_tokenizer.to_str())
     added = {token["content"] for token in description["added_tokens"]}
@@ -205,16 +198,14 @@ def build_text_encode(tokenizer) -> "PlainTextEncoder":
         pairs = (tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"])
         model["merges"] = [list(pair) for pair in pairs if not any(map(is_control, (*pair, "".join(pair))))]
     description |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-    return PlainTextEncoder(json.dumps(description))
+    return PlainTextEncoder(Tokenizer.from_str(json.dumps(description)))
 
 
+@dataclass(frozen=True)
 class PlainTextEncoder:
-    """Text to ids by a tokenizer in JSON. Unlike a closure it can be sent to another process."""
+    """Text to ids by a `tokenizers.Tokenizer`. Unlike a closure it can be sent to another process."""
 
-    def __init__(self, description: str):
-        from tokenizers import Tokenizer
-
-        self.tokenizer = Tokenizer.from_str(description)
+    tokenizer: Tokenizer
 
     def __call__(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids

@@ -1,42 +1,31 @@
-"""Items with their text encoded and their images decoded and cropped, by processes beside the encoder."""
+"""Items with their text encoded and their images decoded and cropped, by processes beside the encoder.
 
-import copy
+Used by `pre_tokenize.py`, which encodes a window of items while these processes prepare the next.
+"""
+
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import connection
 
 from data.conversation import ItemError
 from data.item_processor import IMAGE_SLOT, ItemProcessor, PreparedItem
-from data.messages import one_line
 from data.vocab import ChameleonVocab
 
 
 @dataclass(frozen=True)
-class Refused:
-    """An item that cannot be used, and why."""
+class Rejected:
+    """An item that cannot be used, and why. Like a PreparedItem it has `images`: none."""
 
     id: int
     reason: str
-
-
-def check_can_be_sent(processor: ItemProcessor) -> None:
-    """Raises ValueError if a processor cannot be sent to another process."""
-    try:
-        pickle.dumps(_without_encoder(processor))
-    except Exception as error:  # what cannot be pickled says so in many ways
-        raise ValueError(
-            f"the item processor cannot be sent to the processes that load images ({one_line(error)}); let it hold "
-            "only what can be pickled, or give --num_workers 0"
-        ) from error
+    images: tuple[()] = ()
 
 
 def prepare_windows(
@@ -45,8 +34,8 @@ def prepare_windows(
     window_items: int,
     num_workers: int,
     max_seq_len: int | None = None,
-) -> Iterator[list[PreparedItem | Refused]]:
-    """Prepared items in windows of `window_items`; the next is prepared while the caller has the current.
+) -> Iterator[list[PreparedItem | Rejected]]:
+    """Prepared items in windows of `window_items`. The next window is prepared while the caller has the current one.
 
     Raises BrokenExecutor if one of the `num_workers` processes is killed.
     """
@@ -55,21 +44,21 @@ def prepare_windows(
         while window := list(islice(items, window_items)):
             yield [prepare_item(processor, *item, max_seq_len) for item in window]
         return
-    context = multiprocessing.get_context("spawn")  # a fork would have this worker's lock, threads and GPU
-    state = pickle.dumps((_without_encoder(processor), max_seq_len))
+    # A fork would inherit this worker's lock, threads and GPU.
+    context = multiprocessing.get_context("spawn")
     pending: deque[list[Future]] = deque()
-    with ProcessPoolExecutor(num_workers, context, _start_loader, (state,)) as executor:
+    with ProcessPoolExecutor(num_workers, context, _start_loader, (processor, max_seq_len)) as executor:
         try:
             while window := list(islice(items, window_items)):
-                with _signals_blocked():
-                    pending.append([executor.submit(_prepare_in_loader, item) for item in window])
+                pending.append([executor.submit(_prepare_in_loader, item) for item in window])
                 if len(pending) > 1:
                     yield [future.result() for future in pending.popleft()]
             while pending:
                 yield [future.result() for future in pending.popleft()]
         except BrokenExecutor:
+            # The executor waits for the others, which ignore its SIGTERM.
             for process in multiprocessing.active_children():
-                process.kill()  # the executor would wait for them, as they do not hear its SIGTERM
+                process.kill()
             raise
         finally:
             executor.shutdown(cancel_futures=True)
@@ -77,34 +66,39 @@ def prepare_windows(
 
 def prepare_item(
     processor: ItemProcessor, item_id: int, raw: dict, max_seq_len: int | None = None
-) -> PreparedItem | Refused:
+) -> PreparedItem | Rejected:
     """One item, or the reason why it cannot be used."""
     try:
         item = processor.prepare(processor.process_item(raw, item_id), item_id)
     except ItemError as error:
-        return Refused(item_id, str(error))
-    except Exception as error:  # whatever one item does, the others go on; it is counted, and its reason is kept
-        return Refused(item_id, f"{type(error).__name__}: {error}")
+        return Rejected(item_id, str(error))
+    # An edited `process_item` may raise anything; the item is counted and its reason is written down.
+    except Exception as error:
+        return Rejected(item_id, f"{type(error).__name__}: {error}")
     num_tokens = count_tokens(item, processor.vocab)
     if max_seq_len is not None and num_tokens > max_seq_len:
-        return Refused(item_id, f"it needs {num_tokens} tokens, --max_seq_len is {max_seq_len}")
+        return Rejected(item_id, f"it needs {num_tokens} tokens, --max_seq_len is {max_seq_len}")
     return item
 
 
 def count_tokens(item: PreparedItem, vocab: ChameleonVocab) -> int:
     """Length of the sequence that an item will have."""
-    texts = sum(1 + sum(len(ids) for ids in turn.segments if ids is not IMAGE_SLOT) for turn in item.turns)
-    return 1 + texts + sum(vocab.num_image_tokens(*image.size) for image in item.images)
+    texts = sum(len(ids) for ids, _ in item.segments if ids is not IMAGE_SLOT)
+    return texts + sum(vocab.num_image_tokens(*image.size) for image in item.images)
 
 
-_loader: tuple[ItemProcessor, int | None] | None = None  # what a loader process prepares items with
+# In the processes
+
+_loader: tuple[ItemProcessor, int | None]
 
 
-def _start_loader(state: bytes) -> None:
-    """Runs first in a loader process."""
+def _start_loader(processor: ItemProcessor, max_seq_len: int | None) -> None:
     global _loader
+    _loader = processor, max_seq_len
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    _loader = pickle.loads(state)
+    # A signal to the whole process group is for the worker: it still needs its loaders to finish the window.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _die_with_parent() -> None:
@@ -112,23 +106,6 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _prepare_in_loader(item: tuple[int, dict]) -> PreparedItem | Refused:
+def _prepare_in_loader(item: tuple[int, dict]) -> PreparedItem | Rejected:
     processor, max_seq_len = _loader
     return prepare_item(processor, *item, max_seq_len)
-
-
-def _without_encoder(processor: ItemProcessor) -> ItemProcessor:
-    """It stays in this process, with the device."""
-    processor = copy.copy(processor)
-    processor.image_encode = None
-    return processor
-
-
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """A process started meanwhile never hears Ctrl-C or SIGTERM: this one decides when its loaders end."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

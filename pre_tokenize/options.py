@@ -1,7 +1,7 @@
-"""The command line of a pre-tokenizing worker."""
+"""The command line of a pre-tokenizing worker: one field of `Options` per flag. TRAIN.md lists the flags."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 from data.hub import DEFAULT_TOKENIZER, DEFAULT_VQGAN_DIR, VQGAN_HELP, find_vqgan_problems
@@ -10,61 +10,54 @@ from data.image_transform import crop_sizes
 PRECISIONS = ("tf32", "fp32", "bf16")
 
 
-@dataclass(frozen=True)
+def flag(help: str, default: object = MISSING, **arguments: object) -> object:
+    """A field of `Options`; `arguments` are those of `add_argument`. Without a default the flag is required."""
+    return field(default=default, metadata={"help": help, **arguments})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Options:
-    in_filename: Path
-    out_dir: Path
-    splits: int
-    rank: int
-    target_size: int
-    tokenizer: str
-    vqgan_dir: Path
-    device: str
-    precision: str
-    crop: str
-    seed: int
-    image_root: Path | None
-    batch_size: int
-    num_workers: int
-    compile: bool
-    max_seq_len: int | None
-    retry_failed: bool
-    overwrite: bool
-    max_failures: int
+    # what to tokenize, and this worker's share of it
+    in_filename: Path = flag("JSON list or JSONL of items", type=Path)
+    out_dir: Path = flag("folder for token files and records", type=Path)
+    splits: int = flag("number of workers (default 1)", 1, type=int)
+    rank: int = flag("number of this worker, from 0 (default 0)", 0, type=int)
+    image_root: Path | None = flag("folder of relative image paths (default: of the input)", None, type=Path)
+    # how to tokenize it
+    target_size: int = flag("side in pixels of a square crop (default 512)", 512, type=int)
+    crop: str = flag("place of the crops (default center)", "center", choices=("center", "random"))
+    seed: int = flag("seed of random crops, used together with the item's id (default 0)", 0, type=int)
+    tokenizer: str = flag(f"text tokenizer, folder or hub id (default {DEFAULT_TOKENIZER})", DEFAULT_TOKENIZER)
+    vqgan_dir: Path = flag(VQGAN_HELP, Path(DEFAULT_VQGAN_DIR), type=Path)
+    max_seq_len: int | None = flag("reject items of more tokens; none is cut (default: no limit)", None, type=int)
+    # what to do with existing files, and with items that cannot be used
+    retry_failed: bool = flag(
+        "tokenize again from the first rejected item on, for example once its image is there (default: off)",
+        False,
+        action="store_true",
+    )
+    overwrite: bool = flag(
+        "delete what was tokenized with other settings and begin again (default: off)", False, action="store_true"
+    )
+    max_failures: int = flag("number of rejected items with which the exit code is still 0 (default 0)", 0, type=int)
+    # where and how fast
+    device: str = flag("default auto: cuda if there is a GPU", "auto", choices=("auto", "cuda", "cpu"))
+    precision: str = flag("precision of the VQGAN (default tf32)", "tf32", choices=PRECISIONS)
+    batch_size: int | None = flag("images encoded at once (default: by target size and device)", None, type=int)
+    num_workers: int = flag("processes that load images; 0: only the worker itself (default 2)", 2, type=int)
+    compile: bool = flag("torch.compile the VQGAN; a minute at the start (default: off)", False, action="store_true")
 
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    # what to tokenize, and this worker's share of it
-    add("--in_filename", type=Path, required=True, help="JSON list or JSONL of items")
-    add("--out_dir", type=Path, required=True, help="folder for token files and records")
-    add("--splits", type=int, default=1, help="number of workers (default 1)")
-    add("--rank", type=int, default=0, help="number of this worker, from 0 (default 0)")
-    add("--image_root", type=Path, help="folder of relative image paths (default: the input's, then the working one)")
-    # how to tokenize it
-    add("--target_size", type=int, default=512, help="side in pixels of a square crop (default 512)")
-    add("--crop", choices=("center", "random"), default="center", help="place of the crops (default center)")
-    add("--seed", type=int, default=0, help="of random crops, together with the item's id (default 0)")
-    add("--tokenizer", default=DEFAULT_TOKENIZER, help=f"of text, folder or hub id (default {DEFAULT_TOKENIZER})")
-    add("--vqgan_dir", type=Path, default=DEFAULT_VQGAN_DIR, help=VQGAN_HELP)
-    add("--max_seq_len", type=int, help="refuse items of more tokens; none is ever cut (default: no limit)")
-    # what to do with what is there, and with items that cannot be used
-    add("--retry_failed", action="store_true", help="try the items once more that were refused in an earlier run")
-    add("--overwrite", action="store_true", help="delete what was tokenized with other settings, and begin again")
-    add("--max_failures", type=int, default=0, help="refused items of this worker that still end with 0 (default 0)")
-    # where and how fast
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default auto: cuda if there is one")
-    add("--precision", choices=PRECISIONS, default="tf32", help="of the VQGAN (default tf32)")
-    add("--batch_size", type=int, help="images encoded at once (default: by target size and device)")
-    add("--num_workers", type=int, default=2, help="processes that load images; 0: none but this one (default 2)")
-    add("--compile", action="store_true", help="torch.compile the VQGAN; a minute at the start (default: off)")
+    for one in fields(Options):
+        how = {"required": True} if one.default is MISSING else {"default": one.default}
+        parser.add_argument(f"--{one.name}", **how, **one.metadata)
     return parser
 
 
 def parse_options(args: argparse.Namespace) -> Options:
     """The options of a parsed command line. Raises ValueError with everything that is wrong with them."""
-    args.vqgan_dir = Path(args.vqgan_dir)
     if args.device == "auto":
         args.device = "cuda" if _has_cuda() else "cpu"
         if args.device == "cpu":
@@ -72,17 +65,16 @@ def parse_options(args: argparse.Namespace) -> Options:
     if args.batch_size is None:
         args.batch_size = default_batch_size(args.target_size, args.device)
     options = Options(**vars(args))
-    validate(options)
+    if problems := find_problems(options):
+        raise ValueError("\n  ".join(["cannot start:", *problems] if len(problems) > 1 else problems))
     return options
 
 
-def validate(options: Options) -> None:
-    """Raise one ValueError with every problem that can be seen without loading anything."""
+def find_problems(options: Options) -> list[str]:
+    """Every problem that can be seen without loading anything."""
     problems = []
-    if options.in_filename.is_dir():
-        problems.append(f"--in_filename {options.in_filename} is a folder; give the JSON or JSONL file in it")
-    elif not options.in_filename.is_file():
-        problems.append(f"--in_filename {options.in_filename} does not exist")
+    if not options.in_filename.is_file():
+        problems.append(f"--in_filename {options.in_filename} is not a file")
     if options.out_dir.exists() and not options.out_dir.is_dir():
         problems.append(f"--out_dir {options.out_dir} is not a folder")
     if options.splits < 1 or not 0 <= options.rank < options.splits:
@@ -99,17 +91,17 @@ def validate(options: Options) -> None:
     for name, least in (("batch_size", 1), ("num_workers", 0), ("seed", 0), ("max_failures", 0), ("max_seq_len", 1)):
         if getattr(options, name) is not None and getattr(options, name) < least:
             problems.append(f"--{name} must be at least {least}, got {getattr(options, name)}")
-    if problems:
-        raise ValueError("\n  ".join(["cannot start:", *problems] if len(problems) > 1 else problems))
+    return problems
 
 
 def default_batch_size(target_size: int, device: str) -> int:
-    """As many pixels as keep the device busy and fit in its memory: 8 pictures of 512 on a GPU, 4 of 256 on a CPU."""
+    """As many pixels as keep the device busy and fit in its memory: 8 images of 512 on a GPU, 4 of 256 on a CPU."""
     pixels, most = (8 * 512**2, 64) if device == "cuda" else (4 * 256**2, 16)
     return max(1, min(most, pixels // max(1, target_size) ** 2))
 
 
 def _has_cuda() -> bool:
-    import torch  # not above, so that processes that load images do not wait for it
+    # Imported late, so that the processes that load images do not import torch.
+    import torch
 
     return torch.cuda.is_available()

@@ -1,41 +1,36 @@
-"""How far a pre-tokenizing worker is, for people."""
+"""The progress of a pre-tokenizing worker: items and time left by tqdm, images per second, rejected items."""
 
 import sys
-import time
 
 from tqdm import tqdm
 
-PLAIN_LINE_SECONDS = 10
+PLAIN = {
+    "bar_format": "{desc}: {n_fmt}/{total_fmt} items{postfix}, {remaining} left",
+    "mininterval": 10,
+    # No line before the first window and none at the end, where `run` prints one.
+    "delay": 0.1,
+    "leave": False,
+}
 
 
-class Progress:
-    """A bar on a terminal, else a plain line now and then: items, images per second, refused items."""
+class Progress(tqdm):
+    """A bar on a terminal, elsewhere a plain line every 10 seconds."""
 
     def __init__(self, name: str, total: int, done: int, position: int):
-        self.name, self.total, self.first_done = name, total, done
-        self.images = 0
-        self.start = self.last_line = time.monotonic()
-        self.bar = None
-        if sys.stderr.isatty():
-            self.bar = tqdm(desc=name, total=total, initial=done, unit="item", position=position, dynamic_ncols=True)
+        self.is_terminal, self.num_images = sys.stderr.isatty(), 0
+        how = {"position": position, "dynamic_ncols": True} if self.is_terminal else PLAIN
+        super().__init__(desc=name, total=total, initial=done, unit="item", miniters=1, **how)
 
-    def update(self, done: int, new_images: int, refused: int) -> None:
-        """`done`: items done by now; `new_images`: encoded since the last call; `refused`: items refused by now."""
-        self.images += new_images
-        now = time.monotonic()
-        images_per_s = self.images / max(now - self.start, 1e-9)
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"{images_per_s:.1f} images/s, {refused} refused", refresh=False)
-            self.bar.update(done - self.bar.n)
-        elif now - self.last_line >= PLAIN_LINE_SECONDS or done == self.total:
-            self.last_line = now
-            left_s = (now - self.start) / max(done - self.first_done, 1) * (self.total - done)
-            print(
-                f"{self.name}: {done:,}/{self.total:,} items, {images_per_s:.1f} images/s, {refused} refused, "
-                f"{left_s:.0f} s left",
-                file=sys.stderr,
-            )
+    def show(self, done: int, new_images: int, rejected: int) -> None:
+        """`done`, `rejected`: items by now. `new_images`: images encoded since the last call."""
+        self.num_images += new_images
+        rate = self.num_images / max(self.format_dict["elapsed"], 1e-9)
+        self.set_postfix_str(f"{rate:.1f} images/s, {rejected} rejected", refresh=False)
+        self.update(done - self.n)
 
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Called by tqdm to draw the bar, and with an empty message to clear it."""
+        if self.is_terminal:
+            super().display(msg, pos)
+        elif msg is None:
+            print(self, file=sys.stderr)

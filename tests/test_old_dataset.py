@@ -26,7 +26,7 @@ def test_a_dataset_of_before_loads_and_resumes(tmp_path):
     manifest = Manifest(**{**load_manifest(folder), "codebook_sha256": "of a field that it lacks"})
     with settle_manifest(folder, manifest), WorkerLog(folder, rank=0, splits=1, first_id=0, stop_id=6) as log:
         log.recover()
-    assert (log.num_good, log.num_refused, log.next_id) == (4, 1, 5)
+    assert (log.num_good, log.num_rejected, log.next_id) == (4, 1, 5)
     assert list(read_failed(folder / "0-of-1-failed.jsonl")) == [(4, "no image")]
     for path in filter(Path.is_file, GOLDEN.rglob("*")):
         assert (folder / path.relative_to(GOLDEN)).read_bytes() == path.read_bytes()

@@ -20,7 +20,7 @@ from tests import forked
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
-# The whole reference folder, for the items whose pictures are too large to be committed.
+# The whole reference folder, for the items whose images are too large to be committed.
 REFERENCE_DIR = Path(os.environ.get("REFERENCE_DIR", GOLDEN))
 NUM_CODES = 64
 
@@ -34,7 +34,7 @@ def reference_results() -> dict[str, dict]:
 
 @cache
 def reference_items() -> list[dict]:
-    """Reference items whose pictures are there; missing files that the reference refuses, too, are kept."""
+    """Reference items whose images are there, and the one whose image is missing in the reference too."""
     items = json.loads((GOLDEN / "input.json").read_text())
     return [item for item in items if item["id"] == "missing_file" or all(map(_exists, _paths(item)))]
 
@@ -67,9 +67,16 @@ def write_tiny_vqgan(folder: Path) -> VQGAN:
 
     torch.manual_seed(0)
     config = ChameleonVQVAEConfig(
-        embed_dim=8, num_embeddings=NUM_CODES, latent_channels=8, resolution=64, base_channels=32,
-        channel_multiplier=[1, 1, 1, 1, 1], num_res_blocks=1, attn_resolutions=[], attn_type="none",
-    )  # fmt: skip
+        embed_dim=8,
+        num_embeddings=NUM_CODES,
+        latent_channels=8,
+        resolution=64,
+        base_channels=32,
+        channel_multiplier=[1, 1, 1, 1, 1],
+        num_res_blocks=1,
+        attn_resolutions=[],
+        attn_type="none",
+    )
     vqgan = VQGAN(config).eval()
     torch.nn.init.normal_(vqgan.quantize.embedding.weight, std=0.5)
     save_vqgan(vqgan, folder)
@@ -77,7 +84,7 @@ def write_tiny_vqgan(folder: Path) -> VQGAN:
 
 
 def write_items(folder: Path, num_items: int, bad: tuple[int, ...] = ()) -> Path:
-    """`in.json` with pictures of random blocks of several sizes; items in `bad` name a picture that does not exist."""
+    """`in.json` with images of random blocks of several sizes; items in `bad` name an image that does not exist."""
     rng = np.random.default_rng(0)
     (folder / "img").mkdir(parents=True)
     items = []
