@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from heapq import merge
 from pathlib import Path
+from typing import TextIO
 
 from data.messages import MAX_REASON, one_line
 from data.record import RecordEntry, append_record_line, sub_record_name
@@ -35,13 +36,7 @@ class WorkerLog:
         self.failed_path = self.folder / failed_name(rank, splits)
         self.first_id, self.stop_id = first_id, stop_id
         self.num_good, self.num_rejected, self.next_id = 0, 0, first_id
-        try:
-            self._record = open_locked(self.record_path)
-        except BlockingIOError:
-            raise ValueError(
-                f"another worker is running as --rank {rank} of --splits {splits} on {out_dir}; give each worker "
-                "its own rank, or wait for the other to end"
-            ) from None
+        self._record = lock_sub_record(self.record_path)
         self._failed = open(self.failed_path, "a", encoding="utf-8")
 
     def __enter__(self) -> "WorkerLog":
@@ -94,6 +89,14 @@ class WorkerLog:
     def _expect(self, item_id: int) -> None:
         assert item_id == self.next_id, f"item {self.next_id} is next, got {item_id}"
         self.next_id += 1
+
+
+def lock_sub_record(path: Path) -> TextIO:
+    """Open a sub-record to append to it, locked until it is closed. Raises ValueError if another process has it."""
+    try:
+        return open_locked(path)
+    except BlockingIOError:
+        raise ValueError(f"a worker is running on {path}; wait for it to end, or give each its own --rank") from None
 
 
 def failed_name(rank: int, splits: int) -> str:

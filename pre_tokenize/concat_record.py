@@ -13,7 +13,7 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -31,8 +31,8 @@ from data.record import (  # noqa: E402
     relative_file,
     write_merged,
 )
-from data.worker_log import failed_name, read_failed  # noqa: E402
-from pre_tokenize.shards import locked, move_to_shards, remove_moved  # noqa: E402
+from data.worker_log import failed_name, lock_sub_record, read_failed  # noqa: E402
+from pre_tokenize.shards import move_to_shards, remove_moved  # noqa: E402
 
 WORKER_FILE = re.compile(rf"\d+-of-\d+-(record|failed)\.jsonl|{re.escape(MANIFEST_NAME)}")
 # Problems and reasons that are listed by name.
@@ -92,7 +92,9 @@ def merge(folder: Path, save_path: Path, allow_partial: bool = False, shard_size
     Raises ValueError or FileNotFoundError with everything that is missing, unless `allow_partial`.
     """
     sub_records, splits = find_sub_record_set(folder)
-    with locked(list(sub_records.values())) if shard_size else nullcontext():
+    with ExitStack() as locks:
+        for path in sub_records.values() if shard_size else ():
+            locks.enter_context(lock_sub_record(path))
         survey = check_sub_records(folder, sub_records, splits)
         if survey.problems and not allow_partial:
             raise ValueError(f"{folder} cannot be merged: {_some(survey.problems, separator='; ')}")

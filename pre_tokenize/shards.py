@@ -5,29 +5,15 @@ other. Each of these steps is on disk before the next begins, so the same comman
 shards of a rank, its sub-record, which points into them, (by the caller) the merged record, removal of the token files.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from data.record import RecordEntry, read_raw_record, read_record, relative_file, write_sub_record
 from data.token_file import parse_token_bytes, read_token_bytes, write_shard
-from data.whole_file import open_locked
 from data.worker_log import FILES_DIR
 
 SHARDS_DIR = "shards"
-
-
-@contextmanager
-def locked(sub_records: Sequence[Path]) -> Iterator[None]:
-    """Keeps workers from these sub-records. Raises ValueError if a worker is running."""
-    with ExitStack() as stack:
-        for path in sub_records:
-            try:
-                stack.enter_context(open_locked(path))
-            except BlockingIOError:
-                raise ValueError(f"a worker is still writing {path}; let it finish first") from None
-        yield
 
 
 def move_to_shards(sub_record: Path, shard_size: int) -> int:
