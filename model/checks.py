@@ -71,11 +71,21 @@ def prepare(options: Options, launch: Launch) -> tuple[TokenDataset, TokenDatase
         problems += _find_resume_problems(options, dataset.fingerprint)
     if problems:
         raise ValueError("\n  - ".join(["training cannot start:", *problems]))
-    manifests = [pair for found in datasets for pair in found.manifests]
-    without = [path for path, manifest in manifests if manifest is None]
-    if launch.is_main and without:
-        print(f"{len(without)} of {len(manifests)} records have no {MANIFEST_NAME}, the first: {without[0]}")
+    if launch.is_main:
+        _print_unnamed([pair for found in datasets for pair in found.manifests])
     return dataset, val_dataset
+
+
+def _print_unnamed(manifests: Manifests) -> None:
+    """Prints which records cannot be compared: without a manifest, or with a manifest that names no codebook."""
+    without = [path for path, manifest in manifests if manifest is None]
+    if without:
+        print(f"{len(without)} of {len(manifests)} records have no {MANIFEST_NAME}, the first: {without[0]}")
+    paths = {fields["vqgan_sha256"]: path for path, fields in manifests if fields and fields.get("vqgan_sha256")}
+    named = {fields["vqgan_sha256"] for _, fields in manifests if fields and fields.get("codebook_sha256")}
+    if len(paths) > 1 and paths.keys() - named:
+        first, second, *_ = paths.values()
+        print(f"warning: {first} and {second} were made with different VQGAN files, perhaps different VQGANs")
 
 
 def settle_codebook(dataset: TokenDataset, start: str | None) -> str | None:

@@ -133,13 +133,21 @@ def test_adapters_name_the_vqgan_too(small_task, tmp_path):
     assert load_config(tmp_path / "out" / "epoch0-iter1").codebook_sha256 == A
 
 
-@pytest.mark.parametrize("one, said", [({"vqgan_sha256": "1"}, ""), (None, "1 of 2 records have no manifest.json")])
-def test_records_that_name_no_codebook_are_not_compared(small_task, tmp_path, capsys, one, said):
-    write_records(small_task, tmp_path, one=one, two={"codebook_sha256": A})
-    args = solver_args(small_task, tmp_path / "out", data_config=tmp_path / "data.yaml")
-    prepare(Options.from_namespace(build_parser().parse_args(args)), Launch())
-    lines = [line for line in capsys.readouterr().out.splitlines() if "VQGAN" in line or "manifest" in line]
-    assert said in " ".join(lines) and bool(lines) == bool(said)
+def test_records_that_name_no_codebook_are_not_compared(small_task, tmp_path, capsys):
+    first, second = {"vqgan_sha256": "1"}, {"vqgan_sha256": "2"}
+    cases = [
+        (first, {"codebook_sha256": A}, ""),
+        (first, second, "were made with different VQGAN files"),
+        (first, second | {"codebook_sha256": A}, "were made with different VQGAN files"),
+        (first | {"codebook_sha256": A}, second | {"codebook_sha256": A}, ""),
+        (None, second, "1 of 2 records have no manifest.json"),
+    ]
+    for number, (one, two, said) in enumerate(cases):
+        folder = tmp_path / str(number)
+        write_records(small_task, folder, one=one, two=two)
+        check(small_task, folder)
+        lines = [line for line in capsys.readouterr().out.splitlines() if "VQGAN" in line or "manifest" in line]
+        assert said in " ".join(lines) and len(lines) == bool(said)
 
 
 @pytest.fixture(scope="module")
