@@ -143,7 +143,7 @@ def train_epochs(run: Run) -> tuple[Position, int]:
     options, position, stopped_by = run.options, run.state.position, 0
     while not is_finished(options, position) and not stopped_by:
         rows = open_epoch(run, position)
-        epoch, num_steps = position.epoch, rows.plan.num_steps
+        epoch, num_steps = position.epoch, rows.order.num_steps
         if position.step >= num_steps:
             # The data have changed, and the epoch has fewer steps than were taken.
             position = Position(epoch + 1, 0, position.global_step)
@@ -170,7 +170,7 @@ def train_epochs(run: Run) -> tuple[Position, int]:
             samples = not stopped_by and options.samples.is_due(step, is_end)
             # These three do not count as training time, so a line of the log comes before them.
             if step % options.run.log_interval == 0 or checkpoint or validates or samples:
-                log_step(run, step, {"epoch": round(epoch + done / num_steps, 6), "lr": lr}, grad_norm, rows.plan.fill)
+                log_step(run, step, {"epoch": round(epoch + done / num_steps, 6), "lr": lr}, grad_norm, rows.order.fill)
             if validates:
                 validate_step(run, step, round(epoch + done / num_steps, 6))
             if samples:
