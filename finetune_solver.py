@@ -22,16 +22,24 @@ import numpy as np
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from data.packing import plan_epoch
-from data.rows import EpochRows, build_loader
-from data.vocab import ChameleonVocab
-from model.async_checkpoint import SaveError
-from model.bad_data import RunError
-from model.checkpoint import Position, due_checkpoint, lock_output_dir
-from model.checks import Setup, prepare
+from data.epoch.packing import plan_epoch
+from data.epoch.rows import EpochRows, build_loader
+from data.items.vocab import ChameleonVocab
 from model.convert import load_checkpoint_weights
-from model.cpu_memory import keep_freed_memory
-from model.distributed import (
+from model.plan.plan import print_plan
+from model.report import report_at_end
+from model.run.bad_data import RunError
+from model.run.checks import Setup, prepare
+from model.run.options import Options, build_parser
+from model.run.run_log import describe_losses
+from model.run.run_start import Run, build_model, build_run, find_run_start
+from model.run.stop_signal import SIGNALS, NoRowsError, requeue_on_slurm
+from model.run.validation import validate, validation_rows
+from model.run.watch import HangWatch
+from model.training.async_checkpoint import SaveError
+from model.training.checkpoint import Position, due_checkpoint, lock_output_dir
+from model.training.cpu_memory import keep_freed_memory
+from model.training.distributed import (
     barrier,
     detect_launch,
     end_process,
@@ -40,16 +48,8 @@ from model.distributed import (
     stop_at_start,
     sum_counts,
 )
-from model.optim import lr_at, set_lr
-from model.options import Options, build_parser
-from model.plan import print_plan
-from model.report import report_at_end
-from model.run_log import describe_losses
-from model.run_start import Run, build_model, build_run, find_run_start
-from model.stop_signal import SIGNALS, NoRowsError, requeue_on_slurm
-from model.training import micro_step, optimizer_step
-from model.validation import validate, validation_rows
-from model.watch import HangWatch
+from model.training.optim import lr_at, set_lr
+from model.training.step import micro_step, optimizer_step
 
 # The start, validation, sampling and saving may take so many times --hang_timeout_s.
 PATIENCE = 4
@@ -197,7 +197,7 @@ def open_epoch(run: Run, position: Position) -> EpochRows:
 
 
 def train_step(run: Run, position: Position, rows: Sequence[Mapping[str, Any]], lr: float) -> tuple[torch.Tensor, int]:
-    """One optimizer step over this rank's rows (as `data.rows.collate_row` makes them).
+    """One optimizer step over this rank's rows (as `data.epoch.rows.collate_row` makes them).
 
     The gradient is that of the sum of the loss over all targets of the step divided by their number, over ranks and
     micro-steps. With `--loss_norm micro_batch` it is the mean over micro-steps and ranks of their means.

@@ -19,19 +19,19 @@ import torch
 from PIL import Image
 
 from data.hub import DEFAULT_VQGAN_DIR, VQGAN_HELP, find_vqgan_problems
-from data.image_transform import crop_sizes, open_image
-from data.item_processor import load_text_tokenizer
-from data.vocab import IMAGE_SYMBOL
+from data.items.image_transform import crop_sizes, open_image
+from data.items.item_processor import load_text_tokenizer
+from data.items.vocab import IMAGE_SYMBOL
 from data.whole_file import open_whole
 from model.convert import load_config, load_pretrained, resolve_checkpoint
-from model.decode_step import LeanForward
 from model.decoder.chameleon import grow_positions
-from model.generation import CUT_BY_NAN, SamplingOptions, fit_batch_size, generate_batch
-from model.hf_folder import find_tokenizer
-from model.kv_cache import free_bytes, naming_shortage
-from model.progress import GenerationMeter, show_progress
-from model.requests import Answer, RequestCodec, check_image_symbols, describe_cuts, parse_size
-from model.serve import serve
+from model.generation.decode_step import LeanForward
+from model.generation.kv_cache import free_bytes, naming_shortage
+from model.generation.loop import CUT_BY_NAN, SamplingOptions, fit_batch_size, generate_batch
+from model.generation.progress import GenerationMeter, show_progress
+from model.generation.requests import Answer, RequestCodec, check_image_symbols, describe_cuts, parse_size
+from model.generation.serve import serve
+from model.weights.hf_folder import find_tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 # Of free memory; the rest is for what a forward needs.

@@ -73,7 +73,7 @@ def fetch_folder(
 
 def find_vqgan(vqgan_dir: str | os.PathLike) -> Path:
     """
-    The folder of a VQGAN (see `model.vqgan.load_vqgan`), given as folder, name/name or name/name/subfolder.
+    The folder of a VQGAN (see `model.vqgan.vqgan.load_vqgan`), given as folder, name/name or name/name/subfolder.
 
     Raises FileNotFoundError, which says what was looked for and where.
     """

@@ -26,20 +26,20 @@ if __name__ == "__main__":
 
 from data.hub import find_vqgan  # noqa: E402
 from data.whole_file import sync_path  # noqa: E402
-from model.adapter_folder import open_weights  # noqa: E402
 from model.decoder.chameleon import (  # noqa: E402
     ChameleonXLLMXConfig,
     ChameleonXLLMXForConditionalGeneration,
     build_model,
 )
-from model.hf_folder import copy_tokenizer_files, load_config, resolve_checkpoint  # noqa: E402
-from model.image_head import HEAD, IMAGE_HEAD_INITS, default_image_head_init, is_stock  # noqa: E402
-from model.local_shards import copy_into_parameter  # noqa: E402
-from model.stock_folder import PROCESSOR_NAME, SHAPES, write_config, write_processor_files  # noqa: E402
-from model.trainable import is_added  # noqa: E402
-from model.trained_rows import ROWS_NAME  # noqa: E402
-from model.vqgan import CODEBOOK, HF_PREFIX, check_codebook, load_vqgan  # noqa: E402
-from model.weight_files import MAX_FILE_BYTES, WeightReader, write_weights  # noqa: E402
+from model.decoder.local_shards import copy_into_parameter  # noqa: E402
+from model.decoder.trainable import is_added  # noqa: E402
+from model.decoder.trained_rows import ROWS_NAME  # noqa: E402
+from model.vqgan.vqgan import CODEBOOK, HF_PREFIX, check_codebook, load_vqgan  # noqa: E402
+from model.weights.adapter_folder import open_weights  # noqa: E402
+from model.weights.hf_folder import copy_tokenizer_files, load_config, resolve_checkpoint  # noqa: E402
+from model.weights.image_head import HEAD, IMAGE_HEAD_INITS, default_image_head_init, is_stock  # noqa: E402
+from model.weights.stock_folder import PROCESSOR_NAME, SHAPES, write_config, write_processor_files  # noqa: E402
+from model.weights.weight_files import MAX_FILE_BYTES, WeightReader, write_weights  # noqa: E402
 
 # What a checkpoint may hold beside the decoder.
 _IGNORED = (HF_PREFIX, "model.rotary_emb.")

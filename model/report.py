@@ -22,13 +22,13 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.whole_file import is_locked  # noqa: E402
-from model.bad_data import BAD_ITEMS_NAME, BAD_STEPS_NAME  # noqa: E402
-from model.checkpoint import LOCK_NAME, STATE_NAME, TrainerState, find_newest, read_state  # noqa: E402
-from model.metrics import METRICS_NAME, describe_damage, has_step, read_metrics  # noqa: E402
-from model.options import Options, build_parser  # noqa: E402
-from model.report_assets import write_page  # noqa: E402
-from model.report_page import Curve, build_page  # noqa: E402
-from model.samples_format import SAMPLES_DIR_NAME, SampleStep, read_samples  # noqa: E402
+from model.pages.assets import write_page  # noqa: E402
+from model.pages.report_page import Curve, build_page  # noqa: E402
+from model.run.bad_data import BAD_ITEMS_NAME, BAD_STEPS_NAME  # noqa: E402
+from model.run.metrics import METRICS_NAME, describe_damage, has_step, read_metrics  # noqa: E402
+from model.run.options import Options, build_parser  # noqa: E402
+from model.run.samples_format import SAMPLES_DIR_NAME, SampleStep, read_samples  # noqa: E402
+from model.training.checkpoint import LOCK_NAME, STATE_NAME, TrainerState, find_newest, read_state  # noqa: E402
 
 REPORT_NAME = "report.html"
 # In a warning.
@@ -220,7 +220,7 @@ def option_text(value: object) -> str:
 
 
 def group_options(options: Mapping[str, Any]) -> dict[str, list[tuple[str, str, str | None]]]:
-    """(name, value, default if it is another) of the options, in the groups of model/options.py; unknown ones last."""
+    """(name, value, default if it is another) of the options, in the groups of model/run/options.py; unknown ones last."""
     parser = build_parser()
     group_of = {
         field.name: part.name

@@ -21,9 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np  # noqa: E402
 
-from data.manifest import MANIFEST_NAME, load_manifest  # noqa: E402
-from data.messages import MAX_REASON, one_line  # noqa: E402
-from data.record import (  # noqa: E402
+from data.formats.manifest import MANIFEST_NAME, load_manifest  # noqa: E402
+from data.formats.record import (  # noqa: E402
     RecordEntry,
     find_sub_records,
     read_raw_record,
@@ -31,8 +30,9 @@ from data.record import (  # noqa: E402
     relative_file,
     write_merged,
 )
-from data.worker_log import failed_name, lock_sub_record, read_failed  # noqa: E402
+from data.messages import MAX_REASON, one_line  # noqa: E402
 from pre_tokenize.shards import move_to_shards, remove_moved  # noqa: E402
+from pre_tokenize.worker_log import failed_name, lock_sub_record, read_failed  # noqa: E402
 
 WORKER_FILE = re.compile(rf"\d+-of-\d+-(record|failed)\.jsonl|{re.escape(MANIFEST_NAME)}")
 # Problems and reasons that are listed by name.

@@ -20,15 +20,15 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from data.formats.manifest import find_manifest  # noqa: E402
+from data.formats.record import RecordEntry, read_record  # noqa: E402
+from data.formats.token_file import TokenItem, load_token_file  # noqa: E402
 from data.hub import DEFAULT_TOKENIZER, DEFAULT_VQGAN_DIR, VQGAN_HELP, find_vqgan, find_vqgan_problems  # noqa: E402
-from data.item_processor import hash_tokenizer, load_text_tokenizer  # noqa: E402
-from data.manifest import find_manifest  # noqa: E402
+from data.items.item_processor import hash_tokenizer, load_text_tokenizer  # noqa: E402
+from data.items.vocab import CODE_PIXELS, IGNORE_INDEX, ChameleonVocab  # noqa: E402
 from data.messages import one_line  # noqa: E402
-from data.record import RecordEntry, read_record  # noqa: E402
-from data.token_file import TokenItem, load_token_file  # noqa: E402
-from data.vocab import CODE_PIXELS, IGNORE_INDEX, ChameleonVocab  # noqa: E402
-from model.report_assets import write_page  # noqa: E402
-from model.vqgan import VQGAN, check_codebook, hash_vqgan, load_vqgan, pixels_to_image  # noqa: E402
+from model.pages.assets import write_page  # noqa: E402
+from model.vqgan.vqgan import VQGAN, check_codebook, hash_vqgan, load_vqgan, pixels_to_image  # noqa: E402
 from pre_tokenize.page import Part, RecordStats, ShownItem, build_page  # noqa: E402
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import connection
 
-from data.conversation import ItemError
-from data.item_processor import IMAGE_SLOT, ItemProcessor, PreparedItem
-from data.vocab import ChameleonVocab
+from data.items.conversation import ItemError
+from data.items.item_processor import IMAGE_SLOT, ItemProcessor, PreparedItem
+from data.items.vocab import ChameleonVocab
 
 
 @dataclass(frozen=True)

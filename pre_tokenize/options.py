@@ -5,7 +5,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 from data.hub import DEFAULT_TOKENIZER, DEFAULT_VQGAN_DIR, VQGAN_HELP, find_vqgan_problems
-from data.image_transform import crop_sizes
+from data.items.image_transform import crop_sizes
 
 PRECISIONS = ("tf32", "fp32", "bf16")
 

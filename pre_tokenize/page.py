@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from data.vocab import CODE_PIXELS
-from model.charts import Chart, Series, draw_bars, draw_curves
-from model.report_assets import data_uri, percent_of, render
+from data.items.vocab import CODE_PIXELS
+from model.pages.assets import data_uri, percent_of, render
+from model.pages.charts import Chart, Series, draw_bars, draw_curves
 
 PERCENTILES = (0, 5, 50, 95, 100)
 MAX_LENGTH_BINS = 48

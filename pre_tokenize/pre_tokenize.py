@@ -32,25 +32,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np  # noqa: E402
 
-from data import item_processor  # noqa: E402
-from data.conversation import Conversation, FormatError  # noqa: E402
+from data.formats.json_stream import iter_json_values  # noqa: E402
+from data.formats.manifest import SHIPPED_PROCESSOR, Manifest, settle_manifest  # noqa: E402
 from data.hub import find_vqgan  # noqa: E402
-from data.image_transform import crop_sizes  # noqa: E402
-from data.item_processor import PreparedItem, build_text_encode, hash_tokenizer, load_text_tokenizer  # noqa: E402
-from data.json_stream import iter_json_values  # noqa: E402
-from data.manifest import SHIPPED_PROCESSOR, Manifest, settle_manifest  # noqa: E402
+from data.items import item_processor  # noqa: E402
+from data.items.conversation import Conversation, FormatError  # noqa: E402
+from data.items.image_transform import crop_sizes  # noqa: E402
+from data.items.item_processor import PreparedItem, build_text_encode, hash_tokenizer, load_text_tokenizer  # noqa: E402
+from data.items.vocab import CODE_PIXELS, GRID_PIXELS, ChameleonVocab  # noqa: E402
 from data.messages import MAX_REASON, one_line  # noqa: E402
-from data.vocab import CODE_PIXELS, GRID_PIXELS, ChameleonVocab  # noqa: E402
-from data.worker_log import WorkerLog, read_failed  # noqa: E402
 from pre_tokenize import options as command_line  # noqa: E402
 from pre_tokenize.loading import Rejected, prepare_windows  # noqa: E402
 from pre_tokenize.options import Options  # noqa: E402
 from pre_tokenize.progress import Progress  # noqa: E402
+from pre_tokenize.worker_log import WorkerLog, read_failed  # noqa: E402
 
 # The processes that load images import this module, too: only `build_worker` imports torch.
 if TYPE_CHECKING:
-    from model.vqgan import VQGAN
-    from pre_tokenize.image_encoder import ImageEncoder
+    from model.vqgan.image_encoder import ImageEncoder
+    from model.vqgan.vqgan import VQGAN
 
 # A window is what is prepared, encoded and written at once.
 BATCHES_PER_WINDOW = 8
@@ -128,8 +128,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_worker(options: Options) -> Worker:
     """Load the tokenizers, check the input, then settle the manifest and open the log: written only if all is well."""
-    from model.vqgan import hash_vqgan, load_vqgan
-    from pre_tokenize.image_encoder import ImageEncoder
+    from model.vqgan.image_encoder import ImageEncoder
+    from model.vqgan.vqgan import hash_vqgan, load_vqgan
 
     tokenizer = load_text_tokenizer(options.tokenizer)
     vocab = ChameleonVocab.from_tokenizer(tokenizer)
@@ -309,7 +309,7 @@ def _describe_processor() -> str:
 def _prepare_cpu(options: Options) -> None:
     import torch
 
-    from model.cpu_memory import keep_freed_memory
+    from model.training.cpu_memory import keep_freed_memory
 
     keep_freed_memory()
     # Workers that each take all cores slow each other down many times over.

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from data.record import RecordEntry, read_raw_record, read_record, relative_file, write_sub_record
-from data.token_file import parse_token_bytes, read_token_bytes, write_shard
-from data.worker_log import FILES_DIR
+from data.formats.record import RecordEntry, read_raw_record, read_record, relative_file, write_sub_record
+from data.formats.token_file import parse_token_bytes, read_token_bytes, write_shard
+from pre_tokenize.worker_log import FILES_DIR
 
 SHARDS_DIR = "shards"
 

@@ -12,9 +12,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch  # noqa: E402
 
-from data.record import read_record, write_merged  # noqa: E402
-from tests.browser_helpers import start_browser  # noqa: E402
-from tests.small_run import call_main, solver_args, write_small_task  # noqa: E402
+from data.formats.record import read_record, write_merged  # noqa: E402
+from tests.helpers.browser_helpers import start_browser  # noqa: E402
+from tests.helpers.small_run import call_main, solver_args, write_small_task  # noqa: E402
 
 
 def pytest_runtest_setup(item):
@@ -25,7 +25,7 @@ def pytest_runtest_setup(item):
 @pytest.fixture(scope="session", autouse=True)
 def own_temporary_folder(tmp_path_factory):
     """Indices of records are kept in the temporary folder of the node; those of tests must not stay there."""
-    # The server of `tests.forked` outlives the session's folder.
+    # The server of `tests.helpers.forked` outlives the session's folder.
     multiprocessing.util.get_temp_dir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))

@@ -20,13 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 
 from exps.bench import common  # noqa: E402
-from model.async_checkpoint import CheckpointSaver  # noqa: E402
-from model.checkpoint import CheckpointOptions, Position, TrainerState, read_state  # noqa: E402
-from model.cpu_memory import keep_freed_memory  # noqa: E402
 from model.decoder.chameleon import build_config, build_model, init_weights, reset_rotary_buffers  # noqa: E402
-from model.distributed import Launch, process_group  # noqa: E402
-from model.optim import OptimOptions, build_optimizer  # noqa: E402
-from model.parallelize import ParallelOptions, build_mesh, parallelize  # noqa: E402
+from model.training.async_checkpoint import CheckpointSaver  # noqa: E402
+from model.training.checkpoint import CheckpointOptions, Position, TrainerState, read_state  # noqa: E402
+from model.training.cpu_memory import keep_freed_memory  # noqa: E402
+from model.training.distributed import Launch, process_group  # noqa: E402
+from model.training.optim import OptimOptions, build_optimizer  # noqa: E402
+from model.training.parallelize import ParallelOptions, build_mesh, parallelize  # noqa: E402
 
 # fp32 weights twice (for resuming, and in the Hugging Face files) and two moments.
 BYTES_PER_PARAMETER = 16

@@ -30,12 +30,12 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 
-from data.data_config import DataSource  # noqa: E402
-from data.dataset import TokenDataset  # noqa: E402
-from data.packing import OrderOptions, plan_epoch  # noqa: E402
-from data.record_index import open_index  # noqa: E402
-from data.rows import EpochRows, build_loader  # noqa: E402
-from data.vocab import IGNORE_INDEX  # noqa: E402
+from data.epoch.dataset import TokenDataset  # noqa: E402
+from data.epoch.packing import OrderOptions, plan_epoch  # noqa: E402
+from data.epoch.rows import EpochRows, build_loader  # noqa: E402
+from data.formats.data_config import DataSource  # noqa: E402
+from data.formats.record_index import open_index  # noqa: E402
+from data.items.vocab import IGNORE_INDEX  # noqa: E402
 from exps.bench import common  # noqa: E402
 from exps.bench.synthetic import VOCAB_SIZE, write_pool, write_record  # noqa: E402
 

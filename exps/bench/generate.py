@@ -25,13 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from data.vocab import CODES_PER_GRID, ChameleonVocab  # noqa: E402
+from data.items.vocab import CODES_PER_GRID, ChameleonVocab  # noqa: E402
 from exps.bench import common  # noqa: E402
 from exps.bench.synthetic import fill_weights, special_names  # noqa: E402
-from model.decode_step import LeanForward  # noqa: E402
 from model.decoder.chameleon import MODEL_SIZES, build_config, build_model, reset_rotary_buffers  # noqa: E402
-from model.generation import SamplingOptions, generate_batch  # noqa: E402
-from model.image_grammar import ImageGrammar, Kind  # noqa: E402
+from model.generation.decode_step import LeanForward  # noqa: E402
+from model.generation.image_grammar import ImageGrammar, Kind  # noqa: E402
+from model.generation.loop import SamplingOptions, generate_batch  # noqa: E402
 
 WAYS = OURS, BATCHED, ONE_BY_ONE = "ours", "batched", "one by one"
 # Token ids.

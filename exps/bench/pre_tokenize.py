@@ -27,14 +27,14 @@ from PIL import Image, ImageFilter  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig  # noqa: E402
 
-from data.image_transform import crop_to_rgb, open_image  # noqa: E402
-from data.item_processor import ItemProcessor, build_text_encode, load_text_tokenizer  # noqa: E402
-from data.json_stream import iter_json_values  # noqa: E402
-from data.token_file import load_token_file, save_token_file  # noqa: E402
-from data.vocab import ChameleonVocab  # noqa: E402
+from data.formats.json_stream import iter_json_values  # noqa: E402
+from data.formats.token_file import load_token_file, save_token_file  # noqa: E402
+from data.items.image_transform import crop_to_rgb, open_image  # noqa: E402
+from data.items.item_processor import ItemProcessor, build_text_encode, load_text_tokenizer  # noqa: E402
+from data.items.vocab import ChameleonVocab  # noqa: E402
 from exps.bench import common  # noqa: E402
 from exps.bench.synthetic import VOCAB_SIZE, special_names  # noqa: E402
-from model.vqgan import VQGAN, image_to_pixels, load_vqgan, save_vqgan  # noqa: E402
+from model.vqgan.vqgan import VQGAN, image_to_pixels, load_vqgan, save_vqgan  # noqa: E402
 from pre_tokenize import pre_tokenize  # noqa: E402
 
 WAYS = OURS, RECIPE = "ours", "recipe"

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from data.record import RecordEntry, write_merged
-from data.token_file import save_token_file
-from data.vocab import BEGIN_IMAGE, BOS, END_IMAGE, END_OF_TURN, EOS, FIRST_GRID_SIZE, IGNORE_INDEX, NEW_LINE, PAD
+from data.formats.record import RecordEntry, write_merged
+from data.formats.token_file import save_token_file
+from data.items.vocab import BEGIN_IMAGE, BOS, END_IMAGE, END_OF_TURN, EOS, FIRST_GRID_SIZE, IGNORE_INDEX, NEW_LINE, PAD
 
 # Chameleon's.
 VOCAB_SIZE = 65536

@@ -9,12 +9,12 @@ are random. Every option of finetune_solver.py that changes the step is accepted
 `--z_loss_weight`, `--data_parallel`, ...
 
 Tokens of items count, filler and padding do not. MFU counts useful work only, not what `--checkpointing` computes
-again: FLOPs per token (model/flops.py) are 6 x (weights of all matrices but the embedding) + 6 x layers x (mean length
-of an item, seen from its tokens) x width: 43.7 GFLOP for 7B and items of 4,096 tokens. MFU is given over the GPU's
-datasheet (bf16), and over the rate of the model's own matrix products, measured in the same run. Memory is the peak of
-tensors on CUDA (`reserved_gib`: peak of the allocator's pool), on a CPU the growth of the process. `host_ms`: how long
-the host takes to queue a step. `allocator`: events per step. Later steps give phases and kinds of work; the forward of
-our loss contains its backward. The last line printed is one JSON object.
+again: FLOPs per token (model/run/flops.py) are 6 x (weights of all matrices but the embedding) + 6 x layers x (mean
+length of an item, seen from its tokens) x width: 43.7 GFLOP for 7B and items of 4,096 tokens. MFU is given over the
+GPU's datasheet (bf16), and over the rate of the model's own matrix products, measured in the same run. Memory is the
+peak of tensors on CUDA (`reserved_gib`: peak of the allocator's pool), on a CPU the growth of the process. `host_ms`:
+how long the host takes to queue a step. `allocator`: events per step. Later steps give phases and kinds of work; the
+forward of our loss contains its backward. The last line printed is one JSON object.
 """
 
 import argparse
@@ -33,8 +33,8 @@ from exps.bench import common  # noqa: E402
 from exps.bench.train_measure import parse_training  # noqa: E402
 from exps.bench.train_ways import Work, fill_rows, spread_lengths  # noqa: E402
 from model.decoder.chameleon import MODEL_SIZES  # noqa: E402
-from model.flops import peak_flops  # noqa: E402
-from model.options import Options  # noqa: E402
+from model.run.flops import peak_flops  # noqa: E402
+from model.run.options import Options  # noqa: E402
 
 # 16 bytes for each of its parameters are 104 GiB.
 MIN_GIB_FOR_7B = 110

@@ -16,12 +16,12 @@ from torch.autograd import DeviceType
 
 from exps.bench.common import peak_device_gib, resident_gib
 from exps.bench.train_ways import WAYS, Work, bench_config
-from model.cpu_memory import keep_freed_memory
-from model.distributed import Launch, process_group
-from model.flops import trained_flops_per_token
-from model.options import Options
-from model.options import build_parser as build_training_parser
-from model.parallelize import DTYPES, set_matmul_precision
+from model.run.flops import trained_flops_per_token
+from model.run.options import Options
+from model.run.options import build_parser as build_training_parser
+from model.training.cpu_memory import keep_freed_memory
+from model.training.distributed import Launch, process_group
+from model.training.parallelize import DTYPES, set_matmul_precision
 
 # Kinds of work by the names of operators (CPU) and kernels (CUDA); the first pattern that fits counts. Copies come
 # before the optimizer because lists are copied by its `multi_tensor` kernels too. The name of a compiled kernel lists

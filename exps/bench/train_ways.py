@@ -1,8 +1,8 @@
 """The two ways of a training step that exps/bench/train.py compares, on the same random items.
 
-`Ours` is built and stepped by the functions of `finetune_solver.py` (model/training.py). `Recipe` works as the recipe
-does: the decoder of stock `transformers`, one batch padded to the longest item, no compilation, an fp32 copy of the
-logits for the cross-entropy and another for the z-loss, AdamW that is not fused, activations of all layers kept or
+`Ours` is built and stepped by the functions of `finetune_solver.py` (model/training/step.py). `Recipe` works as the
+recipe does: the decoder of stock `transformers`, one batch padded to the longest item, no compilation, an fp32 copy of
+the logits for the cross-entropy and another for the z-loss, AdamW that is not fused, activations of all layers kept or
 recomputed. Attention is torch's sdpa; sharding and mixed precision are ours.
 """
 
@@ -19,19 +19,26 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import ChameleonForConditionalGeneration
 
-from data.rows import collate_row
-from data.token_file import TokenItem
-from data.vocab import IGNORE_INDEX
+from data.epoch.rows import collate_row
+from data.formats.token_file import TokenItem
+from data.items.vocab import IGNORE_INDEX
 from exps.bench.synthetic import fill_weights
 from model.decoder.chameleon import ChameleonXLLMXConfig, build_config
-from model.metrics import MetricSums
-from model.optim import BETAS, build_optimizer, set_lr, split_by_decay
-from model.options import Options
-from model.parallelize import ParallelOptions, allocate, begin_micro_step, build_mesh, clip_grad_norm, parallelize
-from model.plan import IMAGE_TOKENS, VOCAB_SIZE
-from model.step_guard import StepGuard
-from model.trainable import init_adapters
-from model.training import build_sharded, micro_step, optimizer_step
+from model.decoder.trainable import init_adapters
+from model.plan.plan import IMAGE_TOKENS, VOCAB_SIZE
+from model.run.metrics import MetricSums
+from model.run.options import Options
+from model.training.optim import BETAS, build_optimizer, set_lr, split_by_decay
+from model.training.parallelize import (
+    ParallelOptions,
+    allocate,
+    begin_micro_step,
+    build_mesh,
+    clip_grad_norm,
+    parallelize,
+)
+from model.training.step import build_sharded, micro_step, optimizer_step
+from model.training.step_guard import StepGuard
 
 PAD_ID = 1
 # Of `tiny`, about as large as its tokenizer's; all other sizes have Chameleon's, 65,536.

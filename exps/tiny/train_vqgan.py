@@ -28,7 +28,7 @@ from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAE
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from exps.tiny.scenes import LAYOUT_WEIGHTS, SCENE_PIXELS, Scene, all_scenes, draw, read  # noqa: E402
-from model.vqgan import VQGAN, image_to_pixels, load_vqgan, pixels_to_image, save_vqgan  # noqa: E402
+from model.vqgan.vqgan import VQGAN, image_to_pixels, load_vqgan, pixels_to_image, save_vqgan  # noqa: E402
 
 NUM_CODES = 1024
 PATCH = 16

@@ -3,7 +3,7 @@ The decoder: `transformers`' Chameleon with what training needs.
 
 It adds residual dropout, q/k-norm weights tied per model-parallel group, packed rows, a forward that returns the loss,
 and image logits that are masked only if asked. The VQGAN is left out. `finetune_solver.py` trains it,
-`model/generation.py` samples from it, `model/convert.py` reads and writes its weights.
+`model/generation/loop.py` samples from it, `model/convert.py` reads and writes its weights.
 """
 
 from collections.abc import Mapping
@@ -24,15 +24,15 @@ from transformers.models.chameleon.modeling_chameleon import (
 )
 from transformers.utils import ModelOutput
 
-from model.attention import (
+from model.decoder.attention import (
     ATTENTION_NAME,
     build_packed_row,
     causal_mask,
     positions_from_cu_seqlens,
     positions_from_mask,
 )
-from model.local_shards import copy_into_parameter
-from model.loss import HeadLoss, LossHead, reject_image_targets, shift_labels
+from model.decoder.local_shards import copy_into_parameter
+from model.decoder.loss import HeadLoss, LossHead, reject_image_targets, shift_labels
 
 IMAGE_TOKEN_PREFIX = "IMGIMG"
 
@@ -68,7 +68,7 @@ class ChameleonXLLMXConfig(ChameleonConfig):
         mask_image_logits: mask the logits of image tokens, as stock Chameleon always does.
         tie_head_norm: heads of a model-parallel group share q/k-norm weights ([model_parallel_size, head_dim], the
             recipe's shape); False: one row per head ([heads, head_dim], the shape of stock Chameleon).
-        codebook_sha256: the VQGAN whose codes the model was trained on (model/vqgan.py); None: not known.
+        codebook_sha256: the VQGAN whose codes the model was trained on (model/vqgan/vqgan.py); None: not known.
     """
 
     # "chameleon", which the recipe's checkpoints have, is the type of stock Chameleon.

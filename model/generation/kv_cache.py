@@ -1,0 +1,103 @@
+"""
+Keys and values of a batch, allocated once.
+
+`model/generation/loop.py` allocates the cache and decides which slots a row sees. The decoder's forward over the
+prompts fills it, then `model/generation/decode_step.py` (or again the decoder's forward) adds one token per row and
+step.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import torch
+
+from model.decoder.chameleon import ChameleonXLLMXConfig
+
+
+def row_bytes(config: ChameleonXLLMXConfig, num_slots: int, dtype: torch.dtype) -> int:
+    """Bytes of one row of a cache of `num_slots`, keys and values of all layers."""
+    head_dim = config.hidden_size // config.num_attention_heads
+    return 2 * dtype.itemsize * config.num_hidden_layers * config.num_key_value_heads * head_dim * num_slots
+
+
+@contextmanager
+def naming_shortage(advice: str) -> Iterator[None]:
+    """Too little memory, on a GPU or the host, becomes a torch.OutOfMemoryError whose message is `advice`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        wanted = re.search(r"allocate ([\d.]+ \w+)", str(error))
+        wanted = f" (for {wanted[1]} more)" if wanted else ""
+        raise torch.OutOfMemoryError(f"too little memory{wanted}: {advice}") from None
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory for new tensors on a device. Without CUDA it is that of the machine; the limit of a job is not known."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    # PyTorch keeps memory that no tensor uses; new tensors get it.
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+class KVCache:
+    """
+    `keys` and `values` of every layer, [N, H_kv, num_slots, head_dim].
+
+    The prompts lie in slots 0, 1, ... with padding on the right. A token after the prompts goes to one slot for all
+    rows, behind the longest prompt: a step writes a column, and shapes never change.
+    """
+
+    def __init__(
+        self,
+        config: ChameleonXLLMXConfig,
+        num_rows: int,
+        num_slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        shape = (num_rows, config.num_key_value_heads, num_slots, config.hidden_size // config.num_attention_heads)
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self._rows = slice(0, num_rows)
+        self._slot: torch.Tensor | None = None
+        self._num_visible = 0
+
+    def begin_prefill(self, rows: slice) -> None:
+        """The next forward of the decoder is over prompts, and fills these rows."""
+        self._rows, self._slot = rows, None
+
+    def begin_step(self, slot: torch.Tensor, num_visible: int) -> None:
+        """The next forward of the decoder is of one token per row, for `slot`, int64 [1]; it sees `num_visible`."""
+        self._slot, self._num_visible = slot, num_visible
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Always 0: a forward over prompts begins at their start, and a step brings its own positions and mask."""
+        return 0
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_unused: object):
+        """Called by the decoder's forward: store keys and values [B, H_kv, T, head_dim], return those to attend to."""
+        if self._slot is not None:
+            self.append(key[:, :, 0], value[:, :, 0], layer_idx, self._slot)
+            visible = slice(0, self._num_visible)
+            return self.keys[layer_idx][:, :, visible], self.values[layer_idx][:, :, visible]
+        self.keys[layer_idx][self._rows, :, : key.shape[2]] = key
+        self.values[layer_idx][self._rows, :, : value.shape[2]] = value
+        return key, value
+
+    def append(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, slot: torch.Tensor) -> None:
+        """Store keys and values [N, H_kv, head_dim] of one token per row in a slot, int64 [1]."""
+        self.keys[layer_idx].index_copy_(2, slot, key[:, :, None])
+        self.values[layer_idx].index_copy_(2, slot, value[:, :, None])
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep these rows only, int64 [N']."""
+        # Layer by layer: two copies of the whole cache might not fit.
+        for layer_idx in range(len(self.keys)):
+            self.keys[layer_idx] = self.keys[layer_idx].index_select(0, rows)
+            self.values[layer_idx] = self.values[layer_idx].index_select(0, rows)

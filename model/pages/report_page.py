@@ -1,0 +1,235 @@
+"""The figures, charts and samples of the page about a run; `model/report.py` says the rest and calls this."""
+
+import base64
+import dataclasses
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from PIL import Image
+
+from data.items.vocab import IMAGE_SYMBOL
+from model.pages.assets import PAGES_DIR, data_uri, render
+from model.pages.charts import MIN_TO_SMOOTH, Chart, Series, draw_curves, smooth
+from model.run.samples_format import Sample, SampleStep
+
+# Columns of samples; more are thinned evenly, the first and the last stay.
+MAX_SAMPLE_STEPS = 8
+MAX_PROMPTS = 24
+# Longer side of an embedded image in pixels, and the side up to which an image is shown enlarged, pixel by pixel.
+MAX_SIDE, PIXELATED_BELOW = 320, 160
+NUM_TYPE_COLORS = 6
+# The ends of more epochs are not marked.
+MAX_EPOCH_MARKS = 12
+
+# Steps int64 [n], values float64 [n] with NaN for null.
+Curve = tuple[np.ndarray, np.ndarray]
+
+_NATS = "nats per target"
+_LOSS = {"from_zero": False, "can_log": True}
+BY_TYPE = r"(val_)?\w*loss\w*/.+"
+# By a pattern that matches the whole keys of metrics.jsonl.
+CHARTS = {
+    r"(val_)?loss": Chart("Loss", f"{_NATS}, mean over all targets", is_wide=True, **_LOSS),
+    r"(val_)?(text|image)_loss": Chart("Text and image", _NATS, **_LOSS),
+    BY_TYPE: Chart("Loss by type of data", _NATS, **_LOSS),
+    r"lr": Chart("Learning rate", "", is_exact=True),
+    r"grad_norm": Chart("Norm of the gradient", "before clipping", can_log=True),
+    r"tokens_per_s": Chart("Speed", "tokens per second, all ranks"),
+    r"mfu": Chart("MFU", "share of the devices' peak FLOP/s", is_share=True),
+    r"\w*(memory\w*|_gib)": Chart("Memory", "GiB", is_exact=True),
+    r"step_ms|\w*wait\w*_ms": Chart("Time of a step", "milliseconds"),
+    r"data_wait": Chart("Waiting for data", "share of the time", is_share=True),
+    r"fill": Chart("Filled", "share of row positions with tokens", is_share=True, is_exact=True),
+}
+# By the end of a key.
+UNITS = {"ms": "milliseconds", "s": "seconds", "gib": "GiB", "share": "share"}
+# No chart of only zeros.
+ONLY_IF_ANY = ("skipped_steps", "bad_items")
+
+
+def build_page(curves: Mapping[str, Curve], last_step: int, samples: Sequence[SampleStep], **said: object) -> str:
+    """The whole page. `said`: the other values of the template `run.html`."""
+    last_step = max(last_step, 1)
+    ends = _epoch_ends(curves.get("epoch"))
+    charts, more_charts = (
+        [draw_curves(chart, last_step, ends, "optimizer step") for chart in some] for some in build_charts(curves)
+    )
+    script = (PAGES_DIR / "run.js").read_text()
+    return render(
+        "run.html",
+        tiles=_tiles(curves),
+        charts=charts,
+        more_charts=more_charts,
+        samples=_sample_table(samples) if samples else None,
+        embed_image=_embed_image,
+        hover={"charts": [chart["hover"] for chart in charts + more_charts]},
+        script=Markup(script),
+        # The page's policy allows this script alone.
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        **said,
+    )
+
+
+def build_charts(curves: Mapping[str, Curve]) -> tuple[list[Chart], list[Chart]]:
+    """The charts of CHARTS, and one for each other curve."""
+    shown = {key: curve for key, curve in curves.items() if key not in ("epoch", "step")}
+    shown = {key: curve for key, curve in shown.items() if not np.isnan(curve[1]).all()}
+    main, taken = [], set()
+    for pattern, chart in CHARTS.items():
+        keys = [key for key in shown if key not in taken and re.fullmatch(pattern, key)]
+        taken.update(keys)
+        # One type alone would be the loss once more.
+        if keys and not (pattern == BY_TYPE and len({key.removeprefix("val_") for key in keys}) == 1):
+            main.append(_with_series(chart, pattern == BY_TYPE, {key: shown[key] for key in keys}))
+    more = [
+        Chart(key, _unit(key), (Series(key, "c-train", *curve, _style(key)),), can_log=True)
+        for key, curve in shown.items()
+        if key not in taken and not (key in ONLY_IF_ANY and not np.nansum(curve[1]))
+    ]
+    return main, more
+
+
+def _with_series(chart: Chart, is_by_type: bool, curves: Mapping[str, Curve]) -> Chart:
+    names = {key: _series_name(key) for key in curves}
+    parts = list(dict.fromkeys(name.removeprefix("validation ") for name in names.values()))
+    if is_by_type:
+        # A type keeps its colour, whatever is logged first.
+        parts.sort()
+    series = tuple(
+        Series(
+            name,
+            _color(key, parts.index(name.removeprefix("validation ")), is_by_type),
+            *curves[key],
+            _style(key, chart.is_exact),
+        )
+        for key, name in names.items()
+    )
+    # A share may be logged as 0 to 1 or in percent.
+    is_share = chart.is_share and all(np.nanmax(values) <= 1.5 for _, values in curves.values())
+    return dataclasses.replace(chart, series=series, is_share=is_share)
+
+
+def _style(key: str, is_exact: bool = False) -> str:
+    return "sparse" if key.startswith("val_") else "exact" if is_exact else "noisy"
+
+
+def _series_name(key: str) -> str:
+    """`val_text_loss` becomes "validation text", `loss_by_type/edit` "edit", `loss` "train", `step_ms` "step"."""
+    is_validation, name = key.startswith("val_"), key.removeprefix("val_")
+    name = re.sub(r"^\w*loss\w*/|_loss$|_(ms|gib|s)$", "", name).replace("_", " ")
+    if name == "loss":
+        return "validation" if is_validation else "train"
+    return f"validation {name}" if is_validation else name
+
+
+def _color(key: str, index: int, is_by_type: bool) -> str:
+    """The class of the colour of the `index`-th part of a chart; text and image have their own everywhere."""
+    name = key.removeprefix("val_")
+    if name in ("text_loss", "image_loss"):
+        return f"c-{name.removesuffix('_loss')}"
+    if key == "val_loss":
+        return "c-val"
+    if is_by_type:
+        return f"c-{index % NUM_TYPE_COLORS}"
+    return f"c-{(index - 1) % NUM_TYPE_COLORS}" if index else "c-train"
+
+
+def _unit(key: str) -> str:
+    return UNITS.get(re.split(r"[_/]", key)[-1], "")
+
+
+def _epoch_ends(epochs: Curve | None) -> list[int]:
+    """The steps after which epochs ended; empty if there are too many to mark."""
+    if epochs is None:
+        return []
+    steps, values = (part[~np.isnan(epochs[1])] for part in epochs)
+    if not len(values) or values[-1] >= MAX_EPOCH_MARKS + 1:
+        return []
+    return np.interp(np.arange(1, int(values[-1]) + 1), values, steps).round().astype(int).tolist()
+
+
+def _tiles(curves: Mapping[str, Curve]) -> list[dict[str, str]]:
+    """The key figures of the curves."""
+    there = {key: values[~np.isnan(values)] for key, (_, values) in curves.items()}
+    there = {key: values for key, values in there.items() if len(values)}
+    found: list[tuple[str, str, str]] = []
+    for key, name, color in (
+        ("loss", "loss", "c-train"),
+        ("val_loss", "validation loss", "c-val"),
+        ("text_loss", "text loss", "c-text"),
+        ("image_loss", "image loss", "c-image"),
+    ):
+        if key in ("loss", "val_loss") and key in curves and np.isnan(curves[key][1][-1]):
+            # An earlier loss would hide that the last one was lost.
+            found.append((f"{name}, last", "none", color))
+        elif key in there and _style(key) == "noisy" and len(curves[key][1]) >= MIN_TO_SMOOTH:
+            smoothed = smooth(curves[key][1])
+            found.append((f"{name}, smoothed", f"{smoothed[~np.isnan(smoothed)][-1]:.4g}", color))
+        elif key in there:
+            found.append((f"{name}, last", f"{there[key][-1]:.4g}", color))
+    if "tokens_per_s" in there:
+        found.append(("tokens/s, median", f"{np.median(there['tokens_per_s']):,.0f}", ""))
+    if "mfu" in there:
+        middle = np.median(there["mfu"])
+        found.append(("MFU, median", f"{middle:.1%}" if middle <= 1.5 else f"{middle:,.0f}", ""))
+    if memory := [values.max() for key, values in there.items() if key.endswith("_gib") and values.any()]:
+        found.append(("GiB of memory, most", f"{max(memory):.1f}", ""))
+    if "step_ms" in curves:
+        steps, milliseconds = curves["step_ms"]
+        found.append(("in training steps", _duration(np.nansum(milliseconds * np.diff(steps, prepend=0)) / 1e3), ""))
+    return [{"name": name, "value": value, "color": color} for name, value, color in found]
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(float(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {minutes:02d} m"
+    return f"{minutes} m {seconds:02d} s" if minutes else f"{seconds} s"
+
+
+def _sample_table(steps: Sequence[SampleStep]) -> dict[str, Any]:
+    """A row per prompt, a column per step; the newest prompts come first."""
+    index = np.unique(np.linspace(0, len(steps) - 1, MAX_SAMPLE_STEPS).round().astype(int)).tolist()
+    columns = [steps[i] for i in index]
+    by_prompt = [_by_prompt(column.samples) for column in columns]
+    keys = list(dict.fromkeys(key for cells in reversed(by_prompt) for key in cells))
+    # The prompt is shown as the newest step asked it.
+    asked = {key: sample for cells in by_prompt for key, sample in cells.items()}
+    hidden = [f"{len(steps) - len(columns)} of {len(steps)} steps"] if len(columns) < len(steps) else []
+    hidden += [f"{len(keys) - MAX_PROMPTS} of {len(keys)} prompts"] if len(keys) > MAX_PROMPTS else []
+    rows = [
+        {"prompt": asked[key], "words": _words(asked[key]), "cells": [cells.get(key) for cells in by_prompt]}
+        for key in keys[:MAX_PROMPTS]
+    ]
+    return {"steps": [column.step for column in columns], "rows": rows, "hidden": hidden}
+
+
+def _by_prompt(samples: Sequence[Sample]) -> dict[tuple[str, int], Sample]:
+    """By prompt and how often it came before: a prompt may be asked twice."""
+    found: dict[tuple[str, int], Sample] = {}
+    for sample in samples:
+        number = sum(prompt == sample.prompt for prompt, _ in found)
+        found[sample.prompt, number] = sample
+    return found
+
+
+def _words(prompt: Sample) -> str:
+    """The prompt without the symbol of its only image, which the page shows above the words."""
+    return prompt.prompt.removeprefix(IMAGE_SYMBOL).strip() if len(prompt.given_paths) == 1 else prompt.prompt
+
+
+def _embed_image(path: Path) -> dict[str, Any]:
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+    except OSError as error:
+        return {"error": str(error)}
+    size, is_small = "{} × {}".format(*image.size), max(image.size) <= PIXELATED_BELOW
+    image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    return {"error": None, "size": size, "is_small": is_small, "uri": data_uri(image)}

@@ -1,0 +1,238 @@
+"""What is checked of a training run before its ranks meet: options, files, data, and whether they fit together.
+
+finetune_solver.py calls `prepare` on every rank. All problems are raised as one error. No weights are loaded.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from data.epoch.dataset import TokenDataset
+from data.formats.data_config import load_data_config
+from data.formats.manifest import MANIFEST_NAME
+from data.items.item_processor import hash_tokenizer, load_text_tokenizer
+from data.items.vocab import ChameleonVocab
+from model.convert import check_weights
+from model.decoder.chameleon import ChameleonXLLMXConfig, build_config, build_model
+from model.decoder.trainable import IMAGE_HEAD, choose_trainable
+from model.run.options import Options, resolve_model
+from model.training.checkpoint import find_changes, find_fixed_changes, find_start, read_state
+from model.training.distributed import Launch, choose_device
+
+# In --output_dir, with --cache_ann_on_disk.
+INDEX_DIR = "data_index"
+
+Manifests = Sequence[tuple[Path, dict | None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What is known of a run on this rank before its model is built."""
+
+    options: Options
+    launch: Launch
+    device: torch.device
+    dataset: TokenDataset
+    val_dataset: TokenDataset | None
+
+    def say(self, message: str) -> None:
+        """Prints a line, on rank 0 only, above the progress bar where there is one."""
+        if self.launch.is_main:
+            with tqdm.external_write_mode():
+                print(message, flush=True)
+
+
+def prepare(options: Options, launch: Launch) -> tuple[TokenDataset, TokenDataset | None]:
+    """Checks a run and opens its datasets: (to train on, to validate on or None).
+
+    Raises one ValueError that lists every problem.
+    """
+    eval_only = options.validation.eval_only
+    problems = options.problems(launch.world_size, launch.local_world_size)
+    start = _find_start(options, problems)
+    try:
+        choose_device(options.run.device, launch)
+    except ValueError as error:
+        problems.append(str(error))
+    dataset = _open_dataset("data_config", options, launch, problems)
+    val_dataset = None
+    if eval_only or options.validation.val_data_config is not None:
+        val_dataset = _open_dataset("val_data_config", options, launch, problems)
+    datasets = [found for found in (dataset, val_dataset) if found is not None]
+    problems += _find_model_problems(options, start, datasets)
+    if dataset is not None and options.data.context_dropout and not dataset.has_images:
+        problems.append("--context_dropout: no item of the records ends in a generated image (image_len)")
+    problems += _find_mask_problems(options, datasets)
+    if not problems and not eval_only:
+        problems += _find_resume_problems(options, dataset.fingerprint)
+    if problems:
+        raise ValueError("\n  - ".join(["training cannot start:", *problems]))
+    if launch.is_main:
+        _print_unnamed([pair for found in datasets for pair in found.manifests])
+    return dataset, val_dataset
+
+
+def _print_unnamed(manifests: Manifests) -> None:
+    """Prints which records cannot be compared: without a manifest, or with a manifest that names no codebook."""
+    without = [path for path, manifest in manifests if manifest is None]
+    if without:
+        print(f"{len(without)} of {len(manifests)} records have no {MANIFEST_NAME}, the first: {without[0]}")
+    paths = {fields["vqgan_sha256"]: path for path, fields in manifests if fields and fields.get("vqgan_sha256")}
+    named = {fields["vqgan_sha256"] for _, fields in manifests if fields and fields.get("codebook_sha256")}
+    if len(paths) > 1 and paths.keys() - named:
+        first, second, *_ = paths.values()
+        print(f"warning: {first} and {second} were made with different VQGAN files, perhaps different VQGANs")
+
+
+def settle_codebook(dataset: TokenDataset, start: str | None) -> str | None:
+    """The `codebook_sha256` of the trained model: that of the records (None if several), else that of the start."""
+    named = {manifest.get("codebook_sha256") for _, manifest in dataset.manifests if manifest} - {None}
+    return start if not named else named.pop() if len(named) == 1 else None
+
+
+def _open_dataset(name: str, options: Options, launch: Launch, problems: list[str]) -> TokenDataset | None:
+    """The items of `--{name}`; what is wrong with the items is added to `problems`."""
+    if options.resolved[name] is None:
+        problems.append(f"--{name} is missing: the YAML that lists the records")
+        return None
+    try:
+        sources = load_data_config(options.resolved[name])
+        # An evaluation writes nothing to the output folder.
+        is_kept = options.data.cache_ann_on_disk and not options.validation.eval_only
+        cache_dir = options.checkpoint.output_dir / INDEX_DIR if is_kept else None
+        say = print if launch.is_main else lambda message: None
+        max_seq_len, overlong = options.data.max_seq_len, options.data.overlong
+        dataset = TokenDataset(sources, max_seq_len, overlong, cache_dir, say)
+        if dataset.num_overlong:
+            done = {"drop": "dropped", "truncate": "cut"}[overlong]
+            say(f"{dataset.num_overlong} items of --{name} above --max_seq_len {max_seq_len} are {done}")
+        return dataset
+    except (ValueError, OSError) as error:
+        problems.append(f"--{name}: {error}")
+        return None
+
+
+def _find_start(options: Options, problems: list[str]) -> str | None:
+    """The checkpoint that the run resumes from or evaluates, None without one; what is wrong goes to `problems`."""
+    eval_only, checkpoint = options.validation.eval_only, options.checkpoint
+    if not eval_only:
+        problems += checkpoint.problems()
+    start, _ = find_start(options.start_options)
+    try:
+        if start is not None:
+            read_state(start)
+            return str(start)
+    except ValueError as error:
+        if eval_only:
+            problems.append(f"--resume_path: {error}; to validate weights alone use --init_from")
+        return None
+    if eval_only and options.model.init_from is None:
+        where = f"--init_from, --resume_path, or a checkpoint in {checkpoint.output_dir}"
+        problems.append(f"--eval_only needs weights: {where}")
+    return None
+
+
+def _find_resume_problems(options: Options, fingerprint: str) -> list[str]:
+    """What has changed since the checkpoint to resume from, one sentence."""
+    another_run = "or start another run with --init_from the checkpoint and another --output_dir"
+    fixed = find_fixed_changes(options.checkpoint, options.resolved)
+    if fixed:
+        return [f"the checkpoint cannot be resumed: {'; '.join(fixed)}. Restore the old values, {another_run}"]
+    changes = find_changes(options.checkpoint, options.resolved, fingerprint)
+    if changes and not options.checkpoint.resume_anyway:
+        return [
+            f"the run to resume has changed: {'; '.join(changes)}. Restore the old values, add --resume_anyway if the "
+            f"change is intended, {another_run}"
+        ]
+    return []
+
+
+def _find_model_problems(options: Options, start: str | None, datasets: Sequence[TokenDataset]) -> list[str]:
+    """What is wrong with the weights and the tokenizer, or with the data for them, one sentence each."""
+    found, model = [], options.model
+    # A resumed run does not need the weights that it once started from: they may be gone.
+    weights, tokenizer = (start, start) if start else resolve_model(model)
+    if tokenizer is None:
+        return [f"--model_size {model.model_size} without --init_from has no vocabulary: it needs --tokenizer DIR"]
+    try:
+        config = check_weights(weights, "keep" if start else model.start_head_init) if weights else None
+        loaded = load_text_tokenizer(tokenizer)
+        vocab = ChameleonVocab.from_tokenizer(loaded)
+        manifests = [pair for dataset in datasets for pair in dataset.manifests]
+        codebooks = {config.codebook_sha256: f"the checkpoint {weights}"} if config else {}
+        found += _find_foreign_records(options, manifests, loaded, codebooks)
+        found += _find_trainable_problems(options, config or build_config(model.model_size, loaded))
+        found += options.samples.problems(vocab, model.mask_image_logits)
+        num_rows = config.vocab_size if config else vocab.vocab_size
+        for dataset in datasets:
+            dataset.use_vocabulary(num_rows, vocab.begin_image_id)
+            dataset.check_first_items(options.data.max_bad_items)
+    except (ValueError, OSError) as error:
+        return [*found, str(error)]
+    if vocab.vocab_size > num_rows:
+        found.append(f"the tokenizer {tokenizer} has {vocab.vocab_size} ids, the weights in {weights} only {num_rows}")
+    return found
+
+
+def _find_mask_problems(options: Options, datasets: Sequence[TokenDataset]) -> list[str]:
+    """Why `--mask_image_logits` cannot be used: the loss of a masked image token would be infinite."""
+    if not options.model.mask_image_logits:
+        return []
+    way = "train without --mask_image_logits (--unmask_image_logits, the default)"
+    if options.trainable.trains_image_rows:
+        return [f"--mask_image_logits with --train_only {IMAGE_HEAD}: its rows would learn nothing; {way}"]
+    if any(dataset.has_images for dataset in datasets):
+        return [
+            f"--mask_image_logits: the records have items that end in an image to learn (image_len); {way}, or use "
+            "records of text answers alone"
+        ]
+    return []
+
+
+def _find_trainable_problems(options: Options, config: ChameleonXLLMXConfig) -> list[str]:
+    """Why what is to be trained cannot be trained, one sentence; `config` is the model's."""
+    trainable = options.trainable
+    if not trainable.is_partial or trainable.problems():
+        return []
+    try:
+        # On the meta device: no memory is taken.
+        model = choose_trainable(build_model(config), trainable)
+    except (ValueError, ImportError) as error:
+        return [str(error)]
+    if resolve_model(options.model)[0] is None:
+        return ["--lora_rank and --train_only need weights to start from: give --init_from"]
+    is_head_trained = any(p.requires_grad for name, p in model.named_parameters() if name.startswith("lm_head."))
+    init = options.model.start_head_init
+    if init != "keep" and not is_head_trained and not options.model.mask_image_logits:
+        return [
+            f"--image_head_init {init} reinitializes rows of lm_head of image tokens, and they are frozen: no image "
+            "could be learned. Add --train_only image_head, or start from a model that writes images (--init_from)"
+        ]
+    return []
+
+
+def _find_foreign_records(
+    options: Options, manifests: Manifests, tokenizer: Any, codebooks: dict[str | None, str]
+) -> list[str]:
+    """Records of another tokenizer, or of another VQGAN than each other or than `codebooks` (names by sha256)."""
+    found, ours, named = [], hash_tokenizer(tokenizer), {key: name for key, name in codebooks.items() if key}
+    for path, manifest in manifests:
+        fields = manifest or {}
+        if fields.get("tokenizer_sha256") not in (None, ours):
+            found.append(
+                f"{path} was tokenized with another tokenizer than the model's, according to its {MANIFEST_NAME}: "
+                "train with that one (--tokenizer, --init_from), or pre-tokenize again"
+            )
+        if fields.get("codebook_sha256"):
+            named.setdefault(fields["codebook_sha256"], str(path))
+    if len(named) > 1 and not options.data.mix_vqgans:
+        (one, first), (other, second) = list(named.items())[:2]
+        found.append(
+            f"{first} and {second} were made with different VQGANs (codebook_sha256 {one[:12]} and {other[:12]}): "
+            "the same codes mean other images. Pre-tokenize again with one VQGAN, or add --mix_vqgans if intended"
+        )
+    return found

@@ -1,0 +1,204 @@
+"""Sharding of a decoder over the ranks, and what depends on it: the switches of a micro-step, the gradient's norm.
+
+`build_sharded` (model/training/step.py) calls `parallelize` on a decoder on meta: recomputation
+(model/training/recompute.py), then `torch.compile`, then FSDP2 with fp32 master weights. `allocate` gives the shards
+memory, and the caller fills them.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from data.flags import flag
+from model.decoder.chameleon import reset_rotary_buffers
+from model.training.recompute import recompute_layers
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "tf32": torch.float32,
+    "fp32": torch.float32,
+    # For exact tests only, not a choice of the command line.
+    "fp64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class ParallelOptions:
+    """How a decoder is spread over the ranks, and in which types it computes. Master weights are always fp32."""
+
+    data_parallel: str = flag(
+        "fsdp",
+        "fsdp gathers parameters again for the backward pass, sdp keeps them gathered, hsdp is fsdp within groups",
+        choices=("fsdp", "sdp", "hsdp"),
+    )
+    hsdp_shard_size: int = flag(0, "number of ranks in a group of hsdp; 0: the ranks of a node")
+    precision: str = flag(
+        "bf16", "of the computation; masters are fp32. fp16 is rejected", choices=("bf16", "fp16", "tf32", "fp32")
+    )
+    grad_precision: str = flag(
+        "fp32", "of the sums of gradients over ranks; fp16 is rejected", choices=("fp32", "bf16", "fp16")
+    )
+    checkpointing: bool = flag(False, "recompute activations in the backward pass: about a third more computation")
+    checkpointing_every: int = flag(0, "recompute one of so many layers only; 0: all, with --checkpointing")
+    checkpointing_selective: bool = flag(False, "recompute everything but matrix products and attention")
+    cpu_offload: bool = flag(False, "weights, gradients and optimizer in host memory, where the step is taken")
+    compile: bool | None = flag(None, "torch.compile of the layers; by default on CUDA only", off="no_compile")
+
+    @property
+    def recompute_every(self) -> int:
+        """One in so many layers recomputes its activations; 0: none."""
+        return self.checkpointing_every or int(self.checkpointing or self.checkpointing_selective)
+
+    def problems(self, world_size: int, local_world_size: int) -> list[str]:
+        """What is wrong with these options for `world_size` ranks, one sentence each."""
+        found = []
+        if self.precision == "fp16":
+            found.append(
+                "--precision fp16 is not supported: it overflows above 65,504 and underflows without loss scaling, "
+                "which is not done here; --precision bf16 has the range of fp32 at the same cost"
+            )
+        if self.grad_precision == "fp16":
+            found.append("--grad_precision fp16 is not supported: sums of gradients overflow; use fp32 or bf16")
+        if self.checkpointing_every < 0:
+            found.append(f"--checkpointing_every must be at least 1, or 0 for none, got {self.checkpointing_every}")
+        if self.data_parallel == "hsdp":
+            size = self.hsdp_shard_size or local_world_size
+            if size < 1 or world_size % size:
+                found.append(
+                    f"--hsdp_shard_size must divide the number of ranks ({world_size}), got {size}; "
+                    "choose a divisor or use --data_parallel fsdp"
+                )
+        elif self.hsdp_shard_size:
+            found.append(f"--hsdp_shard_size {self.hsdp_shard_size} has a meaning only with --data_parallel hsdp")
+        return found
+
+
+def build_mesh(options: ParallelOptions, device_type: str, local_world_size: int) -> DeviceMesh:
+    """The mesh of all ranks: one dimension `shard`, or `replicate` x `shard` under hsdp."""
+    world_size = dist.get_world_size()
+    if options.data_parallel != "hsdp":
+        return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
+    size = options.hsdp_shard_size or local_world_size
+    return init_device_mesh(device_type, (world_size // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def set_matmul_precision(precision: str) -> None:
+    """Lets fp32 matrix products run in TF32 on GPUs, except under `fp32`."""
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+
+
+def parallelize(
+    model: nn.Module, mesh: DeviceMesh, options: ParallelOptions, compile_backend: str | Callable = "inductor"
+) -> nn.Module:
+    """Shards a decoder on meta in place, and returns it. `compile_backend` is that of `torch.compile`.
+
+    Gradients are summed over the ranks, not averaged: the loss is already divided by the targets of the whole step.
+    """
+    # The order is fixed: recomputation is part of the compiled graph, FSDP's hooks are not.
+    decoder = model.model
+    recompute_layers(decoder.layers, options.recompute_every, options.checkpointing_selective)
+    is_compiled = mesh.device_type == "cuda" if options.compile is None else options.compile
+    if is_compiled:
+        # Layer by layer: all layers share one graph, compiled once for rows of one length, once more for any length.
+        for layer in decoder.layers:
+            # In place: a wrapper of `torch.compile` would rename the parameters.
+            layer.compile(backend=compile_backend)
+
+    policy = MixedPrecisionPolicy(
+        param_dtype=DTYPES[options.precision], reduce_dtype=DTYPES[options.grad_precision], cast_forward_inputs=True
+    )
+    sharding = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": options.data_parallel != "sdp"}
+    if options.cpu_offload:
+        sharding["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    for layer in decoder.layers:
+        fully_shard(layer, **sharding)
+    fully_shard(decoder.embed_tokens, **sharding)
+    # The head is the last of the forward and the first of the backward: gathered once for both.
+    fully_shard([decoder.norm, model.lm_head], **{**sharding, "reshard_after_forward": False})
+    fully_shard(model, **sharding)
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # A sum over the ranks. With one rank no factor is needed: dividing by 1.0 would copy each gradient in fp32.
+            if mesh.size() > 1:
+                module.set_gradient_divide_factor(1.0)
+            # A plain sum: gloo has no premultiplied one, and NCCL's mean is not reliable with one rank.
+            module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def allocate(model: nn.Module, device: torch.device, options: ParallelOptions) -> None:
+    """Gives a sharded model on meta its memory, on `device` or under `cpu_offload` on the host.
+
+    Weights are undefined until they are filled; the rotary buffers are right.
+    """
+    model.to_empty(device="cpu" if options.cpu_offload else device)
+    # FSDP moves parameters to the device for the computation, but not buffers.
+    reset_rotary_buffers(model, device)
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees the gathered parameters that a forward without a backward leaves behind."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module, options: ParallelOptions, keep_gathered: bool) -> Iterator[None]:
+    """For many forwards without a backward: evaluation mode, no compilation; afterwards the model is as it was.
+
+    With `keep_gathered` every weight is gathered once for all forwards.
+    """
+    was_training = model.training
+    parts = [model.model.embed_tokens, *model.model.layers]
+    model.eval()
+    for part in parts:
+        part.set_reshard_after_forward(not keep_gathered, recurse=False)
+    try:
+        # Each shape would compile another graph.
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(options.data_parallel != "sdp", recurse=False)
+        model.train(was_training)
+        reshard(model)
+
+
+def begin_micro_step(model: nn.Module, options: ParallelOptions, is_last: bool) -> None:
+    """To be called before the forward of each micro-step."""
+    # Every micro-step reduce-scatters its gradients: unsharded ones would take 26 GiB at 7B.
+    model.set_is_last_backward(is_last)
+    if options.data_parallel == "hsdp":
+        # One sum over the replicas, after the last micro-step, is enough.
+        model.set_requires_all_reduce(is_last)
+
+
+def clip_grad_norm(model: nn.Module, mesh: DeviceMesh, max_norm: float) -> torch.Tensor:
+    """The L2 norm of the whole gradient, a scalar on the gradients' device, in fp32 or wider.
+
+    Scales the gradient down to `max_norm`, unless that is 0 or less. The host does not wait for the device.
+    """
+    # On the local shards: one collective for the whole gradient.
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    gradients = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
+    dtype = torch.promote_types(gradients[0].dtype, torch.float32)
+    squares = torch.stack(torch._foreach_norm(gradients, dtype=dtype)).square().sum()
+    # Under hsdp the replicas hold equal gradients: the sum is over one group of shards.
+    group = mesh.get_group("shard")
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(squares, group=group)
+    norm = squares.sqrt()
+    if max_norm > 0:
+        # A factor of 1 below the bound, so that the host need not know the norm.
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm

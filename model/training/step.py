@@ -1,0 +1,93 @@
+"""
+What a training run does with a model: building, micro-step and optimizer step.
+
+`finetune_solver.py` calls these functions on real tensors, `model/plan/plan.py` on tensors without values, to count the
+memory of a run. They read no file, and the host does not wait for the device.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from model.decoder.chameleon import ChameleonXLLMXConfig, ChameleonXLLMXOutput, build_model
+from model.decoder.trainable import TrainableOptions, choose_trainable
+from model.training.float8 import Float8Options, use_float8
+from model.training.parallelize import DTYPES, ParallelOptions, begin_micro_step, clip_grad_norm, parallelize
+from model.training.step_guard import StepGuard
+
+
+def build_sharded(
+    config: ChameleonXLLMXConfig,
+    mesh: DeviceMesh,
+    parallel: ParallelOptions,
+    trainable: TrainableOptions,
+    float8: Float8Options,
+    compile_backend: str | Callable = "inductor",
+) -> nn.Module:
+    """The decoder of a run, sharded over the ranks of `mesh`, on meta: `model.training.parallelize.allocate` gives it memory.
+
+    Raises what `use_float8` and `choose_trainable` raise.
+    """
+    model = build_model(config, device="meta")
+    if float8.float8:
+        use_float8(model)
+    model = choose_trainable(model, trainable, DTYPES[parallel.precision])
+    return parallelize(model, mesh, parallel, compile_backend)
+
+
+def micro_step(
+    model: nn.Module,
+    row: Mapping[str, Any],
+    device: torch.device,
+    options: ParallelOptions,
+    *,
+    is_last: bool,
+    max_seqlen: int,
+    divisor: float,
+) -> ChameleonXLLMXOutput:
+    """Forward and backward of one row (as `data.epoch.rows.collate_row` makes it), added to the gradients.
+
+    Args:
+        is_last: whether it is the last micro-step of the optimizer step.
+        max_seqlen: an upper bound of the longest document, in tokens.
+        divisor: of the sum of the loss over the row's targets; below 1 it counts as 1.
+    """
+    begin_micro_step(model, options, is_last=is_last)
+    output = forward_row(model, row, device, max_seqlen, 1.0 / max(divisor, 1))
+    output.loss.backward()
+    return output
+
+
+def forward_row(
+    model: nn.Module, row: Mapping[str, Any], device: torch.device, max_seqlen: int, loss_scale: float = 1.0
+) -> ChameleonXLLMXOutput:
+    """The model's output for one row; the loss is the sum over targets times `loss_scale`."""
+    # Copied here, non-blocking: FSDP's root would copy tensors of the host itself, and wait for all queued work.
+    names = ("input_ids", "labels", "position_ids", "cu_seqlens")
+    tensors = {name: row[name].to(device, non_blocking=True) for name in names}
+    # With the lengths known on the host, nothing of the forward waits for the device either.
+    return model(**tensors, max_seqlen=max_seqlen, num_valid=row["num_valid_tokens"], loss_scale=loss_scale)
+
+
+def optimizer_step(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    optimizer: torch.optim.Optimizer,
+    guard: StepGuard,
+    clip_grad: float,
+    step: int,
+    items: list[int],
+) -> torch.Tensor:
+    """Takes the step, unless the guard skips it, and clears the gradients. Returns the gradient's norm (a scalar).
+
+    `step` and `items` (of this rank's rows) are for the guard, which reports skipped steps.
+    """
+    grad_norm = clip_grad_norm(model, mesh, clip_grad)
+    # AdamW reads this flag on the device.
+    optimizer.found_inf = guard.check(grad_norm, step, items)
+    optimizer.step()
+    optimizer.zero_grad()
+    return grad_norm

@@ -1,0 +1,202 @@
+"""`all.sh` runs every bench and leaves a JSON object of each and one table; `gpu.sh` runs its stages."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from exps.bench.common import compare, format_table, report, run_alone
+from tests.exps.test_exps import parse_call
+from tests.helpers import forked
+from tests.helpers.tokenize_helpers import ROOT, environment
+
+ALL_SH, GPU_SH = (ROOT / "exps" / "bench" / name for name in ("all.sh", "gpu.sh"))
+RESULT = {
+    "bench": "x",
+    "device": "a device",
+    "versions": {"torch": "2.13.0"},
+    "ours": {"seconds": 2.0, "nested": {"gib": 1.0}, "items": 3},
+    "baseline": {"seconds": 8.0, "nested": {"gib": 4.0}, "items": 3},
+    "ratio": {"time": 0.25},
+}
+
+
+def run_all(tmp_path: Path, script: Path = ALL_SH, **env: str) -> subprocess.CompletedProcess:
+    env = {**environment(), "PYTHON": sys.executable, "OUT": str(tmp_path / "out"), "SCALE": "ci", **env}
+    return subprocess.run(["bash", script], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+def run_bench(name: str, *flags: object) -> dict:
+    """Runs a bench on the CPU, all ways in one forked process, and returns its JSON object."""
+    code = """
+import importlib, sys
+from exps.bench import common
+def run_here(function, **arguments):
+    module, name = function.split(":")
+    return getattr(importlib.import_module(f"exps.bench.{module}"), name)(**arguments)
+common.run_alone = run_here
+sys.exit(importlib.import_module(f"exps.bench.{sys.argv[1]}").main(sys.argv[2:]))
+"""
+    done = forked.run([sys.executable, "-c", code, name, "--device=cpu", *flags], environment())
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert {"bench", "device", "versions", "ours", "baseline", "ratio", "rows"} <= summary.keys()
+    return summary
+
+
+def make_launcher(tmp_path: Path) -> str:
+    """A `python` that prints a result; checkpoint.py fails without a result, generate.py with one."""
+    launcher = tmp_path / "python"
+    launcher.write_text(
+        f"""#!/bin/bash
+echo "$*" >> "{tmp_path}/calls"
+case "$*" in
+  *checkpoint.py*) echo "no space left on device" >&2; exit 3 ;;
+  *generate.py*) echo '{json.dumps(RESULT)}'; exit 1 ;;
+  *) echo "| a table |"; echo '{json.dumps(RESULT)}' ;;
+esac
+"""
+    )
+    launcher.chmod(0o755)
+    return str(launcher)
+
+
+@pytest.mark.parametrize("scale", ["gpu", "cpu", "ci"])
+def test_every_bench_runs_and_a_failure_gives_a_line_and_the_exit_code(tmp_path, scale):
+    done = run_all(tmp_path, PYTHON=make_launcher(tmp_path), SCALE=scale)
+    assert done.returncode == 1
+    assert "checkpoint ended with exit code 3" in done.stderr and "no space left on device" in done.stderr
+    names = {path.stem for path in (tmp_path / "out").glob("*.json")}
+    assert names == bench_names() - {"checkpoint"}
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert table in done.stdout
+    assert re.match(r"\d{4}-\d\d-\d\d\n", table)
+    sections = dict(section.split("\n", 1) for section in table.split("## ")[1:])
+    assert sections.keys() == bench_names()
+    assert "failed: exit code 3, see checkpoint.err" in sections["checkpoint"]
+    assert "failed: exit code 1, see generate.err" in sections["generate"]
+    assert "    python exps/bench/train.py" in sections["train"] and "| a table |" in sections["train"]
+    assert "{" not in table, "JSON objects are in files of their own"
+    assert len([parse_call(call.split()) for call in (tmp_path / "calls").read_text().splitlines()]) == 5
+
+
+def bench_names() -> set[str]:
+    """The scripts of exps/bench that measure something."""
+    scripts = (ROOT / "exps" / "bench").glob("*.py")
+    return {path.stem for path in scripts if "common.report(" in path.read_text()}
+
+
+def test_a_bench_without_time_left_is_a_line_beside_the_others(tmp_path):
+    launcher = Path(make_launcher(tmp_path))
+    sleeps = "*pre_tokenize.py*) sleep 60 ;;\n  *generate.py*)"
+    launcher.write_text(launcher.read_text().replace("*generate.py*)", sleeps))
+    done = run_all(tmp_path, PYTHON=str(launcher), SCALE="gpu", TOTAL_S="2", BENCHES="train pre_tokenize data")
+    assert done.returncode == 1 and "no time was left of TOTAL_S=2" in done.stderr
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| a table |" in table and table.count("failed: exit code 124") == 2
+
+
+def test_gpu_sh_runs_each_stage_with_valid_flags_and_reports_a_failure(tmp_path):
+    """A stub stands for Python; the parsers of the benches must accept all command lines."""
+    stub = tmp_path / "python"
+    stub.write_text(
+        f"""#!/bin/bash
+echo "$*" >> "{tmp_path}/calls"
+if [[ $* == *generate.py* ]]; then echo "out of memory" >&2; exit 3; fi
+if [[ $* == *exps/bench* ]]; then printf "| a table |\\n{{}}\\n"; fi
+"""
+    )
+    stub.chmod(0o755)
+    (tmp_path / "out" / "tiny").mkdir(parents=True)
+    env = os.environ | {"PYTHON": str(stub), "OUT": str(tmp_path / "out")}
+    done = subprocess.run(["bash", GPU_SH], env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and "generate: exit code 3" in done.stdout and "out of memory" in done.stdout
+    assert (tmp_path / "out" / "summary.txt").read_text() == done.stdout and "{" not in done.stdout
+    stages = re.findall(r"## (\w+): exit code 0", done.stdout)
+    assert stages == [
+        "tests",
+        "tiny",
+        "pre_tokenize",
+        "train_2rows",
+        "train_4rows_selective",
+        "train_8rows_checkpointing",
+    ]
+
+    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    assert len([parse_call(call) for call in calls if call[0].startswith("exps/bench/")]) == 5
+    assert any("pytest" in call and "gpu" in call for call in calls)
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"BENCHES": "train trian"}, "BENCHES may name"),
+        ({"SCALE": "huge"}, "SCALE must be gpu, cpu or ci"),
+        ({"STAGES": "tets"}, "STAGES may name"),
+    ],
+)
+def test_wrong_settings_end_before_anything_runs(tmp_path, env, message):
+    done = run_all(tmp_path, GPU_SH if "STAGES" in env else ALL_SH, **env)
+    assert done.returncode == 2 and message in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_bench_that_is_killed_leaves_no_temporary_folder(tmp_path):
+    command = [sys.executable, "exps/bench/checkpoint.py", "--device=cpu"]
+    bench = subprocess.Popen(command, cwd=ROOT, env={**environment(), "TMPDIR": str(tmp_path)})
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.iterdir()):
+            assert bench.poll() is None and time.monotonic() < deadline, "the bench made no folder"
+            time.sleep(0.1)
+        bench.send_signal(signal.SIGTERM)
+        assert bench.wait(60) == 128 + signal.SIGTERM
+    finally:
+        bench.kill()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_peak_of_a_measurement_is_its_own():
+    large = bytearray(b"x") * (1 << 30)
+    code = "from exps.bench.common import resident_gib; print(resident_gib())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 0.05 < float(done.stdout) < 1, "GiB: torch and transformers, imported"
+    del large
+
+
+def test_a_table_has_each_way_and_the_ratios_of_what_both_have():
+    ours = {"speed": 5, "ms": {"min": 2.0}, "only": 1}
+    rows = [
+        compare({"size": 8}, ours, {"speed": 2, "ms": {"min": 4.0}}, way="batched"),
+        compare({"size": 8}, ours, {"speed": 1}, way="one by one"),
+        compare({"size": 9}, ours, None),
+    ]
+    assert [row["ratio"] for row in rows] == [{"speed": 2.5, "ms.min": 0.5}, {"speed": 5}, None]
+    assert format_table(rows, ("speed", "ms.min", "nowhere")).splitlines() == [
+        "| case | way | speed | ms.min |",
+        "|---|---|---|---|",
+        "| 8 | ours | 5 | 2 |",
+        "| 8 | batched | 2 | 4 |",
+        "| 8 | ours / batched | 2.5 | 0.5 |",
+        "| 8 | one by one | 1 | - |",
+        "| 8 | ours / one by one | 5 | - |",
+        "| 9 | ours | 5 | 2 |",
+    ]
+
+
+def test_a_way_that_fails_is_a_line_beside_the_other_way(capsys):
+    failed = run_alone("checkpoint:no_such_function")
+    assert failed == {"failed": "exit code 1"}
+    assert report("x", "title", "cpu", [compare({"size": 8}, {"speed": 5}, failed)], ("speed",)) == 1
+    *table, last = capsys.readouterr().out.splitlines()
+    assert table[-2:] == ["| 8 | ours | 5 |", "| 8 | baseline | failed: exit code 1 |"]
+    summary = json.loads(last)
+    assert {"bench", "device", "versions", "ours", "baseline", "ratio", "rows"} <= summary.keys()
+    assert summary["ours"] == {"speed": 5} and summary["ratio"] is None

@@ -1,0 +1,112 @@
+"""Trackers: TensorBoard's files are read back, also of a resumed run; a stand-in records the steps of the others."""
+
+import shutil
+
+import pytest
+from PIL import Image
+
+from model.run import trackers as trackers_module
+from model.run.trackers import RUN_ID_NAME, TENSORBOARD_DIR, TrackerOptions, Trackers, open_run
+from tests.helpers.small_run import call_main, read_lines, solver_args
+
+
+def curves(output_dir):
+    """TensorBoard's events, and per figure the (step, value) of its curve."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(output_dir / TENSORBOARD_DIR), size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    return events, {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_has_every_figure_of_metrics_jsonl(two_types, tmp_path):
+    out = tmp_path / "out"
+    assert call_main(solver_args(two_types, out, epochs=1, log_with="tensorboard")) == (0, "")
+    _, found = curves(out)
+    lines = read_lines(out)
+    for key in ("loss", "text_loss", "lr", "grad_norm", "tokens_per_s", "data_wait_ms", "memory_gib", "epoch"):
+        expected = [(line["step"], pytest.approx(line[key], rel=1e-6)) for line in lines if line[key] is not None]
+        assert found[key] == expected, key
+    by_type = [(line["step"], line["loss_by_type"]["text"]) for line in lines if "text" in line["loss_by_type"]]
+    assert found["loss_by_type/text"] == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in by_type]
+    assert "step" not in found and "mfu" not in found
+
+
+@pytest.mark.slow
+def test_a_run_cut_off_resumes_in_the_same_curve(small_task, tmp_path):
+    """Step 5 is logged, the last checkpoint is of step 3: no step is missing, none is there twice."""
+    out = tmp_path / "out"
+    changes = {"save_iteration_interval": 3, "epochs": 1, "log_with": "tensorboard"}
+    assert call_main(solver_args(small_task, out, max_steps=5, **changes)) == (0, "")
+    shutil.rmtree(out / "epoch0-iter5")
+    assert call_main(solver_args(small_task, out, **changes)) == (0, "")
+    _, found = curves(out)
+    lines = read_lines(out)
+    assert [step for step, _ in found["loss"]] == [line["step"] for line in lines] == list(range(1, 13))
+    assert [loss for _, loss in found["loss"]] == pytest.approx([line["loss"] for line in lines], rel=1e-6)
+
+
+def test_images_reach_tensorboard(tmp_path):
+    trackers = Trackers(TrackerOptions("tensorboard"), tmp_path, 0, 0, {}, print)
+    trackers.log_images(7, {"samples": [Image.new("RGB", (8, 4), "red"), Image.new("L", (2, 2))]})
+    trackers.close()
+    events, _ = curves(tmp_path)
+    assert events.Tags()["images"] == ["samples/0", "samples/1"]
+    (image,) = events.Images("samples/0")
+    assert (image.step, image.width, image.height) == (7, 8, 4)
+
+
+def test_a_tracker_that_fails_is_reported_once_and_switched_off(tmp_path):
+    """At the start: a file has the name of TensorBoard's folder. Later: what is sent is no image."""
+    lines = []
+    (tmp_path / TENSORBOARD_DIR).write_text("not a folder")
+    for folder, images in ((tmp_path, []), (tmp_path / "other", ["no image"])):
+        folder.mkdir(exist_ok=True)
+        trackers = Trackers(TrackerOptions("tensorboard"), folder, 0, 0, {}, lines.append)
+        trackers.log_images(1, {"samples": images})
+        trackers.log(2, {"loss": 1.0})
+        trackers.close()
+    assert len(lines) == 2 and "AttributeError" in lines[1]
+    assert all(line.startswith("--log_with tensorboard is off from here on: ") for line in lines)
+    assert all(line.endswith("metrics.jsonl continues") for line in lines)
+
+
+def test_other_trackers_get_each_step_once_under_one_id(tmp_path, monkeypatch):
+    starts, sent = [], []
+
+    class Recorder:
+        def __init__(self, project: str, **settings: object) -> None:
+            starts.append((project, settings["id"], settings["resume"]))
+
+        def start(self) -> None: ...
+
+        def finish(self) -> None: ...
+
+        def log(self, figures: dict[str, float], step: int) -> None:
+            sent.append(step)
+
+    from accelerate import tracking
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Recorder)
+    for resume_step, last_step, end in ((0, 0, 5), (2, 5, 7)):
+        trackers = Trackers(TrackerOptions("wandb", "a_project"), tmp_path, resume_step, last_step, {}, pytest.fail)
+        for step in range(resume_step + 1, end + 1):
+            trackers.log(step, {"loss": 1.0 / step})
+        trackers.close()
+    run_id = (tmp_path / RUN_ID_NAME).read_text().strip()
+    assert starts == [("a_project", run_id, "allow")] * 2 and sent == list(range(1, 8))
+
+
+def test_the_id_of_an_older_run_is_kept(tmp_path):
+    (tmp_path / RUN_ID_NAME).write_text("0a1b2c3d\nwandb 5\n")
+    assert open_run(tmp_path) == "0a1b2c3d"
+    (tmp_path / RUN_ID_NAME).write_text("")
+    assert len(open_run(tmp_path)) == 8
+
+
+def test_unknown_and_missing_trackers_are_problems(monkeypatch):
+    monkeypatch.setattr(trackers_module.importlib.util, "find_spec", lambda name: None)
+    assert TrackerOptions("tensorbord, wandb,wandb").problems() == [
+        "--log_with knows tensorboard, wandb, trackio, got 'tensorbord'",
+        "--log_with wandb needs a package that is missing: pip install wandb",
+    ]
