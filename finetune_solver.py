@@ -25,7 +25,6 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from data.epoch.packing import plan_epoch
 from data.epoch.rows import EpochRows, build_loader
 from data.items.vocab import ChameleonVocab
-from model.convert import load_checkpoint_weights
 from model.plan.plan import print_plan
 from model.report import report_at_end
 from model.run.bad_data import RunError
@@ -50,6 +49,7 @@ from model.training.distributed import (
 )
 from model.training.optim import lr_at, set_lr
 from model.training.step import micro_step, optimizer_step
+from model.weights.load import load_checkpoint_weights
 
 # The start, validation, sampling and saving may take so many times --hang_timeout_s.
 PATIENCE = 4

@@ -23,7 +23,6 @@ from data.items.image_transform import crop_sizes, open_image
 from data.items.item_processor import load_text_tokenizer
 from data.items.vocab import IMAGE_SYMBOL
 from data.whole_file import open_whole
-from model.convert import load_config, load_pretrained, resolve_checkpoint
 from model.decoder.chameleon import grow_positions
 from model.generation.decode_step import LeanForward
 from model.generation.kv_cache import free_bytes, naming_shortage
@@ -31,7 +30,8 @@ from model.generation.loop import CUT_BY_NAN, SamplingOptions, fit_batch_size, g
 from model.generation.progress import GenerationMeter, show_progress
 from model.generation.requests import Answer, RequestCodec, check_image_symbols, describe_cuts, parse_size
 from model.generation.serve import serve
-from model.weights.hf_folder import find_tokenizer
+from model.weights.hf_folder import find_tokenizer, load_config, resolve_checkpoint
+from model.weights.load import load_pretrained
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 # Of free memory; the rest is for what a forward needs.

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from model.convert import load_pretrained, resolve_checkpoint
 from model.decoder.chameleon import ChameleonXLLMXConfig, ChameleonXLLMXForConditionalGeneration
+from model.weights.hf_folder import resolve_checkpoint
+from model.weights.load import load_pretrained
 
 __all__ = ["ChameleonXLLMXConfig", "ChameleonXLLMXForConditionalGeneration"]
 

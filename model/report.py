@@ -220,7 +220,7 @@ def option_text(value: object) -> str:
 
 
 def group_options(options: Mapping[str, Any]) -> dict[str, list[tuple[str, str, str | None]]]:
-    """(name, value, default if it is another) of the options, in the groups of model/run/options.py; unknown ones last."""
+    """(name, value, default if it is another) of the options, in the groups of `build_parser`; unknown ones last."""
     parser = build_parser()
     group_of = {
         field.name: part.name

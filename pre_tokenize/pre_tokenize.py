@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np  # noqa: E402
 
 from data.formats.json_stream import iter_json_values  # noqa: E402
-from data.formats.manifest import SHIPPED_PROCESSOR, Manifest, settle_manifest  # noqa: E402
+from data.formats.manifest import SHIPPED_PROCESSOR, Manifest  # noqa: E402
 from data.hub import find_vqgan  # noqa: E402
 from data.items import item_processor  # noqa: E402
 from data.items.conversation import Conversation, FormatError  # noqa: E402
@@ -44,6 +44,7 @@ from data.messages import MAX_REASON, one_line  # noqa: E402
 from pre_tokenize import options as command_line  # noqa: E402
 from pre_tokenize.loading import Rejected, prepare_windows  # noqa: E402
 from pre_tokenize.options import Options  # noqa: E402
+from pre_tokenize.out_folder import settle_manifest  # noqa: E402
 from pre_tokenize.progress import Progress  # noqa: E402
 from pre_tokenize.worker_log import WorkerLog, read_failed  # noqa: E402
 

@@ -29,7 +29,9 @@ MODULES = {
 
 
 def room_of(module: str) -> tuple[int, str]:
-    return next(((column, room) for room, column in ROOMS.items() if f"{module}.".startswith(f"{room}.")), (SCRIPTS, ""))
+    return next(
+        ((column, room) for room, column in ROOMS.items() if f"{module}.".startswith(f"{room}.")), (SCRIPTS, "")
+    )
 
 
 def imports_of(path: Path) -> Iterator[str]:

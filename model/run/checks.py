@@ -16,12 +16,12 @@ from data.formats.data_config import load_data_config
 from data.formats.manifest import MANIFEST_NAME
 from data.items.item_processor import hash_tokenizer, load_text_tokenizer
 from data.items.vocab import ChameleonVocab
-from model.convert import check_weights
 from model.decoder.chameleon import ChameleonXLLMXConfig, build_config, build_model
 from model.decoder.trainable import IMAGE_HEAD, choose_trainable
 from model.run.options import Options, resolve_model
 from model.training.checkpoint import find_changes, find_fixed_changes, find_start, read_state
 from model.training.distributed import Launch, choose_device
+from model.weights.load import check_weights
 
 # In --output_dir, with --cache_ann_on_disk.
 INDEX_DIR = "data_index"

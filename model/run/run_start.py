@@ -16,7 +16,6 @@ from data.epoch.packing import OrderOptions
 from data.epoch.rows import EpochRows
 from data.items.item_processor import load_text_tokenizer
 from data.items.vocab import ChameleonVocab
-from model.convert import load_checkpoint_weights, load_config
 from model.decoder.chameleon import build_config, grow_positions, init_weights
 from model.decoder.trainable import TrainableOptions, init_adapters
 from model.run.bad_data import BadData, RunError
@@ -36,8 +35,9 @@ from model.training.parallelize import allocate, build_mesh, set_matmul_precisio
 from model.training.step import build_sharded
 from model.training.step_guard import StepGuard
 from model.weights.adapter_folder import AdapterWriter, BaseWeights, open_weights
-from model.weights.hf_folder import resolve_checkpoint
+from model.weights.hf_folder import load_config, resolve_checkpoint
 from model.weights.image_head import HEAD
+from model.weights.load import load_checkpoint_weights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,6 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from model.convert import carried_vqgan, clean_name, export_tensors, write_config
 from model.decoder.chameleon import ChameleonXLLMXConfig
 from model.training.checkpoint import (
     SAVING_PREFIX,
@@ -42,6 +41,9 @@ from model.training.checkpoint import (
     seal,
 )
 from model.weights.adapter_folder import AdapterWriter
+from model.weights.export import carried_vqgan, export_tensors
+from model.weights.load import clean_name
+from model.weights.stock_folder import write_config
 
 # Ranks wait for the slowest disk here. A dead rank is noticed much earlier, by the collectives of training.
 SAVE_TIMEOUT = datetime.timedelta(hours=2)

@@ -27,7 +27,7 @@ def build_sharded(
     float8: Float8Options,
     compile_backend: str | Callable = "inductor",
 ) -> nn.Module:
-    """The decoder of a run, sharded over the ranks of `mesh`, on meta: `model.training.parallelize.allocate` gives it memory.
+    """The decoder of a run, sharded over the ranks of `mesh`, on meta: `allocate` gives it memory.
 
     Raises what `use_float8` and `choose_trainable` raise.
     """

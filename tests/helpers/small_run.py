@@ -20,12 +20,14 @@ from transformers import PreTrainedTokenizerFast
 from data.formats.record import RecordEntry, write_merged
 from data.formats.token_file import save_token_file
 from data.items.vocab import ChameleonVocab
-from model.convert import carried_vqgan, clean_name, convert_checkpoint, export_tensors
+from model.convert import convert_checkpoint
 from model.decoder.chameleon import build_config, build_model, init_weights
 from model.run.checks import prepare
 from model.run.options import Options, build_parser
 from model.training.distributed import Launch
+from model.weights.export import carried_vqgan, export_tensors
 from model.weights.hf_folder import copy_tokenizer_files
+from model.weights.load import clean_name
 from tests.helpers import forked
 
 ROOT = Path(__file__).parents[2]

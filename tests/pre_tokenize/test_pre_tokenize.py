@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.formats.manifest import Manifest, settle_manifest
+from data.formats.manifest import Manifest
 from data.formats.record import read_record
 from data.formats.token_file import load_token_file
 from data.items.vocab import ChameleonVocab
@@ -17,6 +17,7 @@ from model.vqgan.image_encoder import ImageEncoder
 from model.vqgan.vqgan import load_vqgan
 from pre_tokenize.concat_record import main as concat
 from pre_tokenize.options import build_parser, default_batch_size, parse_options
+from pre_tokenize.out_folder import settle_manifest
 from pre_tokenize.pre_tokenize import main as pre_tokenize
 from pre_tokenize.worker_log import WorkerLog, read_failed
 from tests.helpers.tokenize_helpers import snapshot, write_items, write_tiny_tokenizer, write_tiny_vqgan

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 import data.whole_file
-from data.formats.manifest import Manifest, settle_manifest
+from data.formats.manifest import Manifest
 from data.formats.record import read_record
 from data.formats.token_file import load_token_file
 from data.whole_file import open_locked
 from pre_tokenize import pre_tokenize as script
 from pre_tokenize.concat_record import main as concat
+from pre_tokenize.out_folder import settle_manifest
 from pre_tokenize.pre_tokenize import main as pre_tokenize
 from pre_tokenize.worker_log import WorkerLog, read_failed
 from tests.helpers import forked

@@ -14,9 +14,10 @@ from transformers import ChameleonForConditionalGeneration
 
 from data.items.item_processor import load_text_tokenizer
 from inference_solver import FlexARInferenceSolver
-from model.convert import convert_checkpoint, load_pretrained, main
+from model.convert import convert_checkpoint, main
 from model.decoder.chameleon import build_config, build_model, init_weights
 from model.vqgan.vqgan import VQGAN, save_vqgan
+from model.weights.load import load_pretrained
 from tests.helpers.decoder_helpers import small_config
 from tests.helpers.small_run import call_main, export_hf, losses, run_solver, solver_args, train, write_small_task
 

@@ -11,11 +11,12 @@ from transformers import ChameleonForConditionalGeneration
 
 from inference_solver import FlexARInferenceSolver
 from inference_solver import main as inference
-from model.convert import convert_checkpoint, load_config
+from model.convert import convert_checkpoint
 from model.run.checks import prepare
 from model.run.options import Options, build_parser
 from model.training.distributed import Launch
 from model.vqgan.vqgan import CODEBOOK, HF_PREFIX, load_vqgan, save_vqgan
+from model.weights.hf_folder import load_config
 from tests.helpers.hub_helpers import write_meta_vqgan
 from tests.helpers.small_run import call_main, solver_args
 from tests.helpers.tokenize_helpers import write_tiny_vqgan

@@ -15,11 +15,12 @@ from data.items.item_processor import load_text_tokenizer
 from data.items.vocab import ChameleonVocab
 from inference_solver import FlexARInferenceSolver
 from inference_solver import main as infer
-from model.convert import convert_checkpoint, load_pretrained
+from model.convert import convert_checkpoint
 from model.decoder.chameleon import build_config, build_model, grow_positions, init_weights
 from model.plan.plan import find_config
 from model.run.options import Options, build_parser
 from model.vqgan.vqgan import VQGAN, save_vqgan
+from model.weights.load import load_pretrained
 from tests.helpers.decoder_helpers import small_config
 from tests.helpers.small_run import call_main, export_hf, read_lines, solver_args, write_small_task
 from tests.model.weights.test_convert import same_parameters

@@ -7,11 +7,12 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig
 
-from model.convert import convert_checkpoint, load_pretrained
+from model.convert import convert_checkpoint
 from model.convert import main as convert_main
 from model.run.options import DEFAULT_STARTS
 from model.training.checkpoint import read_state
 from model.vqgan.vqgan import VQGAN, load_vqgan, save_vqgan
+from model.weights.load import load_pretrained
 from tests.helpers.small_run import ROOT, call_main, kill_when, losses, read_lines, solver_args, train
 
 

@@ -3,10 +3,11 @@
 import shutil
 from pathlib import Path
 
-from data.formats.manifest import Manifest, load_manifest, settle_manifest
+from data.formats.manifest import Manifest, load_manifest
 from data.formats.record import read_record
 from data.formats.record_index import open_index
 from data.formats.token_file import load_token_file
+from pre_tokenize.out_folder import settle_manifest
 from pre_tokenize.worker_log import WorkerLog, read_failed
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "dataset"

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from model.convert import clean_name, load_checkpoint_weights, load_pretrained
 from model.decoder.chameleon import build_config, build_model, init_weights, reset_rotary_buffers
 from model.decoder.trainable import LORA_TARGETS, TrainableOptions, choose_trainable, init_adapters, is_added
 from model.run.checks import prepare
@@ -17,6 +16,7 @@ from model.run.options import Options, build_parser
 from model.training.distributed import Launch, process_group
 from model.training.optim import OptimOptions, build_optimizer
 from model.training.parallelize import ParallelOptions, allocate, build_mesh, clip_grad_norm, parallelize
+from model.weights.load import clean_name, load_checkpoint_weights, load_pretrained
 from tests.helpers import forked
 from tests.helpers.small_run import export_hf, solver_args
 

@@ -17,7 +17,7 @@ from data.epoch.dataset import TokenDataset
 from data.epoch.packing import OrderOptions, plan_epoch
 from data.formats.data_config import load_data_config
 from exps import plan_table
-from model.convert import convert_checkpoint, load_config
+from model.convert import convert_checkpoint
 from model.decoder.chameleon import build_config, build_model, init_weights
 from model.decoder.trainable import choose_trainable, init_adapters
 from model.plan import storage_tracker
@@ -41,6 +41,7 @@ from model.training.parallelize import allocate, build_mesh
 from model.training.step import build_sharded, micro_step, optimizer_step
 from model.training.step_guard import StepGuard
 from model.weights.adapter_folder import NOTE_NAME, TRAINED_NAME, BaseWeights
+from model.weights.hf_folder import load_config
 from tests.exps.test_exps import record_call
 from tests.helpers import forked
 from tests.helpers.small_run import ROOT, call_main, environment, solver_args

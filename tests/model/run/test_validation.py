@@ -11,10 +11,10 @@ from torch.distributed.fsdp import FSDPModule
 from data.epoch.dataset import TokenDataset
 from data.epoch.packing import OrderOptions
 from data.formats.data_config import load_data_config
-from model.convert import load_pretrained
 from model.run.validation import ValidationOptions, validate, validation_rows
 from model.training.distributed import Launch, process_group
 from model.training.parallelize import ParallelOptions, build_mesh, parallelize
+from model.weights.load import load_pretrained
 from tests.helpers.small_run import call_main, losses, read_lines, solver_args
 
 

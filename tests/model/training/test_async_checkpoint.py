@@ -16,13 +16,13 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.utils._pytree import tree_flatten_with_path
 
-from model.convert import load_pretrained
 from model.decoder.chameleon import build_config, build_model, init_weights, reset_rotary_buffers
 from model.training.async_checkpoint import CheckpointSaver, SaveError
 from model.training.checkpoint import CheckpointOptions, Position, TrainerState, load_checkpoint, read_state
 from model.training.distributed import detect_launch, end_process, process_group
 from model.training.optim import OptimOptions, build_optimizer
 from model.training.parallelize import ParallelOptions, build_mesh, parallelize
+from model.weights.load import load_pretrained
 from tests.helpers import forked
 from tests.helpers.small_run import call_main, environment, losses, solver_args
 

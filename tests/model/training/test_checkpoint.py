@@ -185,7 +185,8 @@ def test_lock_clears_what_a_kill_left_and_publishes_a_sealed_save(tmp_path):
 
 
 def test_lock_keeps_a_second_process_out(tmp_path, monkeypatch):
-    lock = "import pathlib, sys, time, model.training.checkpoint as c; file = c.lock_output_dir(pathlib.Path(sys.argv[1])); "
+    imports = "import pathlib, sys, time; from model.training.checkpoint import lock_output_dir; "
+    lock = f"{imports} file = lock_output_dir(pathlib.Path(sys.argv[1])); "
     hold = f"{lock} print('held', flush=True); time.sleep(600)"
     holder = forked.Popen([sys.executable, "-c", hold, tmp_path], os.environ)
     holder.wait_for_output("held")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.convert import check_weights, clean_name, convert_checkpoint, load_pretrained, main, write_config
+from model.convert import convert_checkpoint, main
 from model.decoder.chameleon import build_model, init_weights
 from model.decoder.trainable import TrainableOptions
 from model.weights.adapter_folder import (
@@ -21,6 +21,8 @@ from model.weights.adapter_folder import (
     fingerprint_weights,
     open_weights,
 )
+from model.weights.load import check_weights, clean_name, load_pretrained
+from model.weights.stock_folder import write_config
 from tests.helpers.hub_helpers import COMMIT, put_into_cache
 from tests.helpers.small_run import export_hf
 from tests.model.decoder.test_trainable import (

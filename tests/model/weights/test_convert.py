@@ -11,18 +11,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, ChameleonConfig, ChameleonForConditionalGeneration
 
 from model.chameleon import ChameleonXLLMXForConditionalGeneration
-from model.convert import (
-    carried_vqgan,
-    convert_checkpoint,
-    load_checkpoint_weights,
-    load_config,
-    load_pretrained,
-    main,
-    resolve_checkpoint,
-)
+from model.convert import convert_checkpoint, main
 from model.decoder.chameleon import build_model, init_weights, reset_rotary_buffers
 from model.vqgan.vqgan import HF_PREFIX, VQGAN, load_vqgan, save_vqgan
 from model.weights.adapter_folder import open_weights
+from model.weights.export import carried_vqgan
+from model.weights.hf_folder import load_config, resolve_checkpoint
+from model.weights.load import load_checkpoint_weights, load_pretrained
 from model.weights.weight_files import INDEX_FILE, WeightReader, write_weights
 from tests.helpers import forked
 from tests.helpers.decoder_helpers import random_tokens, small_config, small_model

@@ -8,10 +8,10 @@ import torch
 
 from data.items.item_processor import load_text_tokenizer
 from inference_solver import FlexARInferenceSolver
-from model.convert import load_pretrained
 from model.decoder.chameleon import build_config, build_model
 from model.weights.adapter_folder import BaseWeights
 from model.weights.hf_folder import DEFAULT_TOKENIZER, find_tokenizer
+from model.weights.load import load_pretrained
 from tests.helpers.decoder_helpers import seed_weights
 from tests.helpers.hub_helpers import COMMIT, put_into_cache
 from tests.helpers.small_run import call_main, export_hf, solver_args, write_small_task

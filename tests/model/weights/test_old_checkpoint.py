@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from model.convert import load_pretrained
+from model.weights.load import load_pretrained
 from tests.helpers.small_run import ROOT, call_main, losses, solver_args
 
 ADAPTERS = {"lora_rank": 2, "train_only": "image_head", "image_head_init": "zero"}

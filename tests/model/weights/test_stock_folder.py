@@ -16,12 +16,13 @@ from transformers import (
 
 from data.items.item_processor import load_text_tokenizer
 from model.chameleon import ChameleonXLLMXConfig, ChameleonXLLMXForConditionalGeneration
-from model.convert import load_pretrained, main
+from model.convert import main
 from model.decoder.chameleon import (
     build_config,
     build_model,
 )
 from model.vqgan.vqgan import VQGAN, image_to_pixels, save_vqgan
+from model.weights.load import load_pretrained
 from tests.helpers.decoder_helpers import seed_weights, small_config, small_model, write_small_tokenizer
 from tests.helpers.small_run import export_hf
 from tests.helpers.tokenize_helpers import write_reference_tokenizer
