@@ -82,7 +82,7 @@ def _print_unnamed(manifests: Manifests) -> None:
     if without:
         print(f"{len(without)} of {len(manifests)} records have no {MANIFEST_NAME}, the first: {without[0]}")
     paths = {fields["vqgan_sha256"]: path for path, fields in manifests if fields and fields.get("vqgan_sha256")}
-    named = {fields["vqgan_sha256"] for _, fields in manifests if fields and fields.get("codebook_sha256")}
+    named = {fields.get("vqgan_sha256") for _, fields in manifests if fields and fields.get("codebook_sha256")}
     if len(paths) > 1 and paths.keys() - named:
         first, second, *_ = paths.values()
         print(f"warning: {first} and {second} were made with different VQGAN files, perhaps different VQGANs")
