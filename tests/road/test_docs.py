@@ -59,6 +59,7 @@ def test_commands_are_accepted_by_their_parsers(doc, tmp_path):
     (tmp_path / "venv" / "bin").mkdir(parents=True)
     (tmp_path / "venv" / "bin" / "activate").touch()
     (tmp_path / "stubs").mkdir()
+    (tmp_path / "out").mkdir()
     for name in ("python", "python3", "torchrun", "srun", "sbatch", "pip", "hf", "pytest"):
         stub = tmp_path / "stubs" / name
         stub.write_text(f'#!/bin/bash\nprintf "%s\\0" "$@" "" >> "{tmp_path}/calls"\n')
