@@ -24,9 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+# Before transformers: keeps torchao quiet.
+import data  # noqa: E402, F401 isort: skip
+from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig  # noqa: E402
+
 from exps.tiny.scenes import LAYOUT_WEIGHTS, SCENE_PIXELS, Scene, all_scenes, draw, read  # noqa: E402
 from model.vqgan.vqgan import VQGAN, image_to_pixels, load_vqgan, pixels_to_image, save_vqgan  # noqa: E402
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -88,3 +89,10 @@ def test_the_manual_names_files_that_exist():
     for doc in DOCS:
         for name in re.findall(r"`((?:exps|model|data|pre_tokenize|tests)/[\w/.]+\.\w+)`", (ROOT / doc).read_text()):
             assert (ROOT / name).exists(), name
+
+
+@pytest.mark.slow
+def test_no_library_writes_to_stderr():
+    """torchao is installed for the tests, and warns in every process that imports transformers."""
+    done = subprocess.run([sys.executable, "finetune_solver.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -13,7 +13,7 @@ from model.run.options import DEFAULT_STARTS
 from model.training.checkpoint import read_state
 from model.vqgan.vqgan import VQGAN, load_vqgan, save_vqgan
 from model.weights.load import load_pretrained
-from tests.helpers.small_run import ROOT, call_main, kill_when, losses, read_lines, solver_args, train
+from tests.helpers.small_run import ROOT, call_main, losses, read_lines, solver_args, train
 
 
 @pytest.fixture
@@ -210,19 +210,6 @@ def test_the_vqgan_is_in_every_checkpoint(task, tmp_path):
 
 
 # Several ranks
-
-
-@pytest.mark.slow
-def test_a_killed_run_resumes_as_if_undisturbed(task, tmp_path):
-    """SIGKILL to the launcher alone in a save, then the same command: same losses and weights, bit for bit."""
-    changes = {"batch_size": 1, "precision": "bf16", "dropout": 0.1, "save_iteration_interval": 3, "num_workers": 1}
-    train(2, solver_args(task, tmp_path / "whole", **changes))
-    out = tmp_path / "killed"
-    args = solver_args(task, out, **changes)
-    kill_when(2, args, lambda: any(out.glob(".saving-epoch0-iter6")))
-    train(2, args)
-    assert losses(out) == losses(tmp_path / "whole")
-    assert weights(out / "epoch1") == weights(tmp_path / "whole" / "epoch1")
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import model.decoder.loss
+from model.decoder import loss as loss_module
 from model.decoder.loss import IGNORE_INDEX, LossHead
 
 
@@ -36,8 +36,8 @@ def relative_error(value, expected):
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.float64, 1e-13), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize(("chunk", "is_masked"), [(1, False), (7, True), (1000, True)])
 def test_equals_the_plain_loss(monkeypatch, dtype, bound, chunk, is_masked):
-    monkeypatch.setattr(model.loss, "_CHUNK_LOGITS", 40 * chunk)
-    monkeypatch.setattr(model.loss, "_MIN_CHUNK", 1)
+    monkeypatch.setattr(loss_module, "_CHUNK_LOGITS", 40 * chunk)
+    monkeypatch.setattr(loss_module, "_MIN_CHUNK", 1)
     head, hidden, labels = make_case(dtype)
     masked_ids = torch.tensor([3, 8, 9]) if is_masked else None
     if is_masked:
