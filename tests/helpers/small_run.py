@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -140,18 +139,6 @@ def train(num_ranks: int, args: list[str]) -> str:
     done = run_solver(num_ranks, args)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-def kill_when(num_ranks: int, args: list[str], is_time, timeout_s: float = 240) -> None:
-    """Starts a run, and kills its launcher by SIGKILL, nothing else, as soon as `is_time()`."""
-    process = forked.Popen(command(num_ranks, args), environment())
-    deadline = time.monotonic() + timeout_s
-    while not is_time():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline, "the time to kill the run never came"
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
 
 
 def read_lines(output_dir: Path) -> list[dict]:
