@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
@@ -46,6 +47,16 @@ def test_plain_run_learns_and_leaves_a_checkpoint_that_loads(trained):
     assert (state.position.epoch, state.position.step, state.position.global_step) == (2, 0, 24)
     assert load_pretrained(out / "epoch1").lm_head.weight.dtype == torch.float32
     assert (out / "epoch1" / "tokenizer.json").is_file()
+
+
+def test_every_step_has_a_dropout_seed_of_its_own(task, tmp_path, monkeypatch):
+    """A function of seed, epoch, step and rank, so that a resumed run drops the same."""
+    seeds, set_seed = [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: (seeds.append(seed), set_seed(seed))[1])
+    train_here(task, tmp_path, max_steps=14, seed=5)
+    places = [[5, 0, step, 0] for step in range(12)] + [[5, 1, step, 0] for step in range(2)]
+    expected = [int(np.random.SeedSequence(place).generate_state(1)[0]) for place in places]
+    assert [seed for seed in seeds if seed in expected] == expected
 
 
 @pytest.mark.parametrize(

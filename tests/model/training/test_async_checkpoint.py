@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from model.decoder.chameleon import build_config, build_model, init_weights, reset_rotary_buffers
 from model.training.async_checkpoint import CheckpointSaver, SaveError
-from model.training.checkpoint import CheckpointOptions, Position, TrainerState, load_checkpoint, read_state
+from model.training.checkpoint import CheckpointOptions, Position, TrainerState, load_checkpoint, publish, read_state
 from model.training.distributed import detect_launch, end_process, process_group
 from model.training.optim import OptimOptions, build_optimizer
 from model.training.parallelize import ParallelOptions, build_mesh, parallelize
@@ -125,7 +125,12 @@ def test_a_save_needs_as_much_space_as_a_checkpoint_takes(small_task, tmp_path, 
     assert needed < weights and needed == pytest.approx(weights, rel=0.5), "headers are a third of so small a model"
 
 
-def test_no_async_save_writes_the_same(small_task, tmp_path):
+def test_no_async_save_writes_the_same(small_task, tmp_path, monkeypatch):
+    def publish_if_sealed(saving: Path, final: Path) -> None:
+        assert read_state(saving).files, "a folder gets its name once all of it is on disk"
+        publish(saving, final)
+
+    monkeypatch.setattr("model.training.async_checkpoint.publish", publish_if_sealed)
     for name, changes in (("async", {}), ("sync", {"no_async_save": True})):
         flags = {"max_steps": 3, "save_iteration_interval": 1, "ckpt_max_keep": 0}
         assert call_main(solver_args(small_task, tmp_path / name, **flags, **changes)) == (0, "")
