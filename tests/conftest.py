@@ -1,10 +1,19 @@
 """What all tests share: a temporary folder of the session's own, also for the processes that tests start."""
 
+import contextlib
 import multiprocessing.util
 import os
 import tempfile
 
 import pytest
+
+# A GPU machine may be without hypothesis; no test marked `gpu` needs it.
+with contextlib.suppress(ImportError):
+    from hypothesis import settings
+
+    # The same examples in every run: a test that fails today fails tomorrow.
+    settings.register_profile("same", derandomize=True)
+    settings.load_profile("same")
 
 # Sums depend on the number of threads in their last bit, and threads that wait for each other make small models slow
 # on a busy machine. Set before torch is imported, and inherited by every process that a test starts.

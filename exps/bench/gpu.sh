@@ -54,7 +54,7 @@ stage() {
 } | tee "$OUT/summary.txt"
 
 stage tests tests 120 $PYTHON -m pytest -o addopts=--import-mode=importlib -q -p no:cacheprovider \
-  --durations=5 -m gpu tests
+  --durations=5 -m gpu $(grep -rl --include='test_*.py' mark.gpu tests)
 stage tiny tiny 90 env OUT="$OUT/tiny" ITEMS=800 STEPS=40 PROMPTS=8 PYTHON="$PYTHON" bash exps/tiny.sh
 stage pre_tokenize pre_tokenize 100 $PYTHON exps/bench/pre_tokenize.py --ways ours --num_images 768 --target_size 768 \
   --precision tf32 bf16 --num_workers "$loaders"

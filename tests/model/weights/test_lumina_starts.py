@@ -16,8 +16,11 @@ from tests.helpers.decoder_helpers import seed_weights
 from tests.helpers.hub_helpers import COMMIT, put_into_cache
 from tests.helpers.small_run import call_main, export_hf, solver_args, write_small_task
 
-# One with fewer positions than the --max_seq_len of 64, and a tokenizer; one with more, of the shape of 34B, without.
+# With positions below, at and above the --max_seq_len of 64; one alone has a tokenizer; one has the shape of 34B.
 STARTS = {
+    "Lumina-mGPT-7B-512": {"max_position_embeddings": 40, "num_attention_heads": 4},
+    "Lumina-mGPT-7B-768-Omni": {"max_position_embeddings": 64, "num_attention_heads": 4},
+    "Lumina-mGPT-7B-1024": {"max_position_embeddings": 128, "num_attention_heads": 4},
     "Lumina-mGPT-7B-768": {"max_position_embeddings": 40, "num_attention_heads": 4},
     "Lumina-mGPT-34B-512": {
         "max_position_embeddings": 80,
