@@ -41,6 +41,7 @@ from model.training.cpu_memory import keep_freed_memory
 from model.training.distributed import (
     barrier,
     detect_launch,
+    end_alone,
     end_process,
     find_shared_gpu,
     process_group,
@@ -85,12 +86,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             barrier()
             return error.exit_code
         except NoRowsError as error:
-            # During validation the other ranks wait in a collective, which ends with this process.
-            print(f"finetune_solver.py: rank {launch.rank}: {error}", file=sys.stderr, flush=True)
-            return 128 + error.number
+            return end_alone(launch, f"finetune_solver.py: rank {launch.rank}: {error}", 128 + error.number)
         except KeyboardInterrupt:
-            print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr, flush=True)
-            return 130
+            return end_alone(launch, "interrupted; the same command resumes from the last checkpoint", 130)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            advice = "perhaps of too little memory; the same command resumes, with fewer --num_workers if it dies again"
+            return end_alone(launch, f"a loader worker of rank {launch.rank} died ({error}), {advice}", 1)
 
 
 def evaluate(setup: Setup) -> int:

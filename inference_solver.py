@@ -30,6 +30,7 @@ from model.generation.loop import CUT_BY_NAN, SamplingOptions, fit_batch_size, g
 from model.generation.progress import GenerationMeter, show_progress
 from model.generation.requests import Answer, RequestCodec, check_image_symbols, describe_cuts, parse_size
 from model.generation.serve import serve
+from model.vqgan.vqgan import tf32_allowed
 from model.weights.hf_folder import find_tokenizer, load_config, resolve_checkpoint
 from model.weights.load import load_pretrained
 
@@ -68,6 +69,8 @@ class FlexARInferenceSolver(RequestCodec):
             compile_step: fuse the small operations of a token with `torch.compile`, which takes a minute at first.
             max_positions: least positions of the model, e.g. the --max_seq_len of its training.
         """
+        if precision not in DTYPES:
+            raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(DTYPES)}")
         self.allow_tf32 = precision == "tf32"
         folder = resolve_checkpoint(model_path)
         config, tokenizer = load_config(folder, mask_image_logits=False), tokenizer or find_tokenizer(folder)
@@ -153,15 +156,13 @@ class FlexARInferenceSolver(RequestCodec):
 
         Without `desc`, `on_progress` is called after every forward; an error that it raises ends the generation.
         """
-        # A setting of the process: another solver may have changed it.
-        torch.backends.cuda.matmul.allow_tf32 = self.allow_tf32
         prompts, sizes = self.encode_requests(requests)
         starts = [self.image_start(size) for size in sizes]
         lens = [len(prompt) + len(start) for prompt, start in zip(prompts, starts, strict=True)]
         num_bytes, dtype = int(CACHE_SHARE * free_bytes(self.device)), self.model.dtype
         batch_size = fit_batch_size(self.model.config, lens, max_gen_len, options, dtype, num_bytes, batch_size)
         advice = f"make --max_gen_len ({max_gen_len}), --size or the number of answers ({len(requests)}) smaller"
-        with naming_shortage(advice):
+        with naming_shortage(advice), tf32_allowed(self.allow_tf32):
             with show_progress(desc) if desc else nullcontext(on_progress) as show:
                 report = GenerationMeter(sizes, batch_size, max_gen_len, show).update
                 arguments = (self.model, prompts, self.vocab, options, max_gen_len, starts, batch_size, report)
@@ -185,7 +186,6 @@ def choose_device(device: str) -> torch.device:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Generate text and images from a checkpoint.")
     add = parser.add_argument
-    # what to answer
     add("--prompt", help=f"the request; {IMAGE_SYMBOL} marks where images stand (default: first)")
     add("--image", nargs="+", action="extend", type=Path, default=[], help="images of the prompt, in order")
     add("--size", help="WIDTHxHEIGHT in pixels of an image to draw first (default: the model decides)")
@@ -193,7 +193,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--serve", action="store_true", help="open a page in the browser instead; it begins with the values below")
     add("--host", default="127.0.0.1", help="address of the page, which has no password (default: %(default)s)")
     add("--port", type=int, default=7860, help="port of the page, 0 for any free one (default: %(default)s)")
-    # with what
     add("--model_path", required=True, help="checkpoint folder or hub id")
     add("--tokenizer", help="tokenizer folder or hub id (default: that of the checkpoint, else the recipe's)")
     add("--vqgan_dir", type=Path, default=DEFAULT_VQGAN_DIR, help=VQGAN_HELP)
@@ -202,7 +201,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--target_size", type=int, default=512, help="size in pixels that images of the prompt get (default: 512)")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute (default: %(default)s)")
     add("--precision", choices=tuple(DTYPES), default="bf16", help="precision of the model (default: %(default)s)")
-    # how
     add("--max_gen_len", type=int, default=8192, help="most new tokens (default: %(default)s)")
     add("--temperature", type=float, default=1.0, help="sampling temperature, 0 is greedy (default: %(default)s)")
     add("--cfg", type=float, default=3.0, help="guidance inside images, 1 switches it off (default: %(default)s)")
@@ -240,7 +238,9 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         problems.append("--prompt is missing: say what to draw or to answer (or open a page with --serve)")
     if args.out and (args.out.is_dir() or args.out.suffix.lower() != ".png"):
         problems.append(f"--out {args.out} must be a file that ends in .png")
-    if args.out and not os.access(args.out.parent, os.W_OK):
+    if args.size and not args.out:
+        problems.append("--size draws an image: add --out FILE.png, where to write the image")
+    if args.out and not (args.out.parent.is_dir() and os.access(args.out.parent, os.W_OK | os.X_OK)):
         problems.append(f"--out {args.out}: the folder {args.out.parent} is not there or cannot be written")
     return problems
 

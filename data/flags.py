@@ -6,6 +6,7 @@ manual, and `range_problems` checks numbers. Every options dataclass of training
 
 import argparse
 import dataclasses
+import math
 import types
 import typing
 from typing import Any
@@ -59,7 +60,7 @@ def range_problems(options: Any) -> list[str]:
     found = []
     for field in dataclasses.fields(options):
         least, most, value = field.metadata["least"], field.metadata["most"], getattr(options, field.name)
-        if least is not None and value is not None and not value >= least:
+        if least is not None and value is not None and not least <= value < math.inf:
             found.append(f"--{field.name} must be at least {least}, got {value}")
         if most is not None and not value <= most:
             found.append(f"--{field.name} must be at most {most}, got {value}")

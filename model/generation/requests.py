@@ -8,6 +8,7 @@ Both sides of `model/generation/loop.py`, for `inference_solver.py` and for the 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from data.items.vocab import GRID_PIXELS, IMAGE_SYMBOL, ChameleonVocab
 from data.messages import brief
 from model.generation.loop import CUT_BY_LENGTH, CUT_BY_NAN, CUT_BY_POSITIONS, Generation
 from model.vqgan.image_encoder import ImageEncoder
-from model.vqgan.vqgan import VQGAN, check_codebook, load_vqgan, pixels_to_image
+from model.vqgan.vqgan import VQGAN, check_codebook, load_vqgan, pixels_to_image, tf32_allowed
 
 REQUEST_KEYS = {"qas", "images", "size"}
 
@@ -126,11 +127,13 @@ class RequestCodec:
             if id(request) in encoded:
                 continue
             try:
+                if not isinstance(request, Mapping):
+                    raise ValueError(f"it must be an object with qas, got {brief(str(request)[:200])}")
                 if "qas" not in request or not REQUEST_KEYS.issuperset(request):
                     raise ValueError(
                         f"it has {', '.join(map(brief, request))}; it must have qas, and may have images and size"
                     )
-                size = request.get("size") and tuple(request["size"])
+                size = _check_size(request.get("size"))
                 encoded[id(request)] = self.encode_request(request["qas"], request.get("images")), size
             except ValueError as error:
                 raise ValueError(f"request {index}: {error}" if index else str(error)) from None
@@ -165,7 +168,8 @@ class RequestCodec:
             if with_images:
                 codes = torch.from_numpy(self.vocab.tokens_to_codes(tokens[start:stop]))
                 # One at a time: a batch may round differently, and the same seed must give the same image.
-                images.append(pixels_to_image(self.vqgan.decode(codes[None])[0]))
+                with tf32_allowed(False):
+                    images.append(pixels_to_image(self.vqgan.decode(codes[None])[0]))
         return Answer(text + self._decode_text(tokens[done:]), images, generation.cut_by, is_image_cut_off)
 
     def _decode_text(self, tokens: list[int]) -> str:
@@ -206,7 +210,9 @@ def check_image_symbols(texts: Iterable[str | None], num_images: int) -> None:
 
 def _check_turns(qas: Any) -> None:
     """Raises ValueError unless `qas` is [question, answer] pairs of texts; the last answer may be None."""
-    is_good = bool(qas) and all(isinstance(qa, list | tuple) and len(qa) == 2 for qa in qas)
+    is_good = (
+        isinstance(qas, list | tuple) and bool(qas) and all(isinstance(qa, list | tuple) and len(qa) == 2 for qa in qas)
+    )
     if is_good:
         *texts, last_answer = [text for qa in qas for text in qa]
         is_good = all(isinstance(text, str) for text in texts) and isinstance(last_answer, str | None)
@@ -214,6 +220,15 @@ def _check_turns(qas: Any) -> None:
         raise ValueError(
             f"qas must be [question, answer] pairs of texts; only the last answer may be None, got {str(qas)[:80]!r}"
         )
+
+
+def _check_size(size: Any) -> tuple[int, int] | None:
+    """The size of a request. Raises ValueError unless the size is None or a pair of whole numbers."""
+    if size is None:
+        return None
+    if not (isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(side, Integral) for side in size)):
+        raise ValueError(f"size must be (width, height) in whole pixels, got {brief(str(size)[:200])}")
+    return int(size[0]), int(size[1])
 
 
 def parse_size(text: str) -> tuple[int, int]:

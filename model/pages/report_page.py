@@ -13,6 +13,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from data.items.vocab import IMAGE_SYMBOL
+from data.messages import one_line
 from model.pages.assets import PAGES_DIR, data_uri, render
 from model.pages.charts import MIN_TO_SMOOTH, Chart, Series, draw_curves, smooth
 from model.run.samples_format import Sample, SampleStep
@@ -228,8 +229,9 @@ def _embed_image(path: Path) -> dict[str, Any]:
     try:
         with Image.open(path) as file:
             image = file.convert("RGB")
-    except OSError as error:
-        return {"error": str(error)}
+    # Pillow raises SyntaxError, ValueError and its own errors for damaged files, too.
+    except Exception as error:
+        return {"error": one_line(error)}
     size, is_small = "{} × {}".format(*image.size), max(image.size) <= PIXELATED_BELOW
     image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
     return {"error": None, "size": size, "is_small": is_small, "uri": data_uri(image)}

@@ -58,7 +58,9 @@ class ModelOptions:
         "by default zero for the recipe's weights (as in the recipe) and keep for --init_from",
         choices=IMAGE_HEAD_INITS,
     )
-    dropout: float = flag(0.0, "probability after attention and MLP; the recipe's scripts pass 0.05", least=0, most=1)
+    dropout: float = flag(
+        0.0, "probability after attention and MLP; the recipe's scripts pass 0.05", least=0, most=0.99
+    )
     z_loss_weight: float = flag(0.0, "weight of the squared log-normalizer; the recipe's scripts pass 1e-5", least=0)
     mask_image_logits: bool = flag(
         False, "mask the logits of image tokens; rejected if there are images to learn", off="unmask_image_logits"

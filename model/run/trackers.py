@@ -78,7 +78,7 @@ class Trackers:
         self._last_step = last_step
         if not options.names:
             return
-        run_id = open_run(output_dir)
+        run_id, self._last_step = open_run(output_dir, last_step)
         with _single_process():
             from accelerate.state import PartialState
             from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -139,14 +139,18 @@ class Trackers:
             )
 
 
-def open_run(output_dir: Path) -> str:
-    """The id of the run in that folder; a new run gets one. Older files have more lines, which are ignored."""
+def open_run(output_dir: Path, last_step: int) -> tuple[str, int]:
+    """(id of the run in that folder, a new one if there is none; last step that any part of the run has logged).
+
+    Two kills in a row cut `metrics.jsonl` twice, so the file with the id keeps the largest step, too.
+    """
     path = output_dir / RUN_ID_NAME
-    lines = path.read_text(errors="replace").split() if path.is_file() else []
-    run_id = lines[0] if lines else secrets.token_hex(4)
+    words = path.read_text(errors="replace").split() if path.is_file() else []
+    run_id = words[0] if words else secrets.token_hex(4)
+    last_step = max([last_step, *(int(word) for word in words[1:] if word.isdecimal())])
     with open_whole(path) as file:
-        file.write(f"{run_id}\n".encode())
-    return run_id
+        file.write(f"{run_id}\n{last_step}\n".encode())
+    return run_id, last_step
 
 
 def _send_images(name: str, tracker: Any, step: int, images: Mapping[str, Sequence[Image.Image]]) -> None:

@@ -96,8 +96,12 @@ class StepProfiler:
             self._say(f"no profile: this run took no step from {self._steps[0]} to {self._steps[-1]}")
 
     def _write(self, profiler: torch.profiler.profile) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(self._path))
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(self._path))
+        except OSError as error:
+            self._say(f"no profile, training continues: {error}")
+            return
         self._say(f"the profile is in {self._path}; open it in https://ui.perfetto.dev")
 
 
@@ -120,8 +124,12 @@ class HangWatch:
         self.rest()
         if self._file is None:
             # Rank 0 has made the folder, but a network disk may not show it to other machines yet.
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a")
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("a")
+            except OSError:
+                # A full disk must not end a training.
+                return
         limit_s = patience * self._timeout_s
         self._what, self._deadline = f"{what} took more than {limit_s:g} s", time.monotonic() + limit_s
         faulthandler.dump_traceback_later(limit_s, file=self._file)
@@ -132,7 +140,8 @@ class HangWatch:
         if time.monotonic() > self._deadline:
             line = f"rank {self._rank}: {self._what}; its stacks are in {self._path}"
             print(line, file=sys.stderr, flush=True)
-            print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n", file=self._file, flush=True)
+            with contextlib.suppress(OSError):
+                print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n", file=self._file, flush=True)
         self._deadline = math.inf
 
     def close(self) -> None:

@@ -215,6 +215,9 @@ class _HostStager(AsyncStager):
     Page-locking takes longer than copying, so the memory is kept for the next save.
     """
 
+    # For `dcp.async_save`: `stage` returns when the copies are done.
+    _synchronize_after_execute = False
+
     def __init__(self) -> None:
         self._buffers: dict[tuple[Any, ...], torch.Tensor] = {}
 

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from data.flags import flag
 from data.whole_file import open_locked, open_whole, sync_path
 from model.decoder.trainable import LORA_TARGETS
+from model.training.optim import ADAMW_8BIT
 from model.weights.adapter_folder import NOTE_NAME
 from model.weights.hf_folder import name_checkpoints_in
 
@@ -163,17 +164,19 @@ def seal(folder: Path, state: TrainerState) -> None:
 
 def publish(saving: Path, final: Path) -> None:
     """Gives a sealed folder its name; an older folder of that name is removed."""
-    if final.exists():
-        _remove(final)
+    replaced = _hide(final) if final.exists() else None
     os.rename(saving, final)
     sync_path(final.parent)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Fills a sharded model and its optimizer from a checkpoint of any number of ranks; every rank calls it.
 
     The settings of the optimizer (weight decay and the like) stay those of this run. Moments in bf16, which older
-    checkpoints may have, become fp32. Raises ValueError, on all ranks, if moments in 8 bits cannot be divided.
+    checkpoints may have, become fp32. Raises ValueError, on all ranks, if a file cannot be read, or if moments in 8
+    bits cannot be divided.
     """
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     model_state, optimizer_state = get_state_dict(model, optimizer, options=TRAINED_STATE)
@@ -182,8 +185,11 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         dcp.load(state, checkpoint_id=folder / SHARDS_NAME)
     except CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
+        saved = read_state(folder)
+        if saved.world_size == dist.get_world_size() or saved.options.get("optim") != ADAMW_8BIT:
+            raise ValueError(f"{folder} cannot be loaded: {cause}") from error
         raise ValueError(
-            f"{folder} was saved by {read_state(folder).world_size} ranks and cannot be divided among "
+            f"{folder} was saved by {saved.world_size} ranks and cannot be divided among "
             f"{dist.get_world_size()} ({cause}). Blocks of moments in 8 bits cannot be split: resume with the old "
             "number of ranks, or start another run with --init_from the checkpoint"
         ) from error
@@ -282,7 +288,7 @@ def remove_old(output_dir: Path, keep: int) -> None:
     states, _ = _complete_checkpoints(output_dir)
     by_age = sorted(states, key=lambda folder: states[folder].position.global_step)
     for folder in by_age[:-keep] if keep > 0 else []:
-        _remove(folder)
+        shutil.rmtree(_hide(folder))
 
 
 def lock_output_dir(output_dir: Path) -> TextIO:
@@ -313,10 +319,12 @@ def lock_output_dir(output_dir: Path) -> TextIO:
 @functools.cache
 def collect_versions() -> dict[str, str | None]:
     """Versions of what the numbers of a run depend on, and the commit of this code (None outside of git)."""
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    commit = git.stdout.strip() if git.returncode == 0 else None
+    commit = None
+    # A container may be without git.
+    if shutil.which("git"):
+        command = ["git", "rev-parse", "HEAD"]
+        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        commit = git.stdout.strip() if git.returncode == 0 else None
     return {"torch": torch.__version__, "transformers": transformers.__version__, "commit": commit}
 
 
@@ -337,8 +345,9 @@ def _complete_checkpoints(output_dir: Path) -> tuple[dict[Path, TrainerState], l
     return states, skipped
 
 
-def _remove(folder: Path) -> None:
-    """Hides a checkpoint before its files go: a kill must not leave half of it under its name."""
+def _hide(folder: Path) -> Path:
+    """Renames a checkpoint before its files go: a kill must not leave half of it under its name."""
     hidden = folder.with_name(f"{REPLACED_PREFIX}{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
     os.rename(folder, hidden)
-    shutil.rmtree(hidden)
+    return hidden

@@ -171,6 +171,18 @@ def process_group(launch: Launch, device_name: str, timeout_s: float) -> Iterato
     dist.destroy_process_group()
 
 
+def end_alone(launch: Launch, message: str, code: int) -> int:
+    """Prints why this rank ends and ends its process, as the other ranks may be in a collective.
+
+    Returns the exit code if there is no other rank.
+    """
+    print(message, file=sys.stderr, flush=True)
+    if launch.world_size > 1:
+        # Not by way of `process_group`, whose barrier would wait for the others.
+        end_process(code)
+    return code
+
+
 def end_process(code: int) -> NoReturn:
     """Ends this process without finalizing the interpreter.
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from model.vqgan.vqgan import VQGAN, images_to_pixels
+from model.vqgan.vqgan import VQGAN, images_to_pixels, tf32_allowed
 
 
 class ImageEncoder:
@@ -49,13 +49,11 @@ class ImageEncoder:
 
     def _encode(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Codes [B, h, w] of images of one size, still on the device."""
-        if self.device.type == "cuda":
-            allow_tf32 = self.precision == "tf32"
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow_tf32
         pixels = images_to_pixels(images, self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            features = self.features(pixels)
-        return self.vqgan.nearest_codes(features.float())
+        with tf32_allowed(self.precision == "tf32"):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                features = self.features(pixels)
+            return self.vqgan.nearest_codes(features.float())
 
 
 def group_by_size(sizes: Sequence[tuple[int, int]], batch_size: int) -> list[list[int]]:

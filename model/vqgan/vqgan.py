@@ -5,10 +5,11 @@ The state-dict keys are those of Meta's `vqgan.ckpt`. `load_vqgan` reads Meta's 
 Hugging Face Chameleon folder (which holds no decoder), and our own (`vqgan.json`, `model.safetensors`).
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +196,17 @@ def load_vqgan(vqgan_dir: str | os.PathLike, device: str = "cpu", dtype: torch.d
     if missing:
         raise ValueError(f"{folder}: the VQGAN weights lack {len(missing)} tensors, first {missing[0]}")
     return vqgan.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def tf32_allowed(is_allowed: bool) -> Iterator[None]:
+    """Whether CUDA may round products to TF32 inside of `with`: a setting of the process, restored at the end."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = is_allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def save_vqgan(vqgan: VQGAN, vqgan_dir: str | os.PathLike, dtype: torch.dtype = torch.float16) -> None:

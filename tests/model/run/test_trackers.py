@@ -93,15 +93,15 @@ def test_other_trackers_get_each_step_once_under_one_id(tmp_path, monkeypatch):
         for step in range(resume_step + 1, end + 1):
             trackers.log(step, {"loss": 1.0 / step})
         trackers.close()
-    run_id = (tmp_path / RUN_ID_NAME).read_text().strip()
+    run_id = (tmp_path / RUN_ID_NAME).read_text().split()[0]
     assert starts == [("a_project", run_id, "allow")] * 2 and sent == list(range(1, 8))
 
 
 def test_the_id_of_an_older_run_is_kept(tmp_path):
     (tmp_path / RUN_ID_NAME).write_text("0a1b2c3d\nwandb 5\n")
-    assert open_run(tmp_path) == "0a1b2c3d"
+    assert open_run(tmp_path, 7)[0] == "0a1b2c3d"
     (tmp_path / RUN_ID_NAME).write_text("")
-    assert len(open_run(tmp_path)) == 8
+    assert len(open_run(tmp_path, 7)[0]) == 8 and open_run(tmp_path, 5)[1] == 7
 
 
 def test_unknown_and_missing_trackers_are_problems(monkeypatch):
