@@ -90,6 +90,7 @@ def replace_locked(path: str | os.PathLike, lines: Iterable[str]) -> TextIO:
         file.flush()
         os.fsync(file.fileno())
         os.replace(partial, path)
+        sync_path(partial.parent)
     except BaseException:
         file.close()
         partial.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -40,10 +41,33 @@ MAX_SHOWN = 10
 PERCENTILES = (0, 5, 50, 95, 100)
 
 
+class IdSet:
+    """A set of ids: a byte for each of 0..num_items-1, where a Python set takes 80, and a Python set for others."""
+
+    def __init__(self, num_items: int) -> None:
+        self._is_in, self._others = bytearray(num_items), set()
+
+    def __contains__(self, item_id: int | str) -> bool:
+        return bool(self._is_in[item_id]) if self._has_byte(item_id) else item_id in self._others
+
+    def add(self, item_id: int | str) -> None:
+        if self._has_byte(item_id):
+            self._is_in[item_id] = True
+        else:
+            self._others.add(item_id)
+
+    def _has_byte(self, item_id: int | str) -> bool:
+        return isinstance(item_id, int) and 0 <= item_id < len(self._is_in)
+
+
 @dataclass
 class Survey:
-    """What the sub-records hold: tokens of each item, rejected items per reason, and everything that is wrong."""
+    """What the sub-records hold: tokens of each item, rejected items per reason, and everything that is wrong.
 
+    `num_items` is that of the input, 0 if unknown.
+    """
+
+    num_items: int = 0
     lengths: array = field(default_factory=lambda: array("q"))
     reasons: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
@@ -102,11 +126,14 @@ def merge(folder: Path, save_path: Path, allow_partial: bool = False, shard_size
             problems = survey.problems or [f"all {survey.reasons.total()} were rejected; see *-failed.jsonl"]
             raise ValueError(f"{folder} cannot be merged: no item was tokenized, {_some(problems, separator='; ')}")
         if shard_size:
-            num_moved = sum(move_to_shards(path, shard_size) for path in sub_records.values())
+            num_moved = sum(move_to_shards(path, shard_size, locks) for path in sub_records.values())
             print(f"{num_moved:,} items moved into shards")
         target = Path(os.path.realpath(save_path))
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_merged(merged_entries(sub_records, target.parent), target)
+        write_merged(merged_entries(sub_records, survey.num_items, target.parent), target)
+        first_file = next(read_record(save_path)).file
+        if not os.path.exists(first_file):
+            raise ValueError(f"{save_path} is written, but its first token file {one_line(first_file)} does not open")
         if shard_size:
             for path in sub_records.values():
                 remove_moved(path)
@@ -128,18 +155,23 @@ def find_sub_record_set(folder: Path) -> tuple[dict[int, Path], int]:
 
 def check_sub_records(folder: Path, sub_records: dict[int, Path], splits: int) -> Survey:
     """Check that all ranks are there, lines undamaged, ids unique, tokens on disk, and every item done."""
-    survey = Survey()
+    # Datasets of the old recipe have no manifest.
+    num_items = load_manifest(folder).get("num_items") if (folder / MANIFEST_NAME).exists() else None
+    survey = Survey(num_items or 0)
     missing = [rank for rank in range(splits) if rank not in sub_records]
     if missing:
         survey.problems.append(f"it lacks the sub-records of --rank {_some(missing)} of --splits {splits}; run them")
-    # Datasets of the old recipe have no manifest.
-    num_items = load_manifest(folder).get("num_items") if (folder / MANIFEST_NAME).exists() else None
-    seen: set[int | str] = set()
+    seen = IdSet(survey.num_items)
     num_done: Counter[int] = Counter()
     for rank, path in sub_records.items():
         for _, entry in good_entries(path, seen, survey.problems):
             survey.lengths.append(entry.len)
             num_done[rank] += 1
+        # The worker treats such a line as not done, even if its JSON is complete.
+        if _is_torn(path):
+            survey.problems.append(
+                f"{path.name}: the last line is torn; run --rank {rank} of --splits {splits} again to repair it"
+            )
     for rank in sub_records:
         num_done[rank] += _count_rejected(folder / failed_name(rank, splits), seen, survey)
         if num_items is not None:
@@ -152,14 +184,16 @@ def check_sub_records(folder: Path, sub_records: dict[int, Path], splits: int) -
     return survey
 
 
-def good_entries(path: Path, seen: set[int | str], problems: list[str]) -> Iterator[tuple[RecordEntry, RecordEntry]]:
+def good_entries(path: Path, seen: IdSet, problems: list[str]) -> Iterator[tuple[RecordEntry, RecordEntry]]:
     """The entries of a sub-record that can be merged, each as it is written and with a file that opens from here.
 
     Their ids are added to `seen`, and what is wrong with the others to `problems`.
     """
+    # Neighbours share a shard.
+    file_size = lru_cache(maxsize=16)(_file_size)
     try:
         for raw, entry in zip(read_raw_record(path), read_record(path), strict=True):
-            if problem := _entry_problem(entry, seen):
+            if problem := _entry_problem(entry, seen, file_size(entry.file)):
                 problems.append(f"{path.name}: {one_line(problem, MAX_REASON)}")
             else:
                 seen.add(entry.id)
@@ -169,17 +203,32 @@ def good_entries(path: Path, seen: set[int | str], problems: list[str]) -> Itera
         problems.append(str(error))
 
 
-def _entry_problem(entry: RecordEntry, seen: set[int | str]) -> str | None:
+def _entry_problem(entry: RecordEntry, seen: IdSet, file_size: int) -> str | None:
     if entry.id in seen:
         return f"id {entry.id} occurs twice"
-    if not os.path.exists(entry.file):
+    if file_size < 0:
         return f"the token file {entry.file} of id {entry.id} does not exist"
-    if entry.is_sharded and entry.offset + entry.nbytes > os.path.getsize(entry.file):
+    if entry.is_sharded and entry.offset + entry.nbytes > file_size:
         return f"the shard {entry.file} ends before the tokens of id {entry.id}"
     return None
 
 
-def _count_rejected(path: Path, seen: set[int | str], survey: Survey) -> int:
+def _file_size(path: str) -> int:
+    """Bytes of a file; -1 if it does not open."""
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return -1
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether the last line of a file lacks its newline."""
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        return file.read() not in (b"", b"\n")
+
+
+def _count_rejected(path: Path, seen: IdSet, survey: Survey) -> int:
     before = survey.reasons.total()
     try:
         # Datasets of the old recipe have no such list.
@@ -194,9 +243,9 @@ def _count_rejected(path: Path, seen: set[int | str], survey: Survey) -> int:
     return survey.reasons.total() - before
 
 
-def merged_entries(sub_records: dict[int, Path], record_folder: Path) -> Iterator[RecordEntry]:
+def merged_entries(sub_records: dict[int, Path], num_items: int, record_folder: Path) -> Iterator[RecordEntry]:
     """The good entries of all sub-records, relative files made relative to the folder of the merged record."""
-    seen: set[int | str] = set()
+    seen = IdSet(num_items)
     for path in sub_records.values():
         for raw, entry in good_entries(path, seen, problems=[]):
             is_absolute = os.path.isabs(raw.file)

@@ -6,19 +6,22 @@ shards of a rank, its sub-record, which points into them, (by the caller) the me
 """
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from data.formats.record import RecordEntry, read_raw_record, read_record, relative_file, write_sub_record
+from data.formats.record import RecordEntry, read_raw_record, read_record, relative_file
 from data.formats.token_file import parse_token_bytes, read_token_bytes, write_shard
+from data.whole_file import replace_locked
 from pre_tokenize.worker_log import FILES_DIR
 
 SHARDS_DIR = "shards"
 
 
-def move_to_shards(sub_record: Path, shard_size: int) -> int:
+def move_to_shards(sub_record: Path, shard_size: int, locks: ExitStack) -> int:
     """Write the shards of one sub-record and point it into them. Returns how many items were not yet in a shard.
 
+    `locks` keeps the new sub-record locked, as the caller did the old one.
     Raises ValueError or FileNotFoundError for a token file that is not what the record says.
     """
     entries = list(read_record(sub_record))
@@ -27,7 +30,8 @@ def move_to_shards(sub_record: Path, shard_size: int) -> int:
         return 0
     folder, prefix = sub_record.parent, _shard_prefix(sub_record)
     (folder / SHARDS_DIR).mkdir(exist_ok=True)
-    used = [int(Path(entry.file).stem.rpartition("-")[2]) for entry in entries if entry.is_sharded]
+    # The merged record may point into shards that the sub-record no longer has, after --retry_failed cut it.
+    used = [int(path.stem.rpartition("-")[2]) for path in (folder / SHARDS_DIR).glob(f"{prefix}*.pkls")]
     number = max(used, default=-1)
     places = []
     for start in range(0, len(waiting), shard_size):
@@ -36,7 +40,8 @@ def move_to_shards(sub_record: Path, shard_size: int) -> int:
         payloads = map(_checked_bytes, waiting[start : start + shard_size])
         places += [(name, *place) for place in write_shard(folder / name, payloads)]
     remaining = iter(places)
-    write_sub_record((_placed(entry, folder, remaining) for entry in entries), sub_record)
+    lines = (_placed(entry, folder, remaining).to_json() + "\n" for entry in entries)
+    locks.enter_context(replace_locked(sub_record, lines))
     return len(waiting)
 
 

@@ -19,6 +19,8 @@ from data.epoch.context_dropout import keeps_image_only
 
 # Items packed together. Larger windows fill 0.1% more, but give the same rows in every epoch.
 PACKING_WINDOW = 100_000
+# Context dropout makes several uint64 arrays of the items that it draws at once.
+DROPOUT_BLOCK = 1 << 20
 # Allowed row lengths between a power of two and the next: about 2% filler on average.
 ROW_LENS_PER_OCTAVE = 16
 # Row lengths are multiples of this, as tensor cores want.
@@ -178,8 +180,12 @@ def shown_lengths(table: ItemTable, options: OrderOptions, epoch: int) -> np.nda
     """Tokens int32 [N] of each item in `epoch`: all, or after context dropout its image and the end of the turn."""
     if not options.context_dropout:
         return np.asarray(table.lengths)
-    image_only = table.image_only(np.arange(len(table)), options, epoch)
-    return np.where(image_only, table.image_lens + 1, table.lengths).astype(np.int32)
+    lengths = np.array(table.lengths, np.int32)
+    for start in range(0, len(table), DROPOUT_BLOCK):
+        items = np.arange(start, min(start + DROPOUT_BLOCK, len(table)))
+        image_only = items[table.image_only(items, options, epoch)]
+        lengths[image_only] = table.image_lens[image_only] + 1
+    return lengths
 
 
 def num_micro_steps(order: EpochOrder, world_size: int) -> int:

@@ -78,8 +78,8 @@ def _parse_entry(entry: object, name: str, folder: Path, problems: list[str]) ->
     known = ", ".join(_KEYS)
     problems += [f"{name} has an unknown key {brief(key)} (known: {known})" for key in entry if key not in _KEYS]
     ratio, type_name = entry.get("ratio", 1.0), entry.get("type", DEFAULT_TYPE)
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < float("inf"):
-        problems.append(f"{name}: ratio must be a number above 0, got {brief(ratio)}")
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1e9:
+        problems.append(f"{name}: ratio must be a number above 0 and below 1e9, got {brief(ratio)}")
         ratio = 1.0
     if not isinstance(type_name, str) or not type_name:
         problems.append(f"{name}: type must be a name, got {brief(type_name)}")

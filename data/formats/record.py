@@ -152,13 +152,6 @@ def write_merged(entries: Iterable[RecordEntry], path: str | os.PathLike) -> Non
         file.write(b"\n]\n")
 
 
-def write_sub_record(entries: Iterable[RecordEntry], path: str | os.PathLike) -> None:
-    """Write a new sub-record atomically, `file` as given."""
-    with open_whole(path) as file:
-        for entry in entries:
-            file.write(entry.to_json().encode() + b"\n")
-
-
 def sub_record_name(rank: int, splits: int) -> str:
     return f"{rank}-of-{splits}-record.jsonl"
 

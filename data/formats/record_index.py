@@ -12,6 +12,7 @@ The first process of a node builds the index, all others open it; `data/epoch/da
 The state is the record's size, modification time and a hash of its first and last MiB: a changed record is another one.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -42,6 +43,8 @@ _COLUMNS = {
     "name_starts": "<i8", "name_lens": "<i4", "offsets": "<i8", "nbytes": "<i8",
 }  # fmt: skip
 _DIGESTED = ("lens", "image_lens", "ids")
+# Errors of a file system without flock.
+_NO_FLOCK = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 class RecordIndex:
@@ -93,11 +96,22 @@ def open_index(
         if index := _open_complete(folder, path):
             return index
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with open_locked(f"{folder}.lock", patience_s=math.inf) as lock:
+        lock = Path(f"{folder}.lock")
+        with ExitStack() as held:
+            try:
+                held.enter_context(open_locked(lock, patience_s=math.inf))
+            except OSError as error:
+                # Without flock every process builds, and the first to finish publishes.
+                if error.errno not in _NO_FLOCK:
+                    raise
+            else:
+                # Left by killed processes of this node.
+                for left in cache_dir.glob(f"{_building_prefix(folder)}*"):
+                    shutil.rmtree(left, ignore_errors=True)
             if not _open_complete(folder, path):
                 say(f"building the index of record {path} ({os.path.getsize(path) / 1e6:,.1f} MB) in {cache_dir}")
                 _build(os.path.abspath(path), folder)
-            os.unlink(lock.name)
+            lock.unlink(missing_ok=True)
         return RecordIndex(folder, path)
     except OSError as error:
         raise ValueError(
@@ -150,10 +164,16 @@ def _map_array(path: Path, dtype: str | type, size: int) -> np.ndarray:
     return np.asarray(np.memmap(path, dtype, mode="r", shape=(size,)))
 
 
+def _building_prefix(folder: Path) -> str:
+    """How the names of the folders begin in which this node builds an index."""
+    # "@" ends the hostname: the folders of node-1 are not those of node-1b.
+    return f"{folder.name}.building-{socket.gethostname()}@"
+
+
 def _build(path: str, folder: Path) -> None:
-    """Build the index beside `folder` and rename it; the caller holds the lock of this node."""
-    # Other nodes may share the cache folder but not its locks, so the name has the node in it.
-    building = folder.with_name(f"{folder.name}.building-{socket.gethostname()}")
+    """Build the index beside `folder` and rename it, unless another process was faster."""
+    # Other nodes may share the cache folder but not its locks, and some file systems have no locks.
+    building = folder.with_name(f"{_building_prefix(folder)}{os.getpid()}")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
     try:
@@ -172,11 +192,19 @@ def _build(path: str, folder: Path) -> None:
         digests = b"".join(hashlib.blake2b(column, digest_size=16).digest() for column in columns)
         header["digest"] = hashlib.blake2b(digests, digest_size=16).hexdigest()
         (building / HEADER_NAME).write_text(json.dumps(header))
-        if not _open_complete(folder, path):
-            # Older states of the record, or a damaged index. A process that has one open keeps it.
-            for older in folder.parent.glob(f"{folder.name[:16]}-????????????????"):
-                shutil.rmtree(older, ignore_errors=True)
+        try:
             publish_folder(building, folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            # Another process was faster, or the index is damaged.
+            if not _open_complete(folder, path):
+                shutil.rmtree(folder, ignore_errors=True)
+                publish_folder(building, folder)
+        # Older states of the record. A process that has one open keeps it.
+        for older in folder.parent.glob(f"{folder.name[:16]}-????????????????"):
+            if older != folder:
+                shutil.rmtree(older, ignore_errors=True)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 

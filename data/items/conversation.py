@@ -128,6 +128,10 @@ def _parse_turn(raw: object, index: int) -> Turn:
         raise ItemError(f"turn {index} is from {brief(role)}; `from` must be one of {', '.join(ROLES)}")
     if not isinstance(text, str):
         raise ItemError(f"`value` of turn {index} must be text, got {brief(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ItemError(f"`value` of turn {index} has half of a surrogate pair, which is not text") from None
     if not text and ROLES[role] == "gpt":
         raise ItemError(f"turn {index} is from {role} and empty, so the model would learn to end at once")
     return Turn(ROLES[role], text)

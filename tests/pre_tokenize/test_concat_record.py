@@ -13,7 +13,11 @@ from data.formats.data_config import DataSource
 from data.formats.record import read_record
 from data.formats.record_index import open_index
 from data.formats.token_file import load_token_file, save_token_file
+from data.whole_file import is_locked
+from pre_tokenize import concat_record
+from pre_tokenize.concat_record import IdSet
 from pre_tokenize.concat_record import main as concat
+from pre_tokenize.shards import remove_moved
 from pre_tokenize.worker_log import WorkerLog
 from tests.helpers.tokenize_helpers import snapshot
 
@@ -25,13 +29,17 @@ def write_output(folder: Path, num_items: int = NUM_ITEMS, splits: int = SPLITS,
     for rank in range(splits):
         first, stop = (num_items * part // splits for part in (rank, rank + 1))
         with WorkerLog(folder, rank, splits, first, stop) as log:
-            for i in range(first, stop):
-                if i in bad:
-                    log.add_rejected(i, "its image is bad")
-                else:
-                    log.add_item(tokens_of(i), [-100] * (3 + i), i, 2 if i % 2 else None)
+            log_items(log, range(first, stop), bad)
     (folder / "manifest.json").write_text(json.dumps({"num_items": num_items, "splits": splits}))
     return folder
+
+
+def log_items(log: WorkerLog, ids: range, bad: tuple[int, ...] = BAD) -> None:
+    for i in ids:
+        if i in bad:
+            log.add_rejected(i, "its image is bad")
+        else:
+            log.add_item(tokens_of(i), [-100] * (3 + i), i, 2 if i % 2 else None)
 
 
 def tokens_of(item_id: int) -> list[int]:
@@ -93,6 +101,11 @@ DAMAGES = {
         ["not valid JSON at line 6", "--rank 0 of --splits 2 has done 6 of its 7"],
         GOOD[:5] + GOOD[6:],
     ),
+    "no last newline": (
+        edit("0-of-2-record.jsonl", lambda lines: [*lines[:-1], lines[-1].rstrip()]),
+        ["0-of-2-record.jsonl: the last line is torn; run --rank 0 of --splits 2 again"],
+        GOOD,
+    ),
     "no token file": (
         remove("files/8.pkl"),
         ["8.pkl of id 8 does not exist", "--rank 1 of --splits 2 has done 6 of its 7"],
@@ -135,7 +148,28 @@ def test_folders_without_anything_to_merge_are_rejected(tmp_path, capsys):
     assert "mixes sub-records of --splits 1, 3" in error(tmp_path)
 
 
-def test_items_move_into_shards_that_the_trainer_reads(tmp_path, capsys):
+def test_ids_of_any_kind_are_kept():
+    ids = [0, 2, 3, -1, 2**62, "2", "a"]
+    seen = IdSet(3)
+    for item_id in ids:
+        assert item_id not in seen
+        seen.add(item_id)
+    assert all(item_id in seen for item_id in ids) and 1 not in seen and "0" not in seen
+
+
+def test_a_record_whose_files_do_not_open_is_an_error_and_removes_nothing(tmp_path, capsys, monkeypatch):
+    out = write_output(tmp_path)
+    monkeypatch.setattr(concat_record, "relative_file", lambda *_: "gone/0.pkl")
+    assert run(out, "--shard_size=4") == 2
+    assert "gone/0.pkl does not open" in capsys.readouterr().err and len(os.listdir(out / "files")) == len(GOOD)
+
+
+def test_items_move_into_shards_that_the_trainer_reads(tmp_path, capsys, monkeypatch):
+    def remove_locked(sub_record: Path) -> None:
+        assert is_locked(sub_record)
+        remove_moved(sub_record)
+
+    monkeypatch.setattr(concat_record, "remove_moved", remove_locked)
     out = write_output(tmp_path / "out")
     assert run(out) == 0
     source = DataSource(out / "record.json")
@@ -151,8 +185,13 @@ def test_items_move_into_shards_that_the_trainer_reads(tmp_path, capsys):
     assert merged_ids(out / "record.json") == GOOD
     after = TokenDataset([source], 64)
     assert [after[i].token.tolist() for i in range(len(after))] == expected
-    files = snapshot(out)
-    assert run(out, "--shard_size=100") == 0 and run(out) == 0
+    files, sized = snapshot(out), []
+    file_size = concat_record._file_size
+    monkeypatch.setattr(concat_record, "_file_size", lambda path: sized.append(path) or file_size(path))
+    assert run(out, "--shard_size=100") == 0
+    # To check the sub-records, and to merge them.
+    assert len(sized) == 2 * len(shards)
+    assert run(out) == 0
     assert "0 items moved into shards" in capsys.readouterr().out and snapshot(out) == files
 
 
@@ -169,8 +208,6 @@ def test_a_sharded_folder_merges_into_another_and_moves_as_a_whole(tmp_path):
 @pytest.mark.slow
 def test_killed_before_any_step_it_loses_nothing_and_the_same_command_resumes(tmp_path):
     """A child kills itself before its k-th call that changes the disk; then the command runs again."""
-    undisturbed = write_output(tmp_path / "undisturbed")
-    assert run(undisturbed) == 0 and run(undisturbed, "--shard_size=4") == 0
     # Each file takes three such calls at least, so that a kill falls between any two.
     for step in range(1, 1000, 3):
         out = write_output(tmp_path / f"step{step}")
@@ -181,7 +218,9 @@ def test_killed_before_any_step_it_loses_nothing_and_the_same_command_resumes(tm
         assert sorted(i for rank in range(2) for i in merged_ids(out / f"{rank}-of-2-record.jsonl")) == GOOD
         assert merged_ids(out / "record.json") == GOOD
         assert run(out, "--shard_size=4") == 0
-        assert snapshot(out) == snapshot(undisturbed)
+        assert merged_ids(out / "record.json") == GOOD and not os.listdir(out / "files")
+        shards = {os.path.basename(entry.file) for entry in read_record(out / "record.json")}
+        assert shards == set(os.listdir(out / "shards")) and len(shards) == 4 and not list(out.glob("*.partial"))
     # 4 shards, 2 sub-records, the record, 12 token files
     assert step > 30
 
@@ -216,7 +255,7 @@ def test_another_shard_size_after_a_kill_leaves_no_other_shards(tmp_path):
     assert was_killed(out, 8)
     assert len(os.listdir(out / "shards")) == 2
     assert run(out, "--shard_size=100") == 0
-    assert sorted(os.listdir(out / "shards")) == ["0-of-2-00000.pkls", "1-of-2-00000.pkls"]
+    assert sorted(os.listdir(out / "shards")) == ["0-of-2-00002.pkls", "1-of-2-00000.pkls"]
     assert merged_ids(out / "record.json") == GOOD and not os.listdir(out / "files")
 
 
@@ -238,6 +277,25 @@ def test_items_tokenized_later_go_into_further_shards(tmp_path):
     assert merged_ids(out / "record.json") == sorted([*GOOD, 3]) and not os.listdir(out / "files")
     after = snapshot(out / "shards")
     assert shards.items() <= after.items() and set(after) - set(shards) == {"0-of-1-00003.pkls"}
+
+
+def test_until_the_record_is_merged_again_its_shards_stay(tmp_path, monkeypatch):
+    """Items of a shard are tokenized again by `--retry_failed`, and the next merge is interrupted."""
+    out = write_output(tmp_path, splits=1)
+    assert run(out, "--shard_size=5") == 0
+    with WorkerLog(out, 0, 1, 0, NUM_ITEMS) as log:
+        log.recover(stop_id=6)
+        log_items(log, range(6, NUM_ITEMS))
+
+    def interrupted(*_):
+        raise OSError("interrupted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(concat_record, "write_merged", interrupted)
+        assert run(out, "--shard_size=3") == 2
+    assert merged_ids(out / "record.json") == GOOD
+    assert run(out, "--shard_size=3") == 0
+    assert merged_ids(out / "record.json") == GOOD and len(os.listdir(out / "shards")) == 4
 
 
 def test_datasets_of_the_old_recipe_move_too(tmp_path, monkeypatch):

@@ -149,6 +149,16 @@ def test_checkpoints_of_before_resume_in_the_same_order(packing, digest):
     assert hashlib.sha256(content).hexdigest()[:16] == digest
 
 
+def test_context_dropout_in_blocks_gives_the_same_lengths(monkeypatch):
+    lengths = np.arange(300, 400, dtype=np.int32)
+    table = ItemTable(lengths, np.array([0, 40, 100]), np.zeros(2), np.ones(2), np.full(100, 200), np.arange(100))
+    options = OrderOptions(4, 8192, 4, context_dropout=0.3)
+    whole = shown_lengths(table, options, 1)
+    assert set(whole) - set(lengths) == {201} and whole.dtype == np.int32
+    monkeypatch.setattr("data.epoch.packing.DROPOUT_BLOCK", 7)
+    np.testing.assert_array_equal(shown_lengths(table, options, 1), whole)
+
+
 def test_a_ratio_below_one_is_a_fresh_sample_each_epoch():
     lengths, starts = np.full(300, 10), [0, 100, 300]
     draws = []

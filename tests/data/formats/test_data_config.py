@@ -46,13 +46,13 @@ def test_all_problems_in_one_error(tmp_path):
         META:
           - {path: a.json, ratios: 2}
           - {path: missing.json, ratio: 0}
-          - {path: ./a.json}
+          - {path: ./a.json, ratio: HUGE}
           - {path: empty.json, type: 3}
           - {path: a.txt, ratio: .nan}
           - {ratio: yes}
           - a.json
         meta: 1
-        """,
+        """.replace("HUGE", "1" + "0" * 400),
     )
     with pytest.raises(ValueError) as error:
         load_data_config(config)
@@ -60,15 +60,16 @@ def test_all_problems_in_one_error(tmp_path):
         f"data config {config}: ",
         "unknown key 'meta' beside META",
         "entry 1 has an unknown key 'ratios' (known: path, ratio, type)",
-        "entry 2: ratio must be a number above 0, got 0",
+        "entry 2: ratio must be a number above 0 and below 1e9, got 0",
         "entry 2: record missing.json does not exist (looked for",
+        "entry 3: ratio must be a number above 0 and below 1e9, got 1000",
         "entry 3 lists",
         "as entry 1 does",
         "entry 4: record empty.json is empty",
         "entry 4: type must be a name, got 3",
         "entry 5: record a.txt must end in .json or .jsonl or .pkl or .pth",
-        "entry 5: ratio must be a number above 0, got nan",
-        "entry 6: ratio must be a number above 0, got True",
+        "entry 5: ratio must be a number above 0 and below 1e9, got nan",
+        "entry 6: ratio must be a number above 0 and below 1e9, got True",
         "entry 6: path must name a record file, got None",
         "entry 7 must be a mapping with the key path, got 'a.json'",
     ):

@@ -7,12 +7,12 @@ import pytest
 
 from data.formats.record import (
     RecordEntry,
+    append_record_line,
     check_entry,
     find_sub_records,
     read_record,
     resolve_base,
     write_merged,
-    write_sub_record,
 )
 
 
@@ -20,7 +20,9 @@ def test_records_round_trip(tmp_path):
     entries = [RecordEntry("shards/0.pkls", 10, 0, 6, 0, 99), RecordEntry("shards/0.pkls", 4, 1, None, 99, 50)]
     entries.append(RecordEntry("/abs/2.pkl", 3, 2))
     write_merged(iter(entries), tmp_path / "record.json")
-    write_sub_record(entries, tmp_path / "0-of-1-record.jsonl")
+    with open(tmp_path / "0-of-1-record.jsonl", "w") as file:
+        for entry in entries:
+            append_record_line(file, entry)
     lines = (tmp_path / "record.json").read_text().splitlines()
     assert len(lines) == 5 and json.loads("".join(lines))[0]["image_len"] == 6
     second = {"file": "shards/0.pkls", "len": 4, "id": 1, "offset": 99, "nbytes": 50}

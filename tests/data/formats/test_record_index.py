@@ -1,5 +1,7 @@
 """The index: its content for each form of record, never stale or half, and small in memory."""
 
+import errno
+import fcntl
 import json
 import os
 import pickle
@@ -166,22 +168,27 @@ def test_a_damaged_index_is_built_again(tmp_path, record, name, damage):
     assert len(said) == 1
 
 
-def test_the_index_of_another_node_is_kept(tmp_path, record, monkeypatch):
-    """Where nodes share a folder but not its locks, two build at the same time."""
-    build = record_index._build
+@pytest.mark.parametrize("error", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_without_locks_two_processes_build_and_the_first_index_is_kept(tmp_path, record, monkeypatch, error):
+    def no_flock(*_):
+        raise OSError(error, os.strerror(error))
 
-    def build_twice(path, folder):
-        monkeypatch.setattr(record_index, "_build", build)
-        monkeypatch.setattr(record_index.socket, "gethostname", lambda: "other")
-        build(path, folder)
-        monkeypatch.undo()
-        made = (folder / "index.json").stat().st_ino
-        build(path, folder)
-        assert (folder / "index.json").stat().st_ino == made
+    write, said, made = record_index._write_columns, [], []
 
-    monkeypatch.setattr(record_index, "_build", build_twice)
-    assert_same_items(open_index(record, tmp_path / "cache"), list(read_record(record)))
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    def write_and_be_overtaken(entries, folder):
+        header = write(entries, folder)
+        with monkeypatch.context() as other:
+            other.setattr(record_index, "_write_columns", write)
+            other.setattr(os, "getpid", lambda: 1)
+            open_index(record, tmp_path / "cache", said.append)
+        made.extend((path, path.stat().st_ino) for path in tmp_path.glob("cache/*/index.json"))
+        return header
+
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    monkeypatch.setattr(record_index, "_write_columns", write_and_be_overtaken)
+    assert_same_items(open_index(record, tmp_path / "cache", said.append), list(read_record(record)))
+    ((path, inode),) = made
+    assert len(said) == 2 and path.stat().st_ino == inode and list((tmp_path / "cache").iterdir()) == [path.parent]
 
 
 BUILD_OR_OPEN = """

@@ -49,6 +49,7 @@ def test_items_of_another_format_are_told_apart(raw):
         ([turn("bot"), HELLO[1]], "must be one of human"),
         ([turn(["human"]), HELLO[1]], "must be one of human"),
         ([turn("human", None), HELLO[1]], "`value` of turn 0 must be text"),
+        ([turn("human", "a\ud83d"), HELLO[1]], "`value` of turn 0 has half of a surrogate pair"),
         ([{"value": "x"}, HELLO[1]], "`from` and `value`"),
         (["Hi", HELLO[1]], "turn 0 must be an object"),
         ([{"role": "user", "content": "Hi"}, HELLO[1]], "did you mean `from` for `role`, .*TRAIN.md, Another format"),
