@@ -170,7 +170,7 @@ def test_the_options_of_the_lora_script_train_here():
         (["--item_len", "30", "20"], "--item_len must be one or two lengths of 2 to --row_len 4096"),
         (["--rows", "0"], "argument --rows: must be at least 1, got 0"),
         (["--device", "cpu", "--float8"], "--float8 needs a GPU"),
-        (["--dropout", "2"], "--dropout must be at most 1, got 2"),
+        (["--dropout", "2"], "--dropout must be at most 0.99, got 2"),
         (["--checkpontin"], "--checkpointing"),
     ],
 )

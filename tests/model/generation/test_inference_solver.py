@@ -144,10 +144,10 @@ def test_the_recipe_s_calls(solver):
 def test_every_precision_draws(folders, precision):
     solver = FlexARInferenceSolver(str(folders / "checkpoint"), precision, 64, vqgan_dir=folders / "vqgan")
     assert solver.model.dtype == DTYPES[precision]
-    # A solver of another precision changes nothing.
+    # A setting of the process is restored.
     torch.backends.cuda.matmul.allow_tf32 = precision != "tf32"
     assert solver.generate([], [["a cat", None]], 20, 1.0, size=(32, 32))[1][0].size == (32, 32)
-    assert torch.backends.cuda.matmul.allow_tf32 == (precision == "tf32")
+    assert torch.backends.cuda.matmul.allow_tf32 == (precision != "tf32")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
@@ -280,9 +280,10 @@ def test_a_checkpoint_of_nan_draws_nothing_and_says_so(folders, tmp_path, capsys
         (["--prompt", "<|image|>what"], "--prompt, --image: the text has 1 <|image|>, but there are 0 images"),
         (["--prompt", "caf\udce9"], "the text 'caf\\udce9' is not valid UTF-8"),
         (["--serve"], "--prompt is asked for on the page"),
-        (["--size", "²x32"], "--size: '²x32' is no size; write width x height"),
+        (["--size", "²x32", "--out", "a.png"], "--size: '²x32' is no size; write width x height"),
         (["--max_gen_len", "0"], "--max_gen_len is 0"),
-        (["--vqgan_dir", "absent/a/b/c", "--size", "32x32"], "absent/a/b/c"),
+        (["--vqgan_dir", "absent/a/b/c", "--out", "a.png"], "absent/a/b/c"),
+        (["--size", "32x32"], "--size draws an image: add --out FILE.png"),
     ],
 )
 def test_arguments_are_checked_before_the_model_is_loaded(folders, extra, message):

@@ -270,7 +270,7 @@ def test_what_training_rejects_is_not_planned(small_task, tmp_path):
         "batch_size": (0, "--batch_size must be at least 1, got 0"),
         "accum_iter": (0, "--accum_iter must be at least 1, got 0"),
         "max_seq_len": (-5, "--max_seq_len must be at least 1, got -5"),
-        "dropout": (2, "--dropout must be at most 1, got 2"),
+        "dropout": (2, "--dropout must be at most 0.99, got 2"),
         "z_loss_weight": (-1, "--z_loss_weight must be at least 0, got -1"),
         "float8": (True, "--float8 goes with --precision bf16"),
     }

@@ -70,7 +70,7 @@ def test_all_problems_are_listed_once_and_nothing_is_written(small_task, tmp_pat
         "--accum_iter must be at least 1, got 0",
         "--batch_size must be at least 1, got 0",
         "--val_interval must be at least 0, got -1",
-        "--dropout must be at most 1, got 2",
+        "--dropout must be at most 0.99, got 2",
         "--precision fp16 is not supported: it overflows",
         "--model_parallel_size must be at most 1, got 2",
         "must divide the number of ranks (1), got 3",
