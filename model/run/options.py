@@ -54,8 +54,8 @@ class ModelOptions:
     )
     image_head_init: str | None = flag(
         None,
-        "rows of lm_head of image tokens at the start: zeroed, kept, or drawn from a normal distribution by --seed; "
-        "by default zero for the recipe's weights (as in the recipe) and keep for --init_from",
+        "image rows of lm_head at the start: zeroed, kept, or drawn by --seed; by default zero for the recipe's "
+        "weights, else keep",
         choices=IMAGE_HEAD_INITS,
     )
     dropout: float = flag(
