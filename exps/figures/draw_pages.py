@@ -61,8 +61,9 @@ def draw_browser_page(driver: webdriver.Chrome, tiny: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tiny", type=Path, default=ROOT / "output" / "tiny", help="folder of exps/tiny.sh")
-    tiny = parser.parse_args().tiny.resolve()
+    # Relative to the checkout: the pages show it.
+    parser.add_argument("--tiny", type=Path, default=Path("output/tiny"), help="folder of exps/tiny.sh")
+    tiny = parser.parse_args().tiny
     options = webdriver.ChromeOptions()
     for flag in ("--headless", "--no-sandbox", f"--window-size={SIZE[0]},{SIZE[1]}"):
         options.add_argument(flag)
