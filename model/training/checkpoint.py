@@ -55,7 +55,7 @@ LOCK_PATIENCE_S = 5.0
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """Where and how often to save, how many to keep, and where to go on from. Intervals of 0 or less switch off."""
+    """Where and how often to save, how many to keep, and what to resume from. Intervals of 0 or less switch off."""
 
     output_dir: Path = flag(Path("output_dir"), "folder of the checkpoints and of metrics.jsonl")
     save_interval: int = flag(1, "epochs between checkpoints; 0: only at the end of the run")
