@@ -89,7 +89,7 @@ def find_run_start(setup: Setup) -> tuple[Path | None, TrainerState]:
             kept = f"a step keeps its {saved.units_per_step} rows"
             notes.append(f"{kept}, not accum_iter x ranks = {num_units} (see --new_global_batch)")
         if launch.is_main:
-            changes = find_changes(options.checkpoint, options.resolved, fingerprint)
+            _, changes = find_changes(options.checkpoint, options.resolved, fingerprint)
             notes += [f"warning: {change}" for change in changes]
     for note in notes:
         setup.say(note)

@@ -1,8 +1,7 @@
 """Saves a checkpoint while training continues; `finetune_solver.py` builds one `CheckpointSaver` per run.
 
-`save` copies this rank's shards of weights and optimizer state to host memory and returns. A thread of
-`torch.distributed.checkpoint` (DCP) then writes the shards. The first rank completes the folder as described in
-model/training/checkpoint.py: Hugging Face files read back from the shards, fsync, rename.
+A thread of `torch.distributed.checkpoint` (DCP) writes a copy of the shards. The first rank then completes the folder
+(model/training/checkpoint.py): Hugging Face files read back from the shards, fsync, rename.
 """
 
 import contextlib
@@ -33,13 +32,13 @@ from model.training.checkpoint import (
     SHARDS_NAME,
     TRAINED_STATE,
     CheckpointOptions,
-    Position,
     TrainerState,
     collect_versions,
     publish,
     remove_old,
     seal,
 )
+from model.training.optim import plain_tensors
 from model.weights.adapter_folder import AdapterWriter
 from model.weights.export import carried_vqgan, export_tensors
 from model.weights.load import clean_name
@@ -58,13 +57,8 @@ class SaveError(Exception):
 class CheckpointSaver:
     """Saves the checkpoints of one run. All ranks build it and call its methods in the same order.
 
-    Args:
-        options: where to save, how many checkpoints to keep, and whether in the background.
-        model, optimizer: sharded; what they hold when `save` is called is saved.
-        config: of the model.
-        write_extras: writes more Hugging Face files (the tokenizer) into a folder; called on the first rank.
-        say: prints a line; called on the first rank.
-        adapted: writes the trained weights instead of the whole model, if other weights are frozen.
+    The first rank calls `write_extras` (which writes more Hugging Face files into a folder) and `say`. With `adapted`
+    only the trained weights are written.
     """
 
     def __init__(
@@ -90,7 +84,6 @@ class CheckpointSaver:
         self._stager = _HostStager()
         self._saving: Future[Any] | None = None
         self._folder = Path()
-        self._last_position: Position | None = None
 
     @property
     def is_writing(self) -> bool:
@@ -100,22 +93,19 @@ class CheckpointSaver:
     @property
     def has_failed(self) -> bool:
         """Whether this rank knows of a failed save. Ranks sum this, then all of them call `wait`."""
-        return self._saving is not None and self._saving.done() and self._saving.exception() is not None
+        return self._saving is not None and not self.is_writing and self._saving.exception() is not None
 
     def save(self, name: str, state: TrainerState) -> None:
         """Saves a checkpoint as `output_dir/name`; returns as soon as training may change the weights.
 
-        Waits for the save before it. The position that was saved last is not saved again under another name. Raises
-        SaveError if the save before failed or, without `--async_save`, this one.
+        Waits for the save before. Raises SaveError if the save before failed or, without `--async_save`, this one.
         """
         self.wait()
-        if state.position == self._last_position:
-            return
         model_state, optimizer_state = get_state_dict(self._model, self._optimizer, options=TRAINED_STATE)
         tensors = {"model": model_state, "optimizer": optimizer_state}
         # Versions come from git, a process: a loader worker forked meanwhile by the main thread would keep its pipe.
         state = dataclasses.replace(copy.deepcopy(state), versions=collect_versions())
-        self._folder, self._last_position = self.options.output_dir / name, state.position
+        self._folder = self.options.output_dir / name
         writer = _CheckpointWriter(self, self._folder, state, tensors)
         if self.options.async_save:
             self._saving = dcp.async_save(
@@ -140,18 +130,14 @@ class CheckpointSaver:
             # The process group failed: another rank is gone.
             raise SaveError(f"checkpoint {self._folder} was interrupted: {_one_line(error)}") from error
         rank, (reason, _) = next(iter(error.failures.items()))
-        where = f"rank {rank}: " if dist.get_world_size() > 1 else ""
         raise SaveError(
-            f"checkpoint {self._folder} could not be written ({where}{reason}). Earlier checkpoints are unchanged: "
-            "repair the disk, then start the same command again to resume"
+            f"checkpoint {self._folder} could not be written (rank {rank}: {reason}). Earlier checkpoints are "
+            "unchanged: repair the disk, then start the same command again to resume"
         )
 
 
 class _CheckpointWriter(dcp.FileSystemWriter):
-    """Writes one checkpoint: all ranks their shards, then the first rank the rest, while the others wait.
-
-    DCP calls the methods within its collectives, so an error on one rank is raised on all.
-    """
+    """Writes one checkpoint within DCP's collectives, so that all ranks raise the error of one."""
 
     def __init__(self, saver: CheckpointSaver, folder: Path, state: TrainerState, tensors: Mapping[str, Any]) -> None:
         super().__init__(_hidden(folder) / SHARDS_NAME)
@@ -164,10 +150,9 @@ class _CheckpointWriter(dcp.FileSystemWriter):
     def prepare_global_plan(self, plans: list[dcp.SavePlan]) -> list[dcp.SavePlan]:
         free, keep = shutil.disk_usage(self._folder.parent).free, self._saver.options.ckpt_max_keep
         if free < self._num_bytes:
-            kept = f"{keep if keep > 0 else 'all'} stay beside the new one: --ckpt_max_keep"
             raise SaveError(
                 f"it needs {self._num_bytes / 1e9:.3g} GB, and the disk has {free / 1e9:.3g} GB free; remove other "
-                f"checkpoints ({kept}), or use a larger disk"
+                f"checkpoints (--ckpt_max_keep is {keep}), or use a larger disk"
             )
         return super().prepare_global_plan(plans)
 
@@ -210,10 +195,7 @@ class _CheckpointWriter(dcp.FileSystemWriter):
 
 
 class _HostStager(AsyncStager):
-    """Copies shards to the host. torch's own stagers cannot copy moments in 8 bits.
-
-    Page-locking takes longer than copying, so the memory is kept for the next save.
-    """
+    """Copies shards to the host, in memory kept for the next save. torch's stagers cannot copy moments in 8 bits."""
 
     # For `dcp.async_save`: `stage` returns when the copies are done.
     _synchronize_after_execute = False
@@ -246,7 +228,7 @@ class _HostStager(AsyncStager):
 
 @contextlib.contextmanager
 def _short_errors() -> Iterator[None]:
-    """Replaces an error by one line, which can be pickled for the other ranks; the error of the disk comes first."""
+    """Replaces an error by one line, which can be pickled for the other ranks."""
     try:
         yield
     except (Exception, CheckpointException) as error:
@@ -269,11 +251,7 @@ def _num_bytes(values: Any) -> int:
     if not isinstance(values, torch.Tensor):
         return 0
     local = values.to_local() if isinstance(values, DTensor) else values
-    if not is_traceable_wrapper_subclass(local):
-        return values.numel() * values.dtype.itemsize
-    # Moments in 8 bits have the dtype fp32, but hold codes and scales.
-    held = sum(_num_bytes(getattr(local, name)) for name in local.__tensor_flatten__()[0])
-    return held * values.numel() // max(local.numel(), 1)
+    return sum(part.nbytes for part in plain_tensors(values)) * values.numel() // max(local.numel(), 1)
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,8 +1,6 @@
 """The optimizer, AdamW as the recipe sets it, and the learning rate, a pure function of the position in the run.
 
-`finetune_solver.py` builds the optimizer after sharding, and sets `lr_at(epoch + step / num_steps)` before every step,
-so a resumed run needs no state of the curve. If `found_inf` is set (model/training/step_guard.py), a step changes
-nothing.
+If `found_inf` is set (model/training/step_guard.py), a step of an optimizer changes nothing.
 """
 
 import argparse
@@ -44,8 +42,8 @@ class OptimOptions:
     lr: float = flag(2e-5, "highest learning rate")
     min_lr: float = flag(0.0, "learning rate at the end, after a cosine over all epochs")
     warmup_epochs: float = flag(0.03, "epochs, or a fraction of one, of linear warm-up from 0; 0: none")
-    epochs: int = flag(1, "number of passes over the data")
-    wd: float = flag(0.0, "weight decay of AdamW, on matrices; betas are 0.9 and 0.95")
+    epochs: int = flag(1, "number of passes over the data", least=1)
+    wd: float = flag(0.0, "weight decay of AdamW, on matrices; betas are 0.9 and 0.95", least=0)
     clip_grad: float = flag(4.0, "largest norm of the gradient; 0: no clipping")
     decay_all: bool = flag(False, "apply weight decay to norms and biases too, as the recipe does")
 
@@ -56,12 +54,8 @@ class OptimOptions:
             found.append(f"--lr must be above 0, got {self.lr:g}")
         if not 0 <= self.min_lr <= self.lr:
             found.append(f"--min_lr must lie between 0 and --lr ({self.lr:g}), got {self.min_lr:g}")
-        if self.epochs < 1:
-            found.append(f"--epochs must be at least 1, got {self.epochs}")
         if not 0 <= self.warmup_epochs <= max(self.epochs, 0):
             found.append(f"--warmup_epochs must lie between 0 and --epochs ({self.epochs}), got {self.warmup_epochs:g}")
-        if not 0 <= self.wd < math.inf:
-            found.append(f"--wd must not be negative, got {self.wd:g}")
         if self.optim == ADAMW_8BIT:
             try:
                 import_adamw_8bit()
@@ -98,10 +92,7 @@ def build_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Opti
 
 
 def _build_adamw_8bit(groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
-    """torchao's AdamW8bit (Dettmers et al., 2022) that changes nothing in a step with `found_inf` set.
-
-    Moments of parameters with fewer than 4,096 values on a rank, or not in whole blocks of 256, stay in fp32.
-    """
+    """torchao's AdamW8bit (Dettmers et al., 2022); small moments, or not in whole blocks of 256, stay in fp32."""
 
     class SkippingAdamW8bit(import_adamw_8bit()):
         found_inf: torch.Tensor | None = None

@@ -1,24 +1,25 @@
-"""Sharding of a decoder over the ranks, and what depends on it: the switches of a micro-step, the gradient's norm.
+"""Sharding of a decoder over the ranks by FSDP2, and what depends on it: a micro-step's switches, the gradient's norm.
 
-`build_sharded` (model/training/step.py) calls `parallelize` on a decoder on meta: recomputation
-(model/training/recompute.py), then `torch.compile`, then FSDP2 with fp32 master weights. `allocate` gives the shards
-memory, and the caller fills them.
+`parallelize` takes a decoder on meta, `allocate` gives its shards memory, and the caller fills them.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from data.flags import flag
 from model.decoder.chameleon import reset_rotary_buffers
-from model.training.recompute import recompute_layers
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -28,6 +29,26 @@ DTYPES = {
     # For exact tests only, not a choice of the command line.
     "fp64": torch.float64,
 }
+
+# Matrix products and attention, by "namespace::name": most of a layer's work, in few of its activations.
+KEPT_OPERATORS = frozenset(
+    {
+        "aten::mm",
+        "aten::addmm",
+        "aten::bmm",
+        "aten::baddbmm",
+        "aten::linear",
+        "aten::_scaled_mm",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "aten::_scaled_dot_product_attention_math",
+        # Packed rows on CUDA, and on a CPU in a compiled layer.
+        "torch_attn::_varlen_attn",
+        "packed_attention::attend_documents",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -105,8 +126,7 @@ def parallelize(
     # The order is fixed: recomputation is part of the compiled graph, FSDP's hooks are not.
     decoder = model.model
     recompute_layers(decoder.layers, options.recompute_every, options.checkpointing_selective)
-    is_compiled = mesh.device_type == "cuda" if options.compile is None else options.compile
-    if is_compiled:
+    if mesh.device_type == "cuda" if options.compile is None else options.compile:
         # Layer by layer: all layers share one graph, compiled once for rows of one length, once more for any length.
         for layer in decoder.layers:
             # In place: a wrapper of `torch.compile` would rename the parameters.
@@ -135,11 +155,24 @@ def parallelize(
     return model
 
 
-def allocate(model: nn.Module, device: torch.device, options: ParallelOptions) -> None:
-    """Gives a sharded model on meta its memory, on `device` or under `cpu_offload` on the host.
+def recompute_layers(layers: nn.ModuleList, every: int, selective: bool) -> None:
+    """Wraps one in `every` layers (0: none) in place, so that the backward computes again what the forward drops.
 
-    Weights are undefined until they are filled; the rotary buffers are right.
+    With `selective` the results of matrix products and attention are kept, otherwise only the layer's input.
     """
+    settings = {"context_fn": partial(create_selective_checkpoint_contexts, _choose_kept)} if selective else {}
+    for index in range(0, len(layers), every) if every else ():
+        layers[index] = checkpoint_wrapper(layers[index], **settings)
+
+
+def _choose_kept(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    # An operator's name ends in its overload: `aten::mm.default`.
+    name = operator.name().partition(".")[0] if isinstance(operator, torch._ops.OpOverload) else ""
+    return CheckpointPolicy.MUST_SAVE if name in KEPT_OPERATORS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def allocate(model: nn.Module, device: torch.device, options: ParallelOptions) -> None:
+    """Gives a sharded model on meta its memory, on the host under `cpu_offload`; weights are undefined."""
     model.to_empty(device="cpu" if options.cpu_offload else device)
     # FSDP moves parameters to the device for the computation, but not buffers.
     reset_rotary_buffers(model, device)
@@ -154,10 +187,7 @@ def reshard(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module, options: ParallelOptions, keep_gathered: bool) -> Iterator[None]:
-    """For many forwards without a backward: evaluation mode, no compilation; afterwards the model is as it was.
-
-    With `keep_gathered` every weight is gathered once for all forwards.
-    """
+    """For many forwards without a backward: evaluation mode, no compilation; `keep_gathered` gathers weights once."""
     was_training = model.training
     parts = [model.model.embed_tokens, *model.model.layers]
     model.eval()
@@ -184,9 +214,9 @@ def begin_micro_step(model: nn.Module, options: ParallelOptions, is_last: bool) 
 
 
 def clip_grad_norm(model: nn.Module, mesh: DeviceMesh, max_norm: float) -> torch.Tensor:
-    """The L2 norm of the whole gradient, a scalar on the gradients' device, in fp32 or wider.
+    """Scales the gradient down to `max_norm`, if that is above 0.
 
-    Scales the gradient down to `max_norm`, unless that is 0 or less. The host does not wait for the device.
+    Returns the L2 norm before, a scalar on the gradients' device, in fp32 or wider, without waiting for the device.
     """
     # On the local shards: one collective for the whole gradient.
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]

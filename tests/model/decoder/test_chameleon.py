@@ -207,13 +207,11 @@ def test_masked_image_logits():
         model(tokens, tokens)
 
 
-def test_packed_rows_take_no_batch_mask_or_cache():
-    model = small_model()
-    tokens, cu_seqlens = random_tokens(12), torch.tensor([0, 6])
-    with pytest.raises(ValueError, match="batch of 2 rows"):
-        model(tokens.view(2, 6), cu_seqlens=cu_seqlens)
-    with pytest.raises(ValueError, match="attention_mask given"):
-        model(tokens[None, :6], cu_seqlens=cu_seqlens, attention_mask=torch.ones(1, 6))
+@pytest.mark.parametrize("more", [{"attention_mask": torch.ones(1, 6)}, {"past_key_values": DynamicCache()}, None])
+def test_packed_rows_take_no_batch_mask_or_cache(more):
+    tokens = random_tokens(12).view(2, 6)
+    with pytest.raises(ValueError, match="one row, without attention_mask or past_key_values"):
+        small_model()(tokens[:1] if more else tokens, cu_seqlens=torch.tensor([0, 6]), **more or {})
 
 
 def test_init_weights_depends_on_the_seed_only():
