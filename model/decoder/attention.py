@@ -133,7 +133,7 @@ def packed_attention(
             f"attention_dropout={dropout} cannot be used with packed rows: the kernel has no dropout. "
             "Set attention_dropout to 0 (`dropout`, on the residuals, is not affected)."
         )
-    if (query.is_cuda or _plans_for_cuda) and query.dtype in FLASH_DTYPES:
+    if computes_as_cuda(query) and query.dtype in FLASH_DTYPES:
         return _varlen(query, key, value, scaling, packed_row), None
     attend = _attend_documents_in_graph if torch.compiler.is_compiling() else _attend_documents
     return attend(query, key, value, packed_row.host_cu_seqlens, scaling), None
@@ -141,13 +141,18 @@ def packed_attention(
 
 @contextlib.contextmanager
 def as_on_cuda() -> Iterator[None]:
-    """Fake tensors take the flash kernel's branch on any device: `--plan` counts the memory of a GPU."""
+    """Fake tensors take the branches of CUDA on any device: `--plan` counts the memory of a GPU."""
     global _plans_for_cuda
     _plans_for_cuda = True
     try:
         yield
     finally:
         _plans_for_cuda = False
+
+
+def computes_as_cuda(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is on CUDA, or a plan counts as if it were."""
+    return tensor.is_cuda or _plans_for_cuda
 
 
 def _varlen(

@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from model.decoder.attention import computes_as_cuda
+
 # As in data/items/vocab.py, which the model does not import.
 IGNORE_INDEX = -100
-# Logits of one chunk: 32 Mi values are 128 MiB in fp32. At a vocabulary of 65,536 that is 512 targets: fewer make the
-# matmuls slow, more cost memory.
-_CHUNK_LOGITS = 2**25
+# Logits of one chunk: at a vocabulary of 65,536 they are of 512 targets, on CUDA of 2,048 (512 MiB in fp32). Fewer make
+# the matmuls slow, more cost memory.
+_CHUNK_LOGITS, _CHUNK_LOGITS_CUDA = 2**25, 2**27
 _MIN_CHUNK = 64
 
 
@@ -122,7 +124,7 @@ class _FusedLinearLoss(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=acc_dtype, device=weight.device) if needs_weight else None
         ce = torch.empty(num_targets, dtype=acc_dtype, device=hidden.device)
         lse = torch.empty_like(ce)
-        chunk = max(_MIN_CHUNK, _CHUNK_LOGITS // vocab_size)
+        chunk = max(_MIN_CHUNK, (_CHUNK_LOGITS_CUDA if computes_as_cuda(hidden) else _CHUNK_LOGITS) // vocab_size)
         for start in range(0, num_targets, chunk):
             part = slice(start, min(start + chunk, num_targets))
             x, y = hidden[part], targets[part, None]

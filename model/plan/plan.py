@@ -312,6 +312,8 @@ def _name_kinds(model: nn.Module, optimizer: torch.optim.Optimizer, tracker: Sto
                 tracker.mark(value, OPTIMIZER)
     for parameter in model.parameters():
         tracker.mark(parameter, PARAMETERS)
+        if hasattr(parameter, "low_bits"):
+            tracker.mark(parameter.low_bits, OPTIMIZER)
         # FSDP calls the hook once the sharded gradient is in its place.
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda parameter: tracker.mark(parameter.grad, GRADIENTS))

@@ -158,7 +158,8 @@ class Options:
         """
         parallel, trainable, device = self.parallel, self.trainable, None if is_plan else self.run.device
         found = [text for name in option_classes() for text in range_problems(getattr(self, name))]
-        found += trainable.problems() + self.optim.problems() + parallel.problems(world_size, local_world_size)
+        found += trainable.problems() + self.optim.problems()
+        found += parallel.problems(world_size, local_world_size, trainable.is_partial)
         found += self.float8.problems(device, parallel.precision, trainable.is_partial, self.data.max_row_len)
         return found if is_plan else found + self.watch.problems() + self.trackers.problems()
 

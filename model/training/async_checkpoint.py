@@ -10,8 +10,9 @@ import dataclasses
 import datetime
 import functools
 import shutil
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,9 @@ from model.training.checkpoint import (
     publish,
     remove_old,
     seal,
+    split_parameters,
 )
-from model.training.optim import plain_tensors
+from model.training.optim import join_local, plain_tensors
 from model.weights.adapter_folder import AdapterWriter
 from model.weights.export import carried_vqgan, export_tensors
 from model.weights.load import clean_name
@@ -46,6 +48,8 @@ from model.weights.stock_folder import write_config
 
 # Ranks wait for the slowest disk here. A dead rank is noticed much earlier, by the collectives of training.
 SAVE_TIMEOUT = datetime.timedelta(hours=2)
+# Of the memory that shards are copied to: locking the pages of one buffer must not hold up the driver for long.
+BUFFER_BYTES = 4 << 30
 
 
 class SaveError(Exception):
@@ -81,7 +85,7 @@ class CheckpointSaver:
         self.first_rank_group = dist.new_group([0], backend="gloo")
         # A checkpoint of adapters notes where the frozen weights are, and the VQGAN is there.
         self.vqgan = carried_vqgan(config) if self._is_main and not adapted else {}
-        self._stager = _HostStager()
+        self._stager = HostStager(split_parameters(model))
         self._saving: Future[Any] | None = None
         self._folder = Path()
 
@@ -103,13 +107,15 @@ class CheckpointSaver:
         self.wait()
         model_state, optimizer_state = get_state_dict(self._model, self._optimizer, options=TRAINED_STATE)
         tensors = {"model": model_state, "optimizer": optimizer_state}
+        if self.options.async_save or self._stager.split:
+            tensors = self._stager.stage(tensors)
         # Versions come from git, a process: a loader worker forked meanwhile by the main thread would keep its pipe.
         state = dataclasses.replace(copy.deepcopy(state), versions=collect_versions())
         self._folder = self.options.output_dir / name
         writer = _CheckpointWriter(self, self._folder, state, tensors)
         if self.options.async_save:
             self._saving = dcp.async_save(
-                tensors, storage_writer=writer, process_group=self._group, async_stager=self._stager
+                tensors, storage_writer=writer, process_group=self._group, async_stager=_Staged()
             )
             return
         self._saving = Future()
@@ -194,36 +200,90 @@ class _CheckpointWriter(dcp.FileSystemWriter):
             saver.adapted.write(folder, self._shapes, read, saver.config)
 
 
-class _HostStager(AsyncStager):
-    """Copies shards to the host, in memory kept for the next save. torch's stagers cannot copy moments in 8 bits."""
+class HostStager:
+    """Copies shards to the host, in memory kept for the next save, and joins the masters of `split_parameters`.
 
-    # For `dcp.async_save`: `stage` returns when the copies are done.
-    _synchronize_after_execute = False
+    torch's stagers cannot copy moments in 8 bits. The memory is a few buffers of exact size: torch rounds each
+    page-locked tensor up to a power of two. After the first save a thread locks their pages, which takes longer than to
+    copy.
+    """
 
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[Any, ...], torch.Tensor] = {}
+    def __init__(self, split: Mapping[str, nn.Parameter]) -> None:
+        self.split = split
+        self.buffers: list[torch.Tensor] = []
+        self._views: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._locking: threading.Thread | None = None
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        staged = self._copy(state_dict, ())
-        # Training may change the shards once the copies from the GPU are done.
+        """The state with its tensors on the host; returns when the copies are done."""
+        if not self.buffers:
+            self._allocate(state_dict)
+        if self._locking is not None:
+            self._locking.join()
+        staged = self._map(state_dict, self._copy)
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
+            if self._locking is None:
+                place = self.buffers, torch.cuda.current_device()
+                self._locking = threading.Thread(target=lock_pages, args=place, daemon=True)
+                self._locking.start()
         return staged
 
-    def _copy(self, value: Any, path: tuple[Any, ...]) -> Any:
+    def _allocate(self, state_dict: dict[str, Any]) -> None:
+        """Buffers of at most `BUFFER_BYTES`, or of one larger tensor, and a view into them for every tensor."""
+        shards: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._map(state_dict, shards.setdefault)
+        sizes, places = [0], {}
+        for path, value in shards.items():
+            dtype = torch.float32 if self._is_split(path) else value.dtype
+            num_bytes = value.numel() * dtype.itemsize
+            if sizes[-1] and sizes[-1] + num_bytes > BUFFER_BYTES:
+                sizes.append(0)
+            places[path] = len(sizes) - 1, slice(sizes[-1], sizes[-1] + num_bytes), dtype, value.shape
+            # Views of any type begin at multiples of 64 bytes.
+            sizes[-1] += -(-num_bytes // 64) * 64
+        self.buffers = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+        for path, (number, part, dtype, shape) in places.items():
+            self._views[path] = self.buffers[number][part].view(dtype).view(shape)
+
+    def _is_split(self, path: tuple[Any, ...]) -> bool:
+        return path[0] == "model" and path[1] in self.split
+
+    def _copy(self, path: tuple[Any, ...], value: torch.Tensor) -> torch.Tensor:
+        values = join_local(self.split[path[1]]) if self._is_split(path) else value
+        return self._views[path].copy_(values, non_blocking=True)
+
+    def _map(
+        self, value: Any, change: Callable[[tuple[Any, ...], torch.Tensor], torch.Tensor], path: tuple = ()
+    ) -> Any:
+        """The nested dictionaries with every plain tensor, also those inside of sharded ones, replaced by another."""
         if isinstance(value, Mapping):
-            return {key: self._copy(part, (*path, key)) for key, part in value.items()}
+            return {key: self._map(part, change, (*path, key)) for key, part in value.items()}
         if not isinstance(value, torch.Tensor):
             return copy.deepcopy(value)
         if is_traceable_wrapper_subclass(value):
             # A DTensor wraps its shard, a moment in 8 bits its codes and scales.
             names, settings = value.__tensor_flatten__()
-            parts = {name: self._copy(getattr(value, name), (*path, name)) for name in names}
+            parts = {name: self._map(getattr(value, name), change, (*path, name)) for name in names}
             return type(value).__tensor_unflatten__(parts, settings, value.shape, value.stride())
-        value = value.detach()
-        if path not in self._buffers:
-            self._buffers[path] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-        return self._buffers[path].copy_(value, non_blocking=True)
+        return change(path, value.detach())
+
+
+class _Staged(AsyncStager):
+    """For `dcp.async_save`, of a state that is on the host already."""
+
+    _synchronize_after_execute = False
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return state_dict
+
+
+def lock_pages(buffers: Sequence[torch.Tensor], device: int) -> None:
+    """Page-locks memory where it is, so that a GPU copies to it at full speed. Copies work without it, too."""
+    # A new thread starts at the first GPU, which may be another rank's.
+    torch.cuda.set_device(device)
+    for buffer in buffers:
+        torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
 
 
 @contextlib.contextmanager

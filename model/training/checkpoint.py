@@ -29,9 +29,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from data.flags import flag
 from data.whole_file import open_locked, open_whole, sync_path
+from model.decoder.local_shards import set_local
 from model.training.optim import ADAMW_8BIT
 from model.weights.adapter_folder import NOTE_NAME
 from model.weights.hf_folder import name_checkpoints_in
+from model.weights.load import clean_name
 
 STATE_NAME = "trainer_state.json"
 SHARDS_NAME = "training_state"
@@ -177,6 +179,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     """
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     model_state, optimizer_state = get_state_dict(model, optimizer, options=TRAINED_STATE)
+    # A checkpoint holds whole masters.
+    model_state |= {name: torch.empty_like(model_state[name], dtype=torch.float32) for name in split_parameters(model)}
     state = {"model": model_state, "optimizer": {"state": optimizer_state["state"]}}
     try:
         dcp.load(state, checkpoint_id=folder / SHARDS_NAME)
@@ -197,8 +201,17 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         optim_state_dict=optimizer_state | state["optimizer"],
         options=TRAINED_STATE,
     )
+    for name, parameter in split_parameters(model).items():
+        # Above, masters were rounded and their lower halves lost.
+        set_local(parameter, state["model"][name].to_local())
     for group, kept in zip(optimizer.param_groups, settings, strict=True):
         group.update(kept)
+
+
+def split_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are upper halves of masters (`--master_weights split`), by their names in a state dict."""
+    parameters = {clean_name(name): parameter for name, parameter in model.named_parameters()}
+    return {name: parameter for name, parameter in parameters.items() if hasattr(parameter, "low_bits")}
 
 
 def read_state(folder: Path) -> TrainerState:

@@ -8,7 +8,6 @@ import contextlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from data.flags import flag
+from model.decoder.local_shards import join_master, set_local
 
 # By torchao.
 ADAMW_8BIT = "adamw_8bit"
@@ -86,13 +86,59 @@ def build_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Opti
     decayed, kept = split_by_decay(trained, options.decay_all)
     groups = [{"params": decayed, "weight_decay": options.wd}, {"params": kept, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
+    kind, settings = torch.optim.AdamW, {"fused": True}
     if options.optim == ADAMW_8BIT:
-        return _build_adamw_8bit(groups, options.lr)
-    return torch.optim.AdamW(groups, lr=options.lr, betas=BETAS, fused=True)
+        kind, settings = _skipping_adamw_8bit(), {}
+    if any(hasattr(parameter, "low_bits") for group in groups for parameter in group["params"]):
+        kind = type("SplitAdamW", (SplitMasters, kind), {})
+    return kind(groups, lr=options.lr, betas=BETAS, **settings)
 
 
-def _build_adamw_8bit(groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
-    """torchao's AdamW8bit (Dettmers et al., 2022); small moments, or not in whole blocks of 256, stay in fp32."""
+class SplitMasters(torch.optim.Optimizer):
+    """Before an optimizer among the bases of a class: it steps fp32 masters whose lower halves are `low_bits`.
+
+    One parameter after the other is joined, stepped and split (model/decoder/local_shards.py), so that only one master
+    is in memory. Moments are those of fp32 masters.
+    """
+
+    # A factor on the gradients (a scalar on the device), None: 1.
+    clip_factor: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        groups = self.param_groups
+        for group in groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                gradient = plain_tensors(parameter.grad)[0].float()
+                if self.clip_factor is not None:
+                    gradient.mul_(self.clip_factor)
+                master = nn.Parameter(_sharded_like(parameter, join_local(parameter)))
+                master.grad = _sharded_like(parameter, gradient)
+                self.state[master] = self.state.pop(parameter, {})
+                self.param_groups = [group | {"params": [master]}]
+                super().step()
+                set_local(parameter, plain_tensors(master)[0])
+                self.state[parameter] = self.state.pop(master)
+        self.param_groups = groups
+
+
+def join_local(parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's part of the fp32 master of a parameter with `low_bits`."""
+    return join_master(plain_tensors(parameter)[0], parameter.low_bits)
+
+
+def _sharded_like(parameter: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """A local tensor sharded as a parameter is."""
+    if not isinstance(parameter, DTensor):
+        return local
+    place = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
+    return DTensor.from_local(local, parameter.device_mesh, parameter.placements, **place)
+
+
+def _skipping_adamw_8bit() -> type[torch.optim.Optimizer]:
+    """torchao's AdamW8bit (Dettmers et al., 2022) that obeys `found_inf`; small or odd moments stay in fp32."""
 
     class SkippingAdamW8bit(import_adamw_8bit()):
         found_inf: torch.Tensor | None = None
@@ -126,7 +172,7 @@ def _build_adamw_8bit(groups: list[dict[str, Any]], lr: float) -> torch.optim.Op
             for tensor, old in zip(tensors if before else (), before, strict=True):
                 tensor.copy_(torch.where(self.found_inf.to(tensor.device).bool(), old, tensor))
 
-    return SkippingAdamW8bit(groups, lr=lr, betas=BETAS)
+    return SkippingAdamW8bit
 
 
 def import_adamw_8bit() -> type[torch.optim.Optimizer]:

@@ -13,7 +13,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from model.decoder.chameleon import ChameleonXLLMXConfig, ChameleonXLLMXOutput, build_model
 from model.decoder.trainable import TrainableOptions, choose_trainable
 from model.training.float8 import Float8Options, use_float8
-from model.training.parallelize import DTYPES, ParallelOptions, begin_micro_step, clip_grad_norm, parallelize
+from model.training.optim import SplitMasters
+from model.training.parallelize import (
+    DTYPES,
+    SPLIT,
+    ParallelOptions,
+    begin_micro_step,
+    clip_factor,
+    clip_grad_norm,
+    parallelize,
+)
 from model.training.step_guard import StepGuard
 
 
@@ -26,7 +35,7 @@ def build_sharded(
     compile_backend: str | Callable = "inductor",
 ) -> nn.Module:
     """The decoder of a run, sharded over the ranks of `mesh`, on meta: `allocate` gives it memory."""
-    model = build_model(config, device="meta")
+    model = build_model(config, "meta", torch.bfloat16 if parallel.master_weights == SPLIT else torch.float32)
     if float8.float8:
         use_float8(model)
     model = choose_trainable(model, trainable, DTYPES[parallel.precision])
@@ -77,7 +86,12 @@ def optimizer_step(
 
     `step` and `items` (of this rank's rows) are for the guard's report.
     """
-    grad_norm = clip_grad_norm(model, mesh, clip_grad)
+    if isinstance(optimizer, SplitMasters):
+        # Scaled in fp32 by the optimizer: in bf16 the gradient would be rounded once more.
+        grad_norm = clip_grad_norm(model, mesh, 0.0)
+        optimizer.clip_factor = clip_factor(grad_norm, clip_grad) if clip_grad > 0 else None
+    else:
+        grad_norm = clip_grad_norm(model, mesh, clip_grad)
     # AdamW reads this flag on the device.
     optimizer.found_inf = guard.check(grad_norm, step, items)
     optimizer.step()
