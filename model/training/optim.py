@@ -8,6 +8,7 @@ import contextlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -103,6 +104,14 @@ class SplitMasters(torch.optim.Optimizer):
 
     # A factor on the gradients (a scalar on the device), None: 1.
     clip_factor: torch.Tensor | None = None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        # torch has cast moments to the type of the parameters.
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            self.state[parameter] = dict(state_dict["state"][number])
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
