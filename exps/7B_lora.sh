@@ -2,7 +2,7 @@
 # Fine-tunes LoRA adapters and the image rows of the 7B model on one card of 24 or 48 GB (flags that follow are passed
 # on and win):
 #
-#   pip install peft==0.21.2  (to train; --plan does without)
+#   pip install peft==0.21.2
 #   bash exps/7B_lora.sh  (one GPU of 24 GB)
 #   CARD_GIB=48 bash exps/7B_lora.sh  (one GPU of 48 GB: less recomputation)
 #   NPROC=2 bash exps/7B_lora.sh  (several GPUs of one machine, by torchrun)

@@ -8,7 +8,7 @@
 #   tests         the tests marked `gpu`
 #   tiny          the laptop default, exps/tiny.sh, with few items
 #   pre_tokenize  images per second at 768 pixels: pre_tokenize.py, its encoder alone, one core alone
-#   train         three variants of the 7B step (1B on a GPU under 110 GiB) with memory and the allocator's counters
+#   train         five variants of the 7B step (1B on a GPU under 110 GiB) with memory and the allocator's counters
 #   generate      one image of 768 x 768 pixels by 7B
 # OUT (default output/gpu) gets NAME.log of each stage, for train one per variant, and summary.txt. A stage that fails
 # stops no other one; the exit code is then 1. No network is needed: weights are random, and inputs are made here.
@@ -61,6 +61,9 @@ stage pre_tokenize pre_tokenize 100 $PYTHON exps/bench/pre_tokenize.py --ways ou
 stage train train_2rows 75 $PYTHON exps/bench/train.py --rows 2
 stage train train_4rows_selective 75 $PYTHON exps/bench/train.py --rows 4 --checkpointing_selective
 stage train train_8rows_checkpointing 75 $PYTHON exps/bench/train.py --rows 8 --checkpointing
+stage train train_4rows_split 75 $PYTHON exps/bench/train.py --rows 4 --checkpointing_selective --master_weights split
+stage train train_one_gpu 75 $PYTHON exps/bench/train.py --model_size 7B --rows 1 --checkpointing --accum_iter 2 \
+  --master_weights split --optim adamw_8bit
 stage generate generate 75 $PYTHON exps/bench/generate.py --model_size 7B --batch_sizes 1 --cfg 4 --num_tokens 2300 \
   --repeats 1 --ways ours
 

@@ -3,18 +3,13 @@
     python exps/bench/train.py --model_size bench --baseline --num_items 4 --item_len 300 1100 --precision fp32 bf16
     python exps/bench/train.py --model_size 7B --rows 2 --checkpointing --baseline
 
-Our way is built and stepped as by `finetune_solver.py` (packed rows, fused loss, layers compiled on CUDA). The
-recipe's way is stock `transformers` on one padded batch of the same items (exps/bench/train_ways.py). Items and weights
-are random. Every option of finetune_solver.py that changes the step is accepted: `--checkpointing`, `--compile`,
-`--z_loss_weight`, `--data_parallel`, ...
+Items and weights are random. Every option of finetune_solver.py that changes the step is accepted.
 
-Tokens of items count, filler and padding do not. MFU counts useful work only, not what `--checkpointing` computes
-again: FLOPs per token (model/run/flops.py) are 6 x (weights of all matrices but the embedding) + 6 x layers x (mean
-length of an item, seen from its tokens) x width: 43.7 GFLOP for 7B and items of 4,096 tokens. MFU is given over the
-GPU's datasheet (bf16), and over the rate of the model's own matrix products, measured in the same run. Memory is the
-peak of tensors on CUDA (`reserved_gib`: peak of the allocator's pool), on a CPU the growth of the process. `host_ms`:
-how long the host takes to queue a step. `allocator`: events per step. Later steps give phases and kinds of work; the
-forward of our loss contains its backward. The last line printed is one JSON object.
+Tokens of items count, filler and padding do not. MFU counts useful work (model/run/flops.py), without recomputation:
+over the GPU's datasheet (bf16), and over the rate of the model's own matrix products in the same run.
+Memory is the peak of tensors on CUDA (`reserved_gib`: of the allocator's pool), on a CPU the growth of the process.
+`host_ms`: how long the host takes to queue a step. `allocator`: events per step. Later steps give phases and kinds of
+work; the forward of our loss contains its backward. The last line printed is one JSON object.
 """
 
 import argparse
@@ -28,13 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 
-from data.flags import range_problems  # noqa: E402
 from exps.bench import common  # noqa: E402
 from exps.bench.train_measure import parse_training  # noqa: E402
 from exps.bench.train_ways import Work, fill_rows, spread_lengths  # noqa: E402
 from model.decoder.chameleon import MODEL_SIZES  # noqa: E402
 from model.run.flops import peak_flops  # noqa: E402
-from model.run.options import Options  # noqa: E402
 
 # 16 bytes for each of its parameters are 104 GiB.
 MIN_GIB_FOR_7B = 110
@@ -50,18 +43,11 @@ COLUMNS = (
 def build_parser() -> argparse.ArgumentParser:
     parser = common.build_bench_parser(__doc__, repeats="steps measured")
     add = parser.add_argument
-    size_help = f"default: 7B on a GPU of {MIN_GIB_FOR_7B} GiB or more, 1B on a smaller one, tiny on a CPU"
-    add("--model_size", choices=tuple(MODEL_SIZES), help=size_help)
+    add("--model_size", choices=tuple(MODEL_SIZES), help="default: 7B or 1B on a GPU, by its memory, tiny on a CPU")
     add("--precision", nargs="+", choices=("fp32", "tf32", "bf16"), help="default: bf16 on CUDA, fp32 on a CPU")
     add("--rows", type=common.positive, default=1, help="full rows of a micro-step, joined to one row (default 1)")
     add("--row_len", type=common.positive, default=4096, help="tokens of a row, and of the longest item (default 4096)")
-    add(
-        "--item_len",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="tokens of the shortest and the longest item (default: --row_len)",
-    )
+    add("--item_len", type=int, nargs="+", help="tokens of the shortest and the longest item (default: --row_len)")
     add("--num_items", type=common.positive, help="items of a micro-step (default: as many as fill --rows)")
     add("--accum_iter", type=common.positive, default=1, help="micro-steps of a step (default 1)")
     add("--baseline", action="store_true", help="measure the recipe's way too (default: off)")
@@ -85,12 +71,12 @@ def main(argv: list[str] | None = None) -> int:
     if device == "cuda":
         # Near the limit of a GPU, blocks of fixed size leave gaps between them that no tensor fits.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    sizes = ["--model_size", size, "--max_seq_len", str(args.row_len)]
+    sizes = ["--model_size", size, "--max_seq_len", args.row_len, "--batch_size", args.rows, "--device", device]
     lines = [
-        ["--precision", precision, "--z_loss_weight", "1e-5", *training, *sizes]
+        ["--precision", precision, "--z_loss_weight", "1e-5", *training, *map(str, sizes)]
         for precision in args.precision or ["bf16" if device == "cuda" else "fp32"]
     ]
-    if problems := find_problems(parse_training(lines[0]), device, work.row_len):
+    if problems := parse_training(lines[0]).problems(1, 1):
         parser.error("; ".join(problems))
     rows = [measure_row(line, device, work, args.repeats, args.baseline) for line in lines]
     items = f"{len(item_lens)} items of {min(item_lens):,} to {max(item_lens):,} tokens"
@@ -105,13 +91,6 @@ def default_model_size(device: str) -> str:
     # Needs no context, which would take some of the memory.
     total = torch.cuda.get_device_properties(0).total_memory
     return "7B" if total >= MIN_GIB_FOR_7B * 2**30 else "1B"
-
-
-def find_problems(options: Options, device: str, row_len: int) -> list[str]:
-    """What is wrong with the options of training, one sentence each."""
-    parallel, trainable = options.parallel, options.trainable
-    found = range_problems(options.model) + options.optim.problems() + parallel.problems(1, 1) + trainable.problems()
-    return found + options.float8.problems(device, parallel.precision, trainable.is_partial, row_len)
 
 
 def measure_row(training: list[str], device: str, work: Work, repeats: int, with_baseline: bool) -> dict[str, Any]:

@@ -1,8 +1,4 @@
-"""What exps/bench/train.py measures in one process: speed, memory and where the time goes.
-
-Marks in the step time its phases, and the profiler times kinds of work, both after the timed steps. The matrix rate is
-what the machine reaches on products of the model's own shapes and precision, one after the other.
-"""
+"""What exps/bench/train.py measures in one process: speed, memory and where the time goes."""
 
 import re
 import statistics
@@ -54,13 +50,8 @@ def measure(way: str, training: list[str], device: str, work: Mapping[str, Any],
         built = WAYS[way](shape, options, bench_config(options), torch_device)
         flops = trained_flops_per_token(built.model, shape.mean_context)
         losses = [built.step() for _ in range(3 if device == "cuda" else 1)]
-        wait(torch_device)
         before = count_allocations(device)
-        began = time.perf_counter()
-        marks = mark_steps(lambda: losses.append(built.step()), repeats, torch_device)
-        queued_s = time.perf_counter() - began
-        wait(torch_device)
-        seconds = [ms / 1e3 for ms in marks.read_ms().values()]
+        seconds, queued_s = time_steps(lambda: losses.append(built.step()), repeats, torch_device)
         memory = {"peak_gib": resident_gib() - base_gib}
         if device == "cuda":
             memory = {"peak_gib": peak_device_gib(device), "reserved_gib": torch.cuda.max_memory_reserved() / 2**30}
@@ -88,20 +79,16 @@ def count_allocations(device: str) -> dict[str, int]:
     return {name: stats[name] for name in ALLOCATOR_COUNTERS if name in stats}
 
 
-def mark_steps(step: Callable[[], object], repeats: int, device: torch.device) -> "Marks":
-    """Runs some steps, each with a mark at its end; on CUDA the host does not wait."""
-    marks = Marks(device)
+def time_steps(step: Callable[[], object], repeats: int, device: torch.device) -> tuple[list[float], float]:
+    """(seconds of each of some steps, seconds that the host took to queue them all)."""
+    wait(device)
+    began, marks = time.perf_counter(), Marks(device)
     for number in range(repeats):
         step()
         marks(str(number))
-    return marks
-
-
-def time_steps(step: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
-    """Seconds of each of some steps."""
-    marks = mark_steps(step, repeats, device)
+    queued_s = time.perf_counter() - began
     wait(device)
-    return [ms / 1e3 for ms in marks.read_ms().values()]
+    return [ms / 1e3 for ms in marks.read_ms().values()], queued_s
 
 
 class Marks:
@@ -129,21 +116,19 @@ class Marks:
 
 
 def profile_step(step: Callable[[Marks], object], device: torch.device) -> dict[str, Any]:
-    """Milliseconds of one step by phase and by kind of work.
+    """Milliseconds of one step by phase and by kind of work; `idle` is the time in which no kernel ran.
 
-    `idle` is the time in which no kernel ran. Kinds can add up to more than the step: copies run beside products. On
-    CUDA another step, without the profiler, gives the phases: the profiler slows the host, but no kernel.
+    Kinds can add up to more than the step: copies run beside products.
     """
-    phases = mark_step(step, device) if device.type == "cuda" else {}
-    activity = torch.profiler.ProfilerActivity
-    activities = [activity.CPU, activity.CUDA] if device.type == "cuda" else [activity.CPU]
-    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
-        profiled = mark_step(step, device)
+    # Without the profiler, which slows the host.
+    phases = mark_step(step, device)
+    with torch.profiler.profile(acc_events=True) as profiler:
+        mark_step(step, device)
     if device.type == "cuda":
         by_name, busy = read_kernels(profiler.events())
     else:
         by_name = {event.key: event.self_cpu_time_total / 1e3 for event in profiler.key_averages()}
-        phases, busy = profiled, sum(profiled.values())
+        busy = sum(phases.values())
     return {"phases_ms": phases, "kinds_ms": sum_by_kind(by_name) | {"idle": max(0.0, sum(phases.values()) - busy)}}
 
 
@@ -201,8 +186,8 @@ def matrix_rate(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device
     def product() -> None:
         torch.mm(left, right, out=out)
 
-    repeats = max(3, round(seconds / min(time_steps(product, 6, device))))
-    return 2.0 * m * k * n * repeats / sum(time_steps(product, repeats, device))
+    repeats = max(3, round(seconds / min(time_steps(product, 6, device)[0])))
+    return 2.0 * m * k * n * repeats / sum(time_steps(product, repeats, device)[0])
 
 
 def wait(device: torch.device) -> None:

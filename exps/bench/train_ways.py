@@ -1,9 +1,8 @@
 """The two ways of a training step that exps/bench/train.py compares, on the same random items.
 
-`Ours` is built and stepped by the functions of `finetune_solver.py` (model/training/step.py). `Recipe` works as the
-recipe does: the decoder of stock `transformers`, one batch padded to the longest item, no compilation, an fp32 copy of
-the logits for the cross-entropy and another for the z-loss, AdamW that is not fused, activations of all layers kept or
-recomputed. Attention is torch's sdpa; sharding and mixed precision are ours.
+`Ours` is built and stepped by the functions of `finetune_solver.py`. `Recipe` works as the recipe does: stock decoder,
+one batch padded to the longest item, no compilation, an fp32 copy of the logits for the cross-entropy and another for
+the z-loss, AdamW that is not fused. Attention is torch's sdpa; sharding and mixed precision are ours.
 """
 
 import contextlib
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data._utils.pin_memory import pin_memory
 from transformers import ChameleonForConditionalGeneration
 
 from data.epoch.rows import collate_row
@@ -128,10 +128,7 @@ class Ours:
         batches = (make_items(work.item_lens, config.vocab_size, seed) for seed in range(work.micro_steps))
         self.rows = [collate_row(items, work.row_len, PAD_ID, options.data.max_seq_len) for items in batches]
         if device.type == "cuda" and options.data.pin_mem:
-            self.rows = [
-                {name: value.pin_memory() if isinstance(value, torch.Tensor) else value for name, value in row.items()}
-                for row in self.rows
-            ]
+            self.rows = pin_memory(self.rows)
 
     def step(self, mark: Callable[[str], None] = lambda phase: None) -> torch.Tensor:
         """One optimizer step, as `Solver.train_step`; returns its loss on the device. `mark(phase)` ends a phase."""

@@ -1,8 +1,6 @@
-"""
-Packed attention: several documents in one row, none of which attends to another.
+"""Packed attention: several documents in one row, none of which attends to another.
 
-Registered with `transformers` as `ATTENTION_NAME`. Every attention layer of `model/decoder/chameleon.py` calls it, in
-training (a packed row or a padded batch) and in generation (with a key/value cache).
+Registered with `transformers` as `ATTENTION_NAME`, for training (a packed row or a padded batch) and generation.
 """
 
 import contextlib
@@ -25,18 +23,13 @@ _plans_for_cuda = False
 
 @dataclass(frozen=True)
 class PackedRow:
-    """
-    The bounds of the documents in one row, computed once per forward and shared by all layers.
+    """The bounds of the documents in one row, computed once per forward and shared by all layers."""
 
-    Attributes:
-        cu_seqlens: int32 [num_documents + 1] on the device of the activations, from 0 to the length of the row.
-        max_seqlen: an upper bound of the longest document, in tokens.
-        host_cu_seqlens: `cu_seqlens` on the host, as a tensor: integers would be constants of a compiled graph, and
-            each layout of documents would need a graph of its own. None if only the device knows the bounds.
-    """
-
+    # int32 [num_documents + 1] on the device of the activations, from 0 to the length of the row.
     cu_seqlens: torch.Tensor
+    # An upper bound of the longest document, in tokens.
     max_seqlen: int
+    # As a tensor: integers would be constants of a compiled graph. None if only the device knows the bounds.
     host_cu_seqlens: torch.Tensor | None
 
 
@@ -47,27 +40,21 @@ def build_packed_row(
     max_seqlen: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> PackedRow:
-    """
-    Describe a packed row for the attention layers.
+    """Describes a row of `row_len` tokens for the attention layers.
 
     Args:
         cu_seqlens: int [num_documents + 1], cumulative lengths, `cu_seqlens[0] == 0` and `cu_seqlens[-1] == row_len`.
-            On CUDA the host waits for the lengths once, if `max_seqlen` is None or the flash kernel is not used.
-        row_len: tokens in the row.
-        device: where the activations are.
+        device, dtype: of the activations; None: one of `FLASH_DTYPES`.
         max_seqlen: an upper bound of the longest document, filler included; None: read from `cu_seqlens`.
-        dtype: of the activations; None: one of `FLASH_DTYPES`.
 
-    Raises:
-        ValueError: `cu_seqlens` does not cover the row, or `max_seqlen` is below a document. Both are only checked
-            when the host knows the lengths.
+    On CUDA the host waits for the lengths once, if `max_seqlen` is None or the flash kernel is not used. Raises
+    ValueError, if the host knows the lengths, for documents that do not fill the row or exceed `max_seqlen`.
     """
     on_device = cu_seqlens.to(device=device, dtype=torch.int32, non_blocking=True)
     on_host = None
     if cu_seqlens.device.type != "cuda" or max_seqlen is None or dtype not in (None, *FLASH_DTYPES):
         on_host = cu_seqlens.to(device="cpu", dtype=torch.int32)
-        longest = _longest_document(on_host, row_len, max_seqlen)
-        max_seqlen = max_seqlen or longest
+        max_seqlen = _check_documents(on_host, row_len, max_seqlen)
         torch._dynamo.maybe_mark_dynamic(on_host, 0)
     # One graph of a compiled layer for any number of documents.
     torch._dynamo.maybe_mark_dynamic(on_device, 0)
@@ -121,20 +108,13 @@ def packed_attention(
     packed_row: PackedRow | None = None,
     **_unused: object,
 ) -> tuple[torch.Tensor, None]:
-    """
-    Causal attention, with the signature that `transformers` calls (`module`, the layer, is not used).
+    """Causal attention with the signature that `transformers` calls; returns ([B, T, H, head_dim], None).
 
     Args:
         query: [B, H, T, head_dim].
         key, value: [B, H_kv, S, head_dim], S = T without a cache; H is a multiple of H_kv.
         attention_mask: bool [B, 1, T, S], True where a query attends to a key; None: plain causal.
-        packed_row: the documents of the row (B = 1); None: an ordinary batch.
-
-    Returns:
-        ([B, T, H, head_dim], None).
-
-    Raises:
-        ValueError: dropout with a packed row.
+        packed_row: the documents of the row (B = 1), without dropout (ValueError); None: an ordinary batch.
     """
     if packed_row is None:
         out = F.scaled_dot_product_attention(
@@ -153,22 +133,26 @@ def packed_attention(
             f"attention_dropout={dropout} cannot be used with packed rows: the kernel has no dropout. "
             "Set attention_dropout to 0 (`dropout`, on the residuals, is not affected)."
         )
-    if (query.is_cuda or _plans_for_cuda) and query.dtype in FLASH_DTYPES:
+    if computes_as_cuda(query) and query.dtype in FLASH_DTYPES:
         return _varlen(query, key, value, scaling, packed_row), None
-    cu_seqlens = packed_row.cu_seqlens if packed_row.host_cu_seqlens is None else packed_row.host_cu_seqlens
     attend = _attend_documents_in_graph if torch.compiler.is_compiling() else _attend_documents
-    return attend(query, key, value, cu_seqlens, scaling), None
+    return attend(query, key, value, packed_row.host_cu_seqlens, scaling), None
 
 
 @contextlib.contextmanager
 def as_on_cuda() -> Iterator[None]:
-    """Fake tensors take the flash kernel's branch on any device: `--plan` counts the memory of a GPU."""
+    """Fake tensors take the branches of CUDA on any device: `--plan` counts the memory of a GPU."""
     global _plans_for_cuda
     _plans_for_cuda = True
     try:
         yield
     finally:
         _plans_for_cuda = False
+
+
+def computes_as_cuda(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is on CUDA, or a plan counts as if it were."""
+    return tensor.is_cuda or _plans_for_cuda
 
 
 def _varlen(
@@ -205,18 +189,13 @@ def _attend_documents(
     """[1, H or H_kv, T, head_dim] -> [1, T, H, head_dim] by one call per document, in any type."""
     # On a CPU faster than one call with a block-diagonal mask, and than one batch of documents gathered by length.
     doc_lens = _document_lens(cu_seqlens)
-    is_grouped = query.shape[1] > key.shape[1]
     documents = zip(*(x.split(doc_lens, dim=2) for x in (query, key, value)), strict=True)
-    outs = [
-        F.scaled_dot_product_attention(*document, is_causal=True, scale=scaling, enable_gqa=is_grouped)
-        for document in documents
-    ]
-    return torch.cat([out.transpose(1, 2) for out in outs], dim=1).contiguous()
+    outs = [packed_attention(None, *document, None, scaling)[0] for document in documents]
+    return torch.cat(outs, dim=1).contiguous()
 
 
-# `_attend_documents` for compiled layers: one operator that the compiler does not trace into. A traced split would be
-# right for one layout of documents only, so every row would compile another graph. The price: the backward runs the
-# forward again.
+# `_attend_documents` for compiled layers: an operator that the compiler does not trace into, as a traced split would be
+# right for one layout of documents only. The price: the backward runs the forward again.
 @torch.library.custom_op("packed_attention::attend_documents", mutates_args=())
 def _attend_documents_in_graph(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scaling: float | None
@@ -269,8 +248,8 @@ def _document_lens(cu_seqlens: torch.Tensor) -> list[int]:
     return [stop - start for start, stop in pairwise(cu_seqlens.tolist())]
 
 
-def _longest_document(cu_seqlens: torch.Tensor, row_len: int, max_seqlen: int | None) -> int:
-    """Tokens of the longest document. Raises ValueError as `build_packed_row` does."""
+def _check_documents(cu_seqlens: torch.Tensor, row_len: int, max_seqlen: int | None) -> int:
+    """`max_seqlen` or, if None, the longest document. Raises ValueError as `build_packed_row` does."""
     bounds, doc_lens = cu_seqlens.tolist(), _document_lens(cu_seqlens)
     if not doc_lens or bounds[0] != 0 or bounds[-1] != row_len or min(doc_lens) < 1:
         raise ValueError(
@@ -279,11 +258,8 @@ def _longest_document(cu_seqlens: torch.Tensor, row_len: int, max_seqlen: int | 
         )
     longest = max(doc_lens)
     if max_seqlen is not None and max_seqlen < longest:
-        raise ValueError(
-            f"max_seqlen={max_seqlen} must be an upper bound of the documents of the row, but the longest has "
-            f"{longest} tokens: the kernel would leave out the rest. Give a bound of at least {longest}."
-        )
-    return longest
+        raise ValueError(f"max_seqlen={max_seqlen} must be at least the longest document of the row, {longest} tokens")
+    return max_seqlen or longest
 
 
 AttentionInterface.register(ATTENTION_NAME, packed_attention)

@@ -1,9 +1,7 @@
-"""
-The decoder: `transformers`' Chameleon with what training needs.
+"""The decoder: `transformers`' Chameleon, without its VQGAN, with what training needs.
 
 It adds residual dropout, q/k-norm weights tied per model-parallel group, packed rows, a forward that returns the loss,
-and image logits that are masked only if asked. The VQGAN is left out. `finetune_solver.py` trains it,
-`model/generation/loop.py` samples from it, `model/convert.py` reads and writes its weights.
+and image logits that are masked only if asked.
 """
 
 from collections.abc import Mapping
@@ -37,68 +35,51 @@ from model.decoder.loss import HeadLoss, LossHead, reject_image_targets, shift_l
 IMAGE_TOKEN_PREFIX = "IMGIMG"
 
 
-def _shape(width: int, mlp_width: int, layers: int, heads: int, kv_heads: int, **more: Any) -> dict[str, Any]:
-    return dict(
-        hidden_size=width,
-        intermediate_size=mlp_width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=4096,
-        **more,
-    )
-
-
-MODEL_SIZES: dict[str, dict[str, Any]] = {
-    "7B": _shape(4096, 11008, 32, 32, 32),
-    "34B": _shape(8192, 22016, 48, 64, 8, model_parallel_size=8, swin_norm=True),
-    "1B": _shape(2048, 5504, 20, 16, 16),
-    "tiny": _shape(256, 688, 4, 4, 4),
-    "bench": _shape(256, 688, 4, 4, 4, vocab_size=65536),
+SHAPE_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SHAPES = {
+    "7B": (4096, 11008, 32, 32, 32),
+    "34B": (8192, 22016, 48, 64, 8),
+    "1B": (2048, 5504, 20, 16, 16),
+    "tiny": (256, 688, 4, 4, 4),
+    "bench": (256, 688, 4, 4, 4),
 }
+MODEL_SIZES: dict[str, dict[str, Any]] = {
+    size: dict(zip(SHAPE_FIELDS, shape, strict=True)) for size, shape in SHAPES.items()
+}
+MODEL_SIZES["34B"] |= {"model_parallel_size": 8, "swin_norm": True}
+MODEL_SIZES["bench"] |= {"vocab_size": 65536}
 
 
 class ChameleonXLLMXConfig(ChameleonConfig):
-    """
-    Chameleon's configuration and what training adds to it.
-
-    Attributes:
-        dropout: dropout on what attention and MLP add to the residual stream, in training.
-        z_loss_weight: weight of the squared log-normalizer in the loss.
-        mask_image_logits: mask the logits of image tokens, as stock Chameleon always does.
-        tie_head_norm: heads of a model-parallel group share q/k-norm weights ([model_parallel_size, head_dim], the
-            recipe's shape); False: one row per head ([heads, head_dim], the shape of stock Chameleon).
-        codebook_sha256: the VQGAN whose codes the model was trained on (model/vqgan/vqgan.py); None: not known.
-    """
+    """Chameleon's configuration and what training adds to it."""
 
     # "chameleon", which the recipe's checkpoints have, is the type of stock Chameleon.
     model_type = "chameleon_xllmx"
+    # On what attention and MLP add to the residual stream, in training.
     dropout: float | int = 0.0
+    # Weight of the squared log-normalizer in the loss.
     z_loss_weight: float | int = 0.0
+    # As stock Chameleon always does.
     mask_image_logits: bool = False
+    # q/k-norm weights are [model_parallel_size, head_dim], as in the recipe; False: [heads, head_dim], as in stock.
     tie_head_norm: bool = True
+    # The VQGAN whose codes the model was trained on (model/vqgan/vqgan.py); None: not known.
     codebook_sha256: str | None = None
 
 
 @dataclass
 class ChameleonXLLMXOutput(ModelOutput):
-    """
-    What the decoder returns: without labels `logits` and `past_key_values`, with labels all the others.
+    """What the decoder returns: without labels `logits` and `past_key_values`, with labels all the others.
 
-    Attributes:
-        loss: scalar to call `backward` on.
-        logits: [B, T, V], fewer positions with `logits_to_keep`.
-        ce_loss: sum of the cross-entropy over valid targets, detached, like everything below.
-        z_loss: sum of the squared log-normalizer over valid targets, without its weight.
-        num_valid_tokens: valid targets, int64.
-        text_ce_sum, image_ce_sum: `ce_loss` by the kind of the target.
-        num_text_tokens, num_image_tokens: `num_valid_tokens` by the kind of the target.
-        past_key_values: the given cache, filled.
+    Sums are over valid targets, detached; two of them, and their numbers, are by the kind of the target.
     """
 
+    # A scalar to call `backward` on.
     loss: torch.Tensor | None = None
+    # [B, T, V], fewer positions with `logits_to_keep`.
     logits: torch.Tensor | None = None
     ce_loss: torch.Tensor | None = None
+    # Sum of the squared log-normalizer, without its weight.
     z_loss: torch.Tensor | None = None
     num_valid_tokens: torch.Tensor | None = None
     text_ce_sum: torch.Tensor | None = None
@@ -109,17 +90,10 @@ class ChameleonXLLMXOutput(ModelOutput):
 
 
 def build_config(model_size: str, vocabulary: Any = None, **overrides: Any) -> ChameleonXLLMXConfig:
-    """
-    The configuration of a named size.
+    """The configuration of a named size, with values replaced by `overrides`.
 
-    Args:
-        model_size: a key of `MODEL_SIZES`.
-        vocabulary: a tokenizer (with `get_vocab()`) or a mapping of token name to id, which gives `vocab_size`, unless
-            the named size or an override does. None: the model knows no image tokens.
-        overrides: configuration values that replace those of the named size.
-
-    Raises:
-        ValueError: unknown size, or a vocabulary with ids beyond `vocab_size`.
+    `vocabulary` is a tokenizer or a mapping of token name to id, and gives `vocab_size`, unless the named size or an
+    override does. Raises ValueError for an unknown size, or a vocabulary with ids beyond `vocab_size`.
     """
     if model_size not in MODEL_SIZES:
         raise ValueError(f"model size {model_size!r} is unknown; choose one of {', '.join(MODEL_SIZES)}.")
@@ -143,7 +117,7 @@ def build_config(model_size: str, vocabulary: Any = None, **overrides: Any) -> C
 
 
 def grow_positions(config: ChameleonXLLMXConfig, least: int) -> str | None:
-    """Raise `max_position_embeddings` to `least`. Returns a message to print, None if nothing changed."""
+    """Raises `max_position_embeddings` to `least`. Returns a message to print, None if nothing changed."""
     had = config.max_position_embeddings
     if had >= least:
         return None
@@ -155,12 +129,7 @@ def grow_positions(config: ChameleonXLLMXConfig, least: int) -> str | None:
 def build_model(
     config: ChameleonXLLMXConfig, device: str | torch.device = "meta", dtype: torch.dtype = torch.float32
 ) -> "ChameleonXLLMXForConditionalGeneration":
-    """
-    The decoder on "meta", or allocated on a device with undefined weights (the rotary buffers are right).
-
-    `init_weights` or `convert.load_checkpoint_weights` fills the weights. From meta: shard, `to_empty`,
-    `reset_rotary_buffers`, then fill them.
-    """
+    """The decoder on "meta", or on a device with undefined weights and the right rotary buffers."""
     with torch.device("meta"):
         model = ChameleonXLLMXForConditionalGeneration(config).to(dtype)
     if torch.device(device).type != "meta":
@@ -171,7 +140,7 @@ def build_model(
 
 @torch.no_grad()
 def init_weights(model: nn.Module, seed: int = 0) -> None:
-    """Fill a plain or sharded model: norms 1, biases 0, all else normal(0, `initializer_range`)."""
+    """Fills a plain or sharded model: norms 1, biases 0, all else normal(0, `initializer_range`)."""
     # Every rank draws every full tensor and keeps its part: the values depend neither on the number of ranks nor on the
     # device.
     generator = torch.Generator().manual_seed(seed)
@@ -187,7 +156,7 @@ def init_weights(model: nn.Module, seed: int = 0) -> None:
 
 
 def reset_rotary_buffers(model: nn.Module, device: torch.device | None = None) -> None:
-    """Recompute the rotary frequencies, in fp32, on `device` (None: where they are): `to_empty` leaves garbage."""
+    """Computes the rotary frequencies, in fp32, on `device` (None: where they are): `to_empty` leaves garbage."""
     rotary = next(module for module in model.modules() if isinstance(module, ChameleonRotaryEmbedding))
     device = device or rotary.inv_freq.device
     with torch.device("cpu"):
@@ -279,9 +248,8 @@ class ChameleonXLLMXModel(ChameleonPreTrainedModel):
         if cu_seqlens is not None:
             if input_ids.shape[0] != 1 or attention_mask is not None or past_key_values is not None:
                 raise ValueError(
-                    "cu_seqlens describes the documents of one row, without mask or cache; got a batch of "
-                    f"{input_ids.shape[0]} rows, attention_mask {'absent' if attention_mask is None else 'given'}, "
-                    f"cache {'absent' if past_key_values is None else 'given'}."
+                    "cu_seqlens describes the documents of one row, without attention_mask or past_key_values; got a "
+                    f"batch of {input_ids.shape[0]} rows, or one of the two"
                 )
             packed_row = build_packed_row(
                 cu_seqlens, input_ids.shape[1], hidden_states.device, max_seqlen, hidden_states.dtype
@@ -335,25 +303,28 @@ class ChameleonXLLMXForConditionalGeneration(ChameleonPreTrainedModel, Generatio
         num_valid: int | None = None,
         **_unused: Any,
     ) -> ChameleonXLLMXOutput:
-        """
+        """The loss with `labels`, logits without.
+
         Args:
             input_ids: int64 [B, T]; a packed row has B = 1.
             labels: int64 [B, T], labels[t] is the token at t or `IGNORE_INDEX`; shifted here.
             position_ids: int64 [B, T] or [1, T]; None: from `cu_seqlens`, `attention_mask` or the cache.
-            cu_seqlens: int [num_documents + 1], the documents of a packed row. Nothing attends across documents, and
-                the first token of a document is never a target.
+            cu_seqlens, max_seqlen: as for `build_packed_row`. The first token of a document is never a target.
             attention_mask: [B, S] with 0 at padding (right padding alone needs none), or bool [B, 1, T, S].
             past_key_values: a cache with `get_seq_length` and `update`.
             logits_to_keep: number of positions at the end that get logits (0: all), or int64 [B], one per row.
-            max_seqlen: as for `build_packed_row`.
             loss_scale, num_valid: as for `LossHead.forward`.
 
-        Raises:
-            ValueError: `cu_seqlens` with a batch, a mask or a cache; an image target under `mask_image_logits`.
+        Raises ValueError for `cu_seqlens` with a batch, mask or cache, or an image target under `mask_image_logits`.
         """
         hidden_states = self.model(input_ids, position_ids, cu_seqlens, attention_mask, past_key_values, max_seqlen)
         if labels is None:
-            logits = self.lm_head(_keep_positions(hidden_states, logits_to_keep))
+            if isinstance(logits_to_keep, torch.Tensor):
+                rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
+                hidden_states = hidden_states[rows, logits_to_keep][:, None]
+            elif logits_to_keep:
+                hidden_states = hidden_states[:, -logits_to_keep:]
+            logits = self.lm_head(hidden_states)
             if self.config.mask_image_logits:
                 logits = logits.index_fill(-1, self.image_token_ids(logits.device), torch.finfo(logits.dtype).min)
             return ChameleonXLLMXOutput(logits=logits, past_key_values=past_key_values)
@@ -397,10 +368,3 @@ class ChameleonXLLMXForConditionalGeneration(ChameleonPreTrainedModel, Generatio
             num_text_tokens=num_valid - num_image,
             num_image_tokens=num_image,
         )
-
-
-def _keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    if isinstance(logits_to_keep, torch.Tensor):
-        rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
-        return hidden_states[rows, logits_to_keep][:, None]
-    return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states

@@ -1,8 +1,6 @@
-"""
-Cross-entropy and z-loss, fused with the matmul of the language-model head.
+"""Cross-entropy and z-loss, fused with the matmul of the language-model head.
 
-`LossHead` is the `lm_head` of the decoder. Logits exist for one chunk of targets at a time: the forward computes the
-chunk's gradient too, adds it to those of the hidden states and the weight, and drops the logits.
+Logits exist for one chunk of targets at a time: the forward computes the chunk's gradients too, and drops the logits.
 """
 
 from typing import NamedTuple
@@ -12,34 +10,29 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from model.decoder.attention import computes_as_cuda
+
 # As in data/items/vocab.py, which the model does not import.
 IGNORE_INDEX = -100
-# Logits of one chunk: 32 Mi values are 128 MiB in fp32. At a vocabulary of 65,536 that is 512 targets: fewer make the
-# matmuls slow, more cost memory.
-_CHUNK_LOGITS = 2**25
+# Logits of one chunk: at a vocabulary of 65,536 they are of 512 targets, on CUDA of 2,048 (512 MiB in fp32). Fewer make
+# the matmuls slow, more cost memory.
+_CHUNK_LOGITS, _CHUNK_LOGITS_CUDA = 2**25, 2**27
 _MIN_CHUNK = 64
 
 
 class HeadLoss(NamedTuple):
-    """
-    What `LossHead` returns with labels.
+    """What `LossHead` returns with labels: of every valid target fp32 or int64 [num_valid], without gradients."""
 
-    Attributes:
-        loss: scalar, `loss_scale * sum(ce + z_loss_weight * lse^2)`; the only field with a gradient.
-        ce: fp32 [num_valid], cross-entropy of every valid target.
-        lse: fp32 [num_valid], log-normalizer of every valid target (z-loss is its square).
-        targets: int64 [num_valid], the token ids of the valid targets.
-    """
-
+    # A scalar with a gradient, `loss_scale * sum(ce + z_loss_weight * lse^2)`.
     loss: torch.Tensor
     ce: torch.Tensor
+    # The log-normalizer, whose square is the z-loss.
     lse: torch.Tensor
     targets: torch.Tensor
 
 
 class LossHead(nn.Linear):
-    """
-    A linear head that, given labels, returns the loss instead of logits.
+    """A linear head that, given labels, returns the loss instead of logits.
 
     The loss is computed in the head's own forward, because FSDP gathers the weight only there.
     """
@@ -53,17 +46,14 @@ class LossHead(nn.Linear):
         masked_ids: torch.Tensor | None = None,
         num_valid: int | None = None,
     ) -> torch.Tensor | HeadLoss:
-        """
+        """`HeadLoss` with labels, logits [..., V] without.
+
         Args:
             hidden_states: [..., D].
             labels: int64 [...], the target of every position (already shifted), `IGNORE_INDEX` where there is none.
             loss_scale: factor on the sum over valid targets; None divides by their number (a mean).
-            z_loss_weight: weight of the squared log-normalizer.
             masked_ids: int64 [M] token ids whose logits are masked out, or None.
             num_valid: how many labels are targets, as the host knows it; None: the host waits for the device.
-
-        Returns:
-            Logits [..., V] without labels, `HeadLoss` with them.
         """
         rows, row_ids = self.trained_rows(hidden_states.device)
         if labels is None:
@@ -82,10 +72,7 @@ class LossHead(nn.Linear):
         return HeadLoss(loss, ce, lse, targets)
 
     def trained_rows(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-        """Rows [M, D] that replace rows of the weight, and their ids int64 [M] on `device`: here none.
-
-        `TrainedRowsHead` (model/decoder/trained_rows.py) has some.
-        """
+        """Rows [M, D] that replace rows of the weight, and their ids int64 [M] on `device`: here none."""
         return None, None
 
 
@@ -137,7 +124,7 @@ class _FusedLinearLoss(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=acc_dtype, device=weight.device) if needs_weight else None
         ce = torch.empty(num_targets, dtype=acc_dtype, device=hidden.device)
         lse = torch.empty_like(ce)
-        chunk = max(_MIN_CHUNK, _CHUNK_LOGITS // vocab_size)
+        chunk = max(_MIN_CHUNK, (_CHUNK_LOGITS_CUDA if computes_as_cuda(hidden) else _CHUNK_LOGITS) // vocab_size)
         for start in range(0, num_targets, chunk):
             part = slice(start, min(start + chunk, num_targets))
             x, y = hidden[part], targets[part, None]

@@ -1,7 +1,6 @@
 """An embedding and a head with some trained rows, those of image tokens, in a frozen weight.
 
-`choose_trainable` (model/decoder/trainable.py) puts them in the place of the decoder's own. The whole weight keeps its
-name. The trained rows are a parameter beside it, so weight decay, moments and checkpoints cover these rows alone.
+The rows are a parameter beside the whole weight: weight decay, moments and checkpoints cover these rows alone.
 """
 
 import torch

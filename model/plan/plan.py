@@ -2,17 +2,13 @@
 
     python finetune_solver.py --plan --plan_world_size 32 --model_size 34B --batch_size 8 --checkpointing
 
-The plan takes an optimizer step of the run itself (sharding, loss, optimizer) on tensors without values, as rank 0 of a
-process group that sends nothing. `StorageTracker` counts what is alive. Rows are the largest that the options allow,
-and every token is a target. The plan runs on any machine: its tensors are on the CPU, and where CUDA computes otherwise
-(the flash kernel, one byte per element for dropout) the plan does as CUDA does.
+The plan takes an optimizer step of the run itself on tensors without values, as rank 0 of a process group that sends
+nothing, with the largest rows that the options allow. `StorageTracker` counts what is alive. Tensors are on the CPU;
+where CUDA computes otherwise (the flash kernel, one byte per element for dropout) the plan does as CUDA does.
 
-The peak leaves out: the CUDA context, buffers of NCCL and cuBLAS, and fragmentation, for which `needed_gib` adds room;
-what `--compile` saves; the samples of `--sample_interval`, for which the weights may stay gathered; and, under
-`--cpu_offload`, the copies on the GPU of the shards of one layer.
+The peak leaves out what `--compile` saves, the samples of `--sample_interval`, and the copies of a layer's shards on
+the GPU under `--cpu_offload`. `needed_gib` adds room for the context of CUDA, NCCL, cuBLAS and fragmentation.
 """
-
-from __future__ import annotations
 
 import contextlib
 import dataclasses
@@ -26,7 +22,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from data.epoch.dataset import TokenDataset
 from data.epoch.packing import plan_epoch, round_row_len
@@ -38,14 +33,12 @@ from model.decoder.trainable import choose_trainable
 from model.decoder.trained_rows import ROWS_NAME
 from model.plan.storage_tracker import ACTIVATIONS, GRADIENTS, KINDS, LOSS, OPTIMIZER, PARAMETERS, StorageTracker
 from model.run.flops import mean_document_len, trained_flops_per_token
-from model.run.options import Options, resolve_model
+from model.run.options import Options
 from model.training.distributed import Launch, stop_at_start
 from model.training.optim import OptimOptions, build_optimizer
 from model.training.parallelize import allocate, build_mesh
 from model.training.step import build_sharded, micro_step, optimizer_step
 from model.training.step_guard import StepGuard
-from model.vqgan.vqgan import HF_PREFIX
-from model.weights.adapter_folder import open_weights
 from model.weights.hf_folder import load_config
 
 GIB = 2**30
@@ -55,41 +48,34 @@ IMAGE_TOKENS = {f"{IMAGE_TOKEN_PREFIX}{number}": 4 + number for number in range(
 # The node of --data_parallel hsdp, unless --hsdp_shard_size says otherwise.
 RANKS_PER_NODE = 8
 # Memory that torch finds on cards by the gigabytes they are sold with: RTX 4090, L40, H100, H200 (the least seen in
-# messages of CUDA out of memory, rounded down; a card may have some tenths more).
+# messages of CUDA out of memory, rounded down).
 CARDS_GIB = {24: 23.5, 48: 44.4, 80: 79.1, 141: 139.0}
-# Room beside the peak: the context of CUDA and the buffers of NCCL and cuBLAS, about a GiB and a half, and 5% for holes
-# between allocations and for what the plan gets wrong.
+# Room beside the peak: the context of CUDA and the buffers of NCCL and cuBLAS, and 5% for holes and errors of the plan.
 FIXED_HEADROOM_GIB = 1.5
 HEADROOM_SHARE = 0.05
 # What --cpu_offload moves to the host.
 HOST_KINDS = (PARAMETERS, GRADIENTS, OPTIMIZER)
-# Positions in a row are int32.
-MAX_ROW_LEN = 2**31 - 1
 # Both moments of a trained parameter in a checkpoint. In 8 bits: a code per value, and an fp32 scale per 256 codes.
 MOMENTS_BYTES = {"adamw": 8.0, "adamw_8bit": 2 * (1 + 4 / 256)}
-# The image encoder in the recipe's weights, which are not fetched: fp32 parameters of transformers' ChameleonVQVAE.
-HUB_VQGAN_BYTES = 4 * 29_423_616
 
 
 @dataclass(frozen=True)
 class EpochSize:
-    """The first epoch of the data: optimizer steps, tokens of items, and the longest row that any epoch may have.
+    """The first epoch of the data, lengths in tokens."""
 
-    `mean_document_len` is that of `model/run/flops.py`, as the run's own figures of speed have it.
-    """
-
-    num_steps: int
-    num_tokens: int
+    # None: no data are known.
+    num_steps: int | None
+    num_tokens: int | None
+    # The longest row that any epoch may have.
     max_row_len: int
     max_document_len: int
     mean_document_len: float
 
 
 def print_plan(options: Options, launch: Launch) -> int:
-    """Prints the plan, a JSON object as its last line.
+    """Prints the plan, a JSON object as its last line; under a launcher the first rank plans alone.
 
-    Returns the exit code: 0 for a plan, whether it fits or not, and 2 for wrong options or a wrong configuration of the
-    model. Under a launcher the first rank plans alone.
+    Returns the exit code: 0 for a plan, whether it fits or not, 2 for wrong options or a wrong model.
     """
     if not launch.is_main:
         return 0
@@ -98,42 +84,32 @@ def print_plan(options: Options, launch: Launch) -> int:
     try:
         config = find_config(options)
         model = choose_trainable(build_model(config, device="meta"), options.trainable)
-        disk = checkpoint_bytes(model, options)
     except (ValueError, OSError, ImportError) as error:
         problems.append(str(error))
     if problems:
         lines = ["finetune_solver.py: there is nothing to plan:", *dict.fromkeys(problems)]
         return stop_at_start(launch, "\n  - ".join(lines))
-    row_len = options.data.max_row_len
-    document_len = mean_len = options.data.max_seq_len
-    epoch, unknown = None, None
+    unknown, longest = None, options.data.max_seq_len
     try:
         epoch = size_epoch(options, world_size)
-        row_len, document_len, mean_len = epoch.max_row_len, epoch.max_document_len, epoch.mean_document_len
     except (ValueError, OSError) as error:
-        unknown = str(error)
-    if row_len > MAX_ROW_LEN:
-        problem = f"a row of {row_len:,} tokens is too long (places in it are int32)"
-        return stop_at_start(launch, f"finetune_solver.py: {problem}: lower --batch_size or --max_seq_len")
-    memory = plan_memory(config, options, world_size, row_len, document_len)
-    counts = {
+        unknown, epoch = str(error), EpochSize(None, None, options.data.max_row_len, longest, longest)
+    memory = plan_memory(config, options, world_size, epoch.max_row_len, epoch.max_document_len)
+    disk = checkpoint_bytes(model, options)
+    figures = summarize_plan(options, memory, epoch) | {
         # Trained image rows are rows of matrices that are counted already.
         "num_parameters": sum(p.numel() for name, p in model.named_parameters() if not name.endswith(f".{ROWS_NAME}")),
         "num_trained_parameters": count_trained(model),
-        "flops_per_token": trained_flops_per_token(model, mean_len),
+        "flops_per_token": trained_flops_per_token(model, epoch.mean_document_len),
+        "checkpoint_gib": round(sum(disk.values()) / GIB, 2),
     }
-    figures = summarize_plan(options, memory, epoch, row_len) | counts
-    figures["checkpoint_gib"] = round(sum(disk.values()) / GIB, 2)
     print("\n".join(describe(figures, memory.on_host, disk, unknown)))
     print(json.dumps(figures), flush=True)
     return 0
 
 
 def find_config(options: Options) -> ChameleonXLLMXConfig:
-    """The configuration of the model to train: that of `--init_from`, else of `--model_size`.
-
-    The recipe's weights are not looked up: they have the shape of the size and Chameleon's vocabulary.
-    """
+    """The configuration of the model to train: that of `--init_from`, else of `--model_size`; no hub is asked."""
     model = options.model
     # Masking looks at the values of targets, which a plan lacks. It changes no memory.
     changes = {"dropout": model.dropout, "z_loss_weight": model.z_loss_weight, "mask_image_logits": False}
@@ -153,32 +129,13 @@ def count_trained(model: nn.Module) -> int:
 
 
 def checkpoint_bytes(model: nn.Module, options: Options) -> dict[str, float]:
-    """Bytes of a checkpoint's large parts: fp32 weights for Hugging Face, the training state, and a carried VQGAN.
-
-    Raises FileNotFoundError or ValueError if `--init_from` holds only what was trained, and the rest is gone.
-    """
+    """Bytes of a checkpoint's large parts: fp32 weights for Hugging Face, and the training state."""
     trained = count_trained(model)
-    parts = {"weights": 4 * trained, "training state": (4 + MOMENTS_BYTES[options.optim.optim]) * trained}
-    vqgan = 0 if options.trainable.is_partial else vqgan_bytes(options)
-    return parts | ({"VQGAN": vqgan} if vqgan else {})
-
-
-def vqgan_bytes(options: Options) -> int:
-    """Bytes of the VQGAN beside the weights that the run starts from; hub ids are not looked up."""
-    source = resolve_model(options.model)[0]
-    if source is not None and not Path(source).is_dir():
-        return 0 if options.model.init_from else HUB_VQGAN_BYTES
-    if source is None or not any(Path(source).glob("*.safetensors")):
-        return 0
-    reader = open_weights(source)
-    return sum(reader.read(name).nbytes for name in reader.names if name.startswith(HF_PREFIX))
+    return {"weights": 4 * trained, "training state": (4 + MOMENTS_BYTES[options.optim.optim]) * trained}
 
 
 def size_epoch(options: Options, world_size: int) -> EpochSize:
-    """Steps and tokens of the first epoch, from the records themselves.
-
-    Raises what `load_data_config` and `TokenDataset` raise, and ValueError without a data config.
-    """
+    """Steps and tokens of the first epoch, from the records themselves. Raises ValueError without a data config."""
     data = options.data
     if data.data_config is None:
         raise ValueError("no --data_config was given")
@@ -211,37 +168,21 @@ def plan_memory(
         with FakeTensorMode(allow_non_fake_inputs=True), as_on_cuda(), _dropout_as_on_cuda():
             allocate(model, device, options.parallel)
             optimizer = build_optimizer(model, options.optim)
-            count_step(model.train(), mesh, optimizer, tracker, options, cu_seqlens)
+            _init_states(model.train(), optimizer)
+            _name_kinds(model, optimizer, tracker)
+            with tracker:
+                tracker.during = "forward and backward"
+                # More than two micro-steps add to the same gradients.
+                for is_last in (False, True) if options.data.accum_iter > 1 else (True,):
+                    names = ("input_ids", "labels", "position_ids")
+                    row = {name: torch.zeros(1, row_len, dtype=torch.int64) for name in names}
+                    row |= {"cu_seqlens": cu_seqlens, "num_valid_tokens": row_len - len(cu_seqlens) + 1}
+                    settings = {"is_last": is_last, "max_seqlen": options.data.max_seq_len, "divisor": row_len}
+                    micro_step(model, row, device, options.parallel, **settings)
+                tracker.during, tracker.kind = "optimizer step", OPTIMIZER
+                guard, clip_grad = StepGuard(options.guard), options.optim.clip_grad
+                optimizer_step(model, mesh, optimizer, guard, clip_grad, 1, [])
     return tracker
-
-
-def count_step(
-    model: nn.Module,
-    mesh: DeviceMesh,
-    optimizer: torch.optim.Optimizer,
-    tracker: StorageTracker,
-    options: Options,
-    cu_seqlens: torch.Tensor,
-) -> None:
-    """Takes an optimizer step under a tracker, as any step but the first: the optimizer's states exist already.
-
-    At most two micro-steps (more add to the same gradients) of a row with the documents `cu_seqlens` (int32
-    [num_documents + 1], with values, on the host). The tensors of the model may have values or not.
-    """
-    device, row_len = torch.device(mesh.device_type), cu_seqlens.tolist()[-1]
-    num_micro = min(options.data.accum_iter, 2)
-    guard = StepGuard(options.guard)
-    _init_states(model, optimizer)
-    _name_kinds(model, optimizer, tracker)
-    with tracker:
-        tracker.during = "forward and backward"
-        for micro in range(num_micro):
-            row = {name: torch.zeros(1, row_len, dtype=torch.int64) for name in ("input_ids", "labels", "position_ids")}
-            row |= {"cu_seqlens": cu_seqlens, "num_valid_tokens": row_len - len(cu_seqlens) + 1}
-            is_last, max_seqlen = micro == num_micro - 1, options.data.max_seq_len
-            micro_step(model, row, device, options.parallel, is_last=is_last, max_seqlen=max_seqlen, divisor=row_len)
-        tracker.during, tracker.kind = "optimizer step", OPTIMIZER
-        optimizer_step(model, mesh, optimizer, guard, options.optim.clip_grad, 1, [])
 
 
 def needed_gib(peak_gib: float) -> float:
@@ -249,9 +190,9 @@ def needed_gib(peak_gib: float) -> float:
     return peak_gib * (1 + HEADROOM_SHARE) + FIXED_HEADROOM_GIB
 
 
-def summarize_plan(options: Options, memory: StorageTracker, epoch: EpochSize | None, row_len: int) -> dict[str, Any]:
+def summarize_plan(options: Options, memory: StorageTracker, epoch: EpochSize) -> dict[str, Any]:
     """The figures of memory and data by name, ready for JSON; unknown ones are None."""
-    planning, data = options.planning, options.data
+    planning, data, row_len = options.planning, options.data, epoch.max_row_len
     peak_gib = memory.peak / GIB
     needed = needed_gib(peak_gib)
     return {
@@ -269,8 +210,8 @@ def summarize_plan(options: Options, memory: StorageTracker, epoch: EpochSize | 
         "fits_cards_gb": [card for card, gib in CARDS_GIB.items() if needed <= gib],
         "plan_gpu_gib": planning.plan_gpu_gib,
         "fits": None if planning.plan_gpu_gib is None else needed <= planning.plan_gpu_gib,
-        "tokens_per_epoch": epoch and epoch.num_tokens,
-        "steps_per_epoch": epoch and epoch.num_steps,
+        "tokens_per_epoch": epoch.num_tokens,
+        "steps_per_epoch": epoch.num_steps,
         "epochs": options.optim.epochs,
     }
 
@@ -291,22 +232,26 @@ def describe(
     for kind in KINDS:
         place = "  (on the host)" if kind in on_host else ""
         lines.append(f"{kind:<14}{figures[f'{kind}_gib']:>10.2f}{figures['at_peak_gib'][kind]:>14.2f}{place}")
+    verdict = {True: "fits", False: "does not fit"}
+    parts = ", ".join(f"{name} {num_bytes / GIB:.2f}" for name, num_bytes in disk.items())
+    flops = figures["flops_per_token"]
     lines += [
         f"{'peak':<14}{'':>10}{figures['peak_gib']:>14.2f}  (in the {figures['peak_during']})",
         "",
         f"needed with {HEADROOM_SHARE:.0%} and {FIXED_HEADROOM_GIB} GiB of room for CUDA, NCCL and fragmentation: "
         f"{figures['needed_gib']:.2f} GiB",
-    ]
-    verdict = {True: "fits", False: "does not fit"}
-    lines += [
-        f"  {card} GB card ({gib} GiB): {verdict[card in figures['fits_cards_gb']]}" for card, gib in CARDS_GIB.items()
+        *(
+            f"  {card} GB card ({gib} GiB): {verdict[card in figures['fits_cards_gb']]}"
+            for card, gib in CARDS_GIB.items()
+        ),
     ]
     if figures["fits"] is not None:
         lines.append(f"  --plan_gpu_gib {figures['plan_gpu_gib']:g}: {verdict[figures['fits']]}")
-    parts = ", ".join(f"{name} {num_bytes / GIB:.2f}" for name, num_bytes in disk.items())
-    flops = figures["flops_per_token"]
-    lines += ["", f"a checkpoint takes {figures['checkpoint_gib']:.2f} GiB of disk ({parts})"]
-    lines.append(f"{flops / 1e9:.2f} GFLOPs per token, forward and backward (model/run/flops.py)")
+    lines += [
+        "",
+        f"a checkpoint takes {figures['checkpoint_gib']:.2f} GiB of disk ({parts})",
+        f"{flops / 1e9:.2f} GFLOPs per token, forward and backward (model/run/flops.py)",
+    ]
     if unknown is not None:
         return [*lines, f"steps and tokens per epoch are not known: {unknown}"]
     tokens, epochs = figures["tokens_per_epoch"], figures["epochs"]
@@ -349,10 +294,8 @@ def _fill_caches(options: OptimOptions) -> None:
 
 
 def _init_states(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Takes an optimizer step, outside the tracker.
-
-    In the first step, sharded tensors find the shapes of results by tensors without values as large as the model.
-    """
+    """Takes an optimizer step, outside the tracker."""
+    # In the first step, sharded tensors find the shapes of results by tensors without values as large as the model.
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
@@ -369,6 +312,8 @@ def _name_kinds(model: nn.Module, optimizer: torch.optim.Optimizer, tracker: Sto
                 tracker.mark(value, OPTIMIZER)
     for parameter in model.parameters():
         tracker.mark(parameter, PARAMETERS)
+        if hasattr(parameter, "low_bits"):
+            tracker.mark(parameter.low_bits, OPTIMIZER)
         # FSDP calls the hook once the sharded gradient is in its place.
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda parameter: tracker.mark(parameter.grad, GRADIENTS))

@@ -1,21 +1,23 @@
 """Memory by purpose: bytes of every storage that is allocated and freed while a piece of work runs, real or fake.
 
-`model/plan/plan.py` takes a training step under this tracker, on tensors without values. torch's own tracker for FSDP
-(`torch.distributed._tools.fsdp2_mem_tracker`) replaces FSDP's hooks and calls each once per module: where modules share
-a group, as our norm and head do, gradients are reduced at another time. This tracker touches no hook. It sees operators
-and resized storages (FSDP's gathered weights).
+torch's own tracker for FSDP (`torch.distributed._tools.fsdp2_mem_tracker`) replaces FSDP's hooks and calls each once
+per module: where modules share a group, as our norm and head do, gradients are reduced at another time. This tracker
+sees operators and resized storages (FSDP's gathered weights).
 """
 
 import weakref
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
+
+from model.training.optim import plain_tensors
 
 KINDS = ("parameters", "gradients", "optimizer", "activations", "loss")
 PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOSS = KINDS
@@ -25,23 +27,19 @@ PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOSS = KINDS
 _FIND_SHAPES = "_propagate_tensor_meta_non_cached"
 
 
+@dataclass
 class _Storage:
     """What is known of one live storage."""
 
-    __slots__ = ("kind", "num_bytes")
-
-    def __init__(self, kind: str) -> None:
-        self.kind, self.num_bytes = kind, 0
+    kind: str
+    num_bytes: int = 0
 
 
 class StorageTracker(TorchDispatchMode):
-    """Counts bytes of live storages by kind, from when each is first seen.
-
-    Workspaces inside kernels do not show as operators; `_workspace` adds the large ones.
+    """Counts bytes of live storages by kind, from when each is first seen, and large workspaces inside kernels.
 
     Attributes:
-        kind: the kind of what operators make from now on.
-        during: name of the present phase.
+        kind, during: the kind of what operators make from now on, and the name of the present phase.
         now, most, at_peak: bytes by kind at present, at most, and at the moment of the largest sum.
         peak, peak_during: the largest sum, and the phase in which it was reached.
         on_host: kinds that are not in the sum.
@@ -129,20 +127,13 @@ class StorageTracker(TorchDispatchMode):
 
 def storages_of(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
     """The storages under a plain, sharded or otherwise wrapped tensor."""
-    if isinstance(tensor, DTensor):
-        return storages_of(tensor.to_local())
-    if is_traceable_wrapper_subclass(tensor):
-        parts, _ = tensor.__tensor_flatten__()
-        return [storage for name in parts for storage in storages_of(getattr(tensor, name))]
-    return [tensor.untyped_storage()]
+    return [part.untyped_storage() for part in plain_tensors(tensor)]
 
 
 def _workspace(func: Any, args: tuple[Any, ...]) -> int:
-    """Bytes that a kernel needs while it runs, beside what it returns.
-
-    The backward of the flash kernel holds the queries' gradient in fp32, and one fp32 number per head and token. Both
-    are padded by up to 128 tokens per document.
-    """
+    """Bytes that a kernel needs while it runs, beside what it returns."""
+    # The backward of the flash kernel holds the queries' gradient in fp32, and one fp32 number per head and token, both
+    # padded by up to 128 tokens per document.
     if func.name() != "torch_attn::_varlen_attn_backward":
         return 0
     query, cu_seqlens = args[1], args[6]

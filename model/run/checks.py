@@ -19,7 +19,7 @@ from data.items.vocab import ChameleonVocab
 from model.decoder.chameleon import ChameleonXLLMXConfig, build_config, build_model
 from model.decoder.trainable import IMAGE_HEAD, choose_trainable
 from model.run.options import Options, resolve_model
-from model.training.checkpoint import find_changes, find_fixed_changes, find_start, read_state
+from model.training.checkpoint import find_changes, find_start, read_state
 from model.training.distributed import Launch, choose_device
 from model.weights.load import check_weights
 
@@ -139,10 +139,9 @@ def _find_start(options: Options, problems: list[str]) -> str | None:
 def _find_resume_problems(options: Options, fingerprint: str) -> list[str]:
     """What has changed since the checkpoint to resume from, one sentence."""
     another_run = "or start another run with --init_from the checkpoint and another --output_dir"
-    fixed = find_fixed_changes(options.checkpoint, options.resolved)
+    fixed, changes = find_changes(options.checkpoint, options.resolved, fingerprint)
     if fixed:
         return [f"the checkpoint cannot be resumed: {'; '.join(fixed)}. Restore the old values, {another_run}"]
-    changes = find_changes(options.checkpoint, options.resolved, fingerprint)
     if changes and not options.checkpoint.resume_anyway:
         return [
             f"the run to resume has changed: {'; '.join(changes)}. Restore the old values, add --resume_anyway if the "

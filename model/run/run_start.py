@@ -89,7 +89,7 @@ def find_run_start(setup: Setup) -> tuple[Path | None, TrainerState]:
             kept = f"a step keeps its {saved.units_per_step} rows"
             notes.append(f"{kept}, not accum_iter x ranks = {num_units} (see --new_global_batch)")
         if launch.is_main:
-            changes = find_changes(options.checkpoint, options.resolved, fingerprint)
+            _, changes = find_changes(options.checkpoint, options.resolved, fingerprint)
             notes += [f"warning: {change}" for change in changes]
     for note in notes:
         setup.say(note)
@@ -112,6 +112,9 @@ def build_model(setup: Setup, folder: Path | None) -> tuple[nn.Module, DeviceMes
         setup.say(f"{grown} (--max_seq_len)")
     config.codebook_sha256 = settle_codebook(setup.dataset, config.codebook_sha256)
     mesh = build_mesh(options.parallel, setup.device.type, setup.launch.local_world_size)
+    row_len, launch = options.data.max_row_len, setup.launch
+    if warning := options.parallel.slow_reduction(row_len, launch.world_size, launch.local_world_size):
+        setup.say(warning)
     # An evaluation reads adapters merged into the weights.
     trainable = TrainableOptions() if options.validation.eval_only else options.trainable
     model = build_sharded(config, mesh, options.parallel, trainable, options.float8)

@@ -1,8 +1,7 @@
 """Saves a checkpoint while training continues; `finetune_solver.py` builds one `CheckpointSaver` per run.
 
-`save` copies this rank's shards of weights and optimizer state to host memory and returns. A thread of
-`torch.distributed.checkpoint` (DCP) then writes the shards. The first rank completes the folder as described in
-model/training/checkpoint.py: Hugging Face files read back from the shards, fsync, rename.
+A thread of `torch.distributed.checkpoint` (DCP) writes a copy of the shards. The first rank then completes the folder
+(model/training/checkpoint.py): Hugging Face files read back from the shards, fsync, rename.
 """
 
 import contextlib
@@ -11,8 +10,9 @@ import dataclasses
 import datetime
 import functools
 import shutil
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,14 @@ from model.training.checkpoint import (
     SHARDS_NAME,
     TRAINED_STATE,
     CheckpointOptions,
-    Position,
     TrainerState,
     collect_versions,
     publish,
     remove_old,
     seal,
+    split_parameters,
 )
+from model.training.optim import join_local, plain_tensors
 from model.weights.adapter_folder import AdapterWriter
 from model.weights.export import carried_vqgan, export_tensors
 from model.weights.load import clean_name
@@ -47,6 +48,8 @@ from model.weights.stock_folder import write_config
 
 # Ranks wait for the slowest disk here. A dead rank is noticed much earlier, by the collectives of training.
 SAVE_TIMEOUT = datetime.timedelta(hours=2)
+# Of the memory that shards are copied to: locking the pages of one buffer must not hold up the driver for long.
+BUFFER_BYTES = 4 << 30
 
 
 class SaveError(Exception):
@@ -58,13 +61,8 @@ class SaveError(Exception):
 class CheckpointSaver:
     """Saves the checkpoints of one run. All ranks build it and call its methods in the same order.
 
-    Args:
-        options: where to save, how many checkpoints to keep, and whether in the background.
-        model, optimizer: sharded; what they hold when `save` is called is saved.
-        config: of the model.
-        write_extras: writes more Hugging Face files (the tokenizer) into a folder; called on the first rank.
-        say: prints a line; called on the first rank.
-        adapted: writes the trained weights instead of the whole model, if other weights are frozen.
+    The first rank calls `write_extras` (which writes more Hugging Face files into a folder) and `say`. With `adapted`
+    only the trained weights are written.
     """
 
     def __init__(
@@ -87,10 +85,9 @@ class CheckpointSaver:
         self.first_rank_group = dist.new_group([0], backend="gloo")
         # A checkpoint of adapters notes where the frozen weights are, and the VQGAN is there.
         self.vqgan = carried_vqgan(config) if self._is_main and not adapted else {}
-        self._stager = _HostStager()
+        self._stager = HostStager(split_parameters(model))
         self._saving: Future[Any] | None = None
         self._folder = Path()
-        self._last_position: Position | None = None
 
     @property
     def is_writing(self) -> bool:
@@ -100,26 +97,25 @@ class CheckpointSaver:
     @property
     def has_failed(self) -> bool:
         """Whether this rank knows of a failed save. Ranks sum this, then all of them call `wait`."""
-        return self._saving is not None and self._saving.done() and self._saving.exception() is not None
+        return self._saving is not None and not self.is_writing and self._saving.exception() is not None
 
     def save(self, name: str, state: TrainerState) -> None:
         """Saves a checkpoint as `output_dir/name`; returns as soon as training may change the weights.
 
-        Waits for the save before it. The position that was saved last is not saved again under another name. Raises
-        SaveError if the save before failed or, without `--async_save`, this one.
+        Waits for the save before. Raises SaveError if the save before failed or, without `--async_save`, this one.
         """
         self.wait()
-        if state.position == self._last_position:
-            return
         model_state, optimizer_state = get_state_dict(self._model, self._optimizer, options=TRAINED_STATE)
         tensors = {"model": model_state, "optimizer": optimizer_state}
+        if self.options.async_save or self._stager.split:
+            tensors = self._stager.stage(tensors)
         # Versions come from git, a process: a loader worker forked meanwhile by the main thread would keep its pipe.
         state = dataclasses.replace(copy.deepcopy(state), versions=collect_versions())
-        self._folder, self._last_position = self.options.output_dir / name, state.position
+        self._folder = self.options.output_dir / name
         writer = _CheckpointWriter(self, self._folder, state, tensors)
         if self.options.async_save:
             self._saving = dcp.async_save(
-                tensors, storage_writer=writer, process_group=self._group, async_stager=self._stager
+                tensors, storage_writer=writer, process_group=self._group, async_stager=_Staged()
             )
             return
         self._saving = Future()
@@ -140,18 +136,14 @@ class CheckpointSaver:
             # The process group failed: another rank is gone.
             raise SaveError(f"checkpoint {self._folder} was interrupted: {_one_line(error)}") from error
         rank, (reason, _) = next(iter(error.failures.items()))
-        where = f"rank {rank}: " if dist.get_world_size() > 1 else ""
         raise SaveError(
-            f"checkpoint {self._folder} could not be written ({where}{reason}). Earlier checkpoints are unchanged: "
-            "repair the disk, then start the same command again to resume"
+            f"checkpoint {self._folder} could not be written (rank {rank}: {reason}). Earlier checkpoints are "
+            "unchanged: repair the disk, then start the same command again to resume"
         )
 
 
 class _CheckpointWriter(dcp.FileSystemWriter):
-    """Writes one checkpoint: all ranks their shards, then the first rank the rest, while the others wait.
-
-    DCP calls the methods within its collectives, so an error on one rank is raised on all.
-    """
+    """Writes one checkpoint within DCP's collectives, so that all ranks raise the error of one."""
 
     def __init__(self, saver: CheckpointSaver, folder: Path, state: TrainerState, tensors: Mapping[str, Any]) -> None:
         super().__init__(_hidden(folder) / SHARDS_NAME)
@@ -164,10 +156,9 @@ class _CheckpointWriter(dcp.FileSystemWriter):
     def prepare_global_plan(self, plans: list[dcp.SavePlan]) -> list[dcp.SavePlan]:
         free, keep = shutil.disk_usage(self._folder.parent).free, self._saver.options.ckpt_max_keep
         if free < self._num_bytes:
-            kept = f"{keep if keep > 0 else 'all'} stay beside the new one: --ckpt_max_keep"
             raise SaveError(
                 f"it needs {self._num_bytes / 1e9:.3g} GB, and the disk has {free / 1e9:.3g} GB free; remove other "
-                f"checkpoints ({kept}), or use a larger disk"
+                f"checkpoints (--ckpt_max_keep is {keep}), or use a larger disk"
             )
         return super().prepare_global_plan(plans)
 
@@ -209,44 +200,95 @@ class _CheckpointWriter(dcp.FileSystemWriter):
             saver.adapted.write(folder, self._shapes, read, saver.config)
 
 
-class _HostStager(AsyncStager):
-    """Copies shards to the host. torch's own stagers cannot copy moments in 8 bits.
+class HostStager:
+    """Copies shards to the host, in memory kept for the next save, and joins the masters of `split_parameters`.
 
-    Page-locking takes longer than copying, so the memory is kept for the next save.
+    torch's stagers cannot copy moments in 8 bits. The memory is a few buffers of exact size: torch rounds each
+    page-locked tensor up to a power of two. After the first save a thread locks their pages, which takes longer than to
+    copy.
     """
 
-    # For `dcp.async_save`: `stage` returns when the copies are done.
-    _synchronize_after_execute = False
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[Any, ...], torch.Tensor] = {}
+    def __init__(self, split: Mapping[str, nn.Parameter]) -> None:
+        self.split = split
+        self.buffers: list[torch.Tensor] = []
+        self._views: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._locking: threading.Thread | None = None
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        staged = self._copy(state_dict, ())
-        # Training may change the shards once the copies from the GPU are done.
+        """The state with its tensors on the host; returns when the copies are done."""
+        if not self.buffers:
+            self._allocate(state_dict)
+        if self._locking is not None:
+            self._locking.join()
+        staged = self._map(state_dict, self._copy)
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
+            if self._locking is None:
+                place = self.buffers, torch.cuda.current_device()
+                self._locking = threading.Thread(target=lock_pages, args=place, daemon=True)
+                self._locking.start()
         return staged
 
-    def _copy(self, value: Any, path: tuple[Any, ...]) -> Any:
+    def _allocate(self, state_dict: dict[str, Any]) -> None:
+        """Buffers of at most `BUFFER_BYTES`, or of one larger tensor, and a view into them for every tensor."""
+        shards: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._map(state_dict, shards.setdefault)
+        sizes, places = [0], {}
+        for path, value in shards.items():
+            dtype = torch.float32 if self._is_split(path) else value.dtype
+            num_bytes = value.numel() * dtype.itemsize
+            if sizes[-1] and sizes[-1] + num_bytes > BUFFER_BYTES:
+                sizes.append(0)
+            places[path] = len(sizes) - 1, slice(sizes[-1], sizes[-1] + num_bytes), dtype, value.shape
+            # Views of any type begin at multiples of 64 bytes.
+            sizes[-1] += -(-num_bytes // 64) * 64
+        self.buffers = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+        for path, (number, part, dtype, shape) in places.items():
+            self._views[path] = self.buffers[number][part].view(dtype).view(shape)
+
+    def _is_split(self, path: tuple[Any, ...]) -> bool:
+        return path[0] == "model" and path[1] in self.split
+
+    def _copy(self, path: tuple[Any, ...], value: torch.Tensor) -> torch.Tensor:
+        values = join_local(self.split[path[1]]) if self._is_split(path) else value
+        return self._views[path].copy_(values, non_blocking=True)
+
+    def _map(
+        self, value: Any, change: Callable[[tuple[Any, ...], torch.Tensor], torch.Tensor], path: tuple = ()
+    ) -> Any:
+        """The nested dictionaries with every plain tensor, also those inside of sharded ones, replaced by another."""
         if isinstance(value, Mapping):
-            return {key: self._copy(part, (*path, key)) for key, part in value.items()}
+            return {key: self._map(part, change, (*path, key)) for key, part in value.items()}
         if not isinstance(value, torch.Tensor):
             return copy.deepcopy(value)
         if is_traceable_wrapper_subclass(value):
             # A DTensor wraps its shard, a moment in 8 bits its codes and scales.
             names, settings = value.__tensor_flatten__()
-            parts = {name: self._copy(getattr(value, name), (*path, name)) for name in names}
+            parts = {name: self._map(getattr(value, name), change, (*path, name)) for name in names}
             return type(value).__tensor_unflatten__(parts, settings, value.shape, value.stride())
-        value = value.detach()
-        if path not in self._buffers:
-            self._buffers[path] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-        return self._buffers[path].copy_(value, non_blocking=True)
+        return change(path, value.detach())
+
+
+class _Staged(AsyncStager):
+    """For `dcp.async_save`, of a state that is on the host already."""
+
+    _synchronize_after_execute = False
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return state_dict
+
+
+def lock_pages(buffers: Sequence[torch.Tensor], device: int) -> None:
+    """Page-locks memory where it is, so that a GPU copies to it at full speed. Copies work without it, too."""
+    # A new thread starts at the first GPU, which may be another rank's.
+    torch.cuda.set_device(device)
+    for buffer in buffers:
+        torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
 
 
 @contextlib.contextmanager
 def _short_errors() -> Iterator[None]:
-    """Replaces an error by one line, which can be pickled for the other ranks; the error of the disk comes first."""
+    """Replaces an error by one line, which can be pickled for the other ranks."""
     try:
         yield
     except (Exception, CheckpointException) as error:
@@ -269,11 +311,7 @@ def _num_bytes(values: Any) -> int:
     if not isinstance(values, torch.Tensor):
         return 0
     local = values.to_local() if isinstance(values, DTensor) else values
-    if not is_traceable_wrapper_subclass(local):
-        return values.numel() * values.dtype.itemsize
-    # Moments in 8 bits have the dtype fp32, but hold codes and scales.
-    held = sum(_num_bytes(getattr(local, name)) for name in local.__tensor_flatten__()[0])
-    return held * values.numel() // max(local.numel(), 1)
+    return sum(part.nbytes for part in plain_tensors(values)) * values.numel() // max(local.numel(), 1)
 
 
 def _one_line(error: BaseException) -> str:

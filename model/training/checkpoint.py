@@ -6,9 +6,7 @@ A checkpoint holds Hugging Face files for `from_pretrained` (of the trained weig
     trainer_state.json   position, rows per step, ranks, options, versions, and the size of every other file; written
                          last, so a folder without it, or with other files, is incomplete
 
-model/training/async_checkpoint.py writes one under a hidden name; `seal` and `publish` finish it. Random numbers need
-no file: every step draws from (seed, position, rank). This module also locks `output_dir` and removes what killed saves
-left.
+Random numbers need no file: every step draws from (seed, position, rank).
 """
 
 import functools
@@ -31,10 +29,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from data.flags import flag
 from data.whole_file import open_locked, open_whole, sync_path
-from model.decoder.trainable import LORA_TARGETS
+from model.decoder.local_shards import set_local
 from model.training.optim import ADAMW_8BIT
 from model.weights.adapter_folder import NOTE_NAME
 from model.weights.hf_folder import name_checkpoints_in
+from model.weights.load import clean_name
 
 STATE_NAME = "trainer_state.json"
 SHARDS_NAME = "training_state"
@@ -83,23 +82,25 @@ class CheckpointOptions:
             )
         if self.resume_path is not None:
             try:
-                state = read_state(self.resume_path)
-            except ValueError as error:
-                found.append(f"--resume_path: {error}; to start from weights alone use --init_from")
-            else:
-                is_own = self.resume_path.resolve().parent == self.output_dir.resolve()
-                if is_own and newest and read_state(newest).position.global_step > state.position.global_step:
+                step = read_state(self.resume_path).position.global_step
+                if self.resumes_itself and newest and read_state(newest).position.global_step > step:
                     found.append(
                         f"--resume_path {self.resume_path} is older than {newest}: resume in another --output_dir, or "
                         "remove the newer checkpoints first"
                     )
-                newest = None if is_own else newest
-        if newest is not None and not self.auto_resume:
+            except ValueError as error:
+                found.append(f"--resume_path: {error}; to start from weights alone use --init_from")
+        if newest is not None and not self.auto_resume and not self.resumes_itself:
             found.append(
                 f"--output_dir {self.output_dir} holds checkpoints of an earlier run ({newest.name}): with "
                 "--no_auto_resume choose an empty folder, or leave the flag out to resume"
             )
         return found
+
+    @property
+    def resumes_itself(self) -> bool:
+        """Whether `resume_path` is in `output_dir`."""
+        return self.resume_path is not None and self.resume_path.resolve().parent == self.output_dir.resolve()
 
 
 @dataclass(frozen=True)
@@ -113,19 +114,18 @@ class Position:
 
 @dataclass(frozen=True)
 class TrainerState:
-    """The content of `trainer_state.json`.
-
-    `units_per_step` counts the rows of an optimizer step over all ranks, `options` are resolved command-line options.
-    `bad_items` maps the path of a skipped item to the reason. `seal` fills in `files`, their sizes in bytes.
-    """
+    """The content of `trainer_state.json`."""
 
     position: Position
+    # Rows of an optimizer step over all ranks.
     units_per_step: int
     world_size: int
     options: dict[str, Any]
     data_fingerprint: str = ""
+    # Path of a skipped item: reason.
     bad_items: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str | None] = field(default_factory=dict)
+    # Sizes in bytes, by `seal`.
     files: dict[str, int] = field(default_factory=dict)
 
 
@@ -140,8 +140,8 @@ def due_checkpoint(
 ) -> str | None:
     """The name of the checkpoint to save after `step` of `num_steps` optimizer steps of `epoch`, if any.
 
-    As in the recipe: `epoch{E}` at the end of an epoch, `epoch{E}-iter{I}` after I of its micro-steps, `micro_steps` to
-    a step. A run saves at its end and, so that a full disk shows early, after its first step.
+    As in the recipe: `epoch{E}` at the end of an epoch, `epoch{E}-iter{I}` after I of its micro-steps. A run saves at
+    its end and, so that a full disk shows early, after its first step.
     """
     if step == num_steps and (is_last or (options.save_interval > 0 and (epoch + 1) % options.save_interval == 0)):
         return f"epoch{epoch}"
@@ -174,12 +174,13 @@ def publish(saving: Path, final: Path) -> None:
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Fills a sharded model and its optimizer from a checkpoint of any number of ranks; every rank calls it.
 
-    The settings of the optimizer (weight decay and the like) stay those of this run. Moments in bf16, which older
-    checkpoints may have, become fp32. Raises ValueError, on all ranks, if a file cannot be read, or if moments in 8
-    bits cannot be divided.
+    The settings of the optimizer (weight decay and the like) stay those of this run. Raises ValueError, on all ranks,
+    if a file cannot be read, or if moments in 8 bits cannot be divided.
     """
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     model_state, optimizer_state = get_state_dict(model, optimizer, options=TRAINED_STATE)
+    # A checkpoint holds whole masters.
+    model_state |= {name: torch.empty_like(model_state[name], dtype=torch.float32) for name in split_parameters(model)}
     state = {"model": model_state, "optimizer": {"state": optimizer_state["state"]}}
     try:
         dcp.load(state, checkpoint_id=folder / SHARDS_NAME)
@@ -200,8 +201,17 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         optim_state_dict=optimizer_state | state["optimizer"],
         options=TRAINED_STATE,
     )
+    for name, parameter in split_parameters(model).items():
+        # Above, masters were rounded and their lower halves lost.
+        set_local(parameter, state["model"][name].to_local())
     for group, kept in zip(optimizer.param_groups, settings, strict=True):
         group.update(kept)
+
+
+def split_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are upper halves of masters (`--master_weights split`), by their names in a state dict."""
+    parameters = {clean_name(name): parameter for name, parameter in model.named_parameters()}
+    return {name: parameter for name, parameter in parameters.items() if hasattr(parameter, "low_bits")}
 
 
 def read_state(folder: Path) -> TrainerState:
@@ -232,9 +242,8 @@ def read_state(folder: Path) -> TrainerState:
 
 def find_newest(output_dir: Path) -> tuple[Path | None, list[str]]:
     """The complete checkpoint of `output_dir` with the most steps, and why others were skipped, one sentence each."""
-    states, skipped = _complete_checkpoints(output_dir)
-    newest = max(states, key=lambda folder: states[folder].position.global_step, default=None)
-    return newest, skipped
+    complete, skipped = _complete_checkpoints(output_dir)
+    return (complete[-1] if complete else None), skipped
 
 
 def find_start(options: CheckpointOptions) -> tuple[Path | None, list[str]]:
@@ -245,57 +254,43 @@ def find_start(options: CheckpointOptions) -> tuple[Path | None, list[str]]:
     newest, notes = find_newest(options.output_dir) if options.auto_resume else (None, [])
     if options.resume_path is None:
         return newest, notes
-    if newest is None or options.resume_path.resolve().parent == options.output_dir.resolve():
+    if newest is None or options.resumes_itself:
         return options.resume_path, notes
     return newest, [*notes, f"{newest} is resumed, not --resume_path {options.resume_path}: this run has begun already"]
 
 
-def find_changes(options: CheckpointOptions, now: Mapping[str, Any], data_fingerprint: str) -> list[str]:
-    """Differences between the checkpoint to resume from and this run, one phrase each.
-
-    Only data and options are compared that decide which items the next steps hold, or which model is trained.
-    """
+def find_changes(
+    options: CheckpointOptions, now: Mapping[str, Any], data_fingerprint: str
+) -> tuple[list[str], list[str]]:
+    """What has changed since the checkpoint to resume from: what must not change, and what the next steps depend on."""
     start, _ = find_start(options)
     if start is None:
-        return []
-    saved = read_state(start)
-    changes = [
-        f"--{name} was {saved.options.get(name)} and is {now[name]}"
-        for name in OPTIONS_TO_KEEP
-        if str(saved.options.get(name, now[name])) != str(now[name])
-    ]
-    if saved.data_fingerprint not in ("", data_fingerprint):
-        changes.append("the items of --data_config, their lengths or ratios have changed")
-    return changes
-
-
-def find_fixed_changes(options: CheckpointOptions, now: Mapping[str, Any]) -> list[str]:
-    """Like `find_changes`, for the options that must not change: what is trained, and the kind of moments."""
-    start, _ = find_start(options)
-    if start is None:
-        return []
-    saved = read_state(start).options
-    return [
-        f"--{name} was {saved.get(name, default)} and is {now[name]}"
-        for name, default in FIXED_OPTIONS.items()
-        if _meaning(name, saved.get(name, default)) != _meaning(name, now[name])
-        and not (name == "lora_alpha" and not now["lora_rank"])
-    ]
+        return [], []
+    state = read_state(start)
+    saved = {**FIXED_OPTIONS, **{name: now[name] for name in OPTIONS_TO_KEEP}, **state.options}
+    changed = {
+        name: f"--{name} was {saved[name]} and is {now[name]}"
+        for name in (*FIXED_OPTIONS, *OPTIONS_TO_KEEP)
+        # Without adapters `lora_alpha` has no meaning.
+        if str(saved[name]) != str(now[name]) and (name != "lora_alpha" or now["lora_rank"])
+    }
+    others = [text for name, text in changed.items() if name in OPTIONS_TO_KEEP]
+    if state.data_fingerprint not in ("", data_fingerprint):
+        others.append("the items of --data_config, their lengths or ratios have changed")
+    return [text for name, text in changed.items() if name in FIXED_OPTIONS], others
 
 
 def remove_old(output_dir: Path, keep: int) -> None:
     """Removes all but the `keep` complete checkpoints with the most steps (0 or less: keeps all)."""
-    states, _ = _complete_checkpoints(output_dir)
-    by_age = sorted(states, key=lambda folder: states[folder].position.global_step)
-    for folder in by_age[:-keep] if keep > 0 else []:
+    complete, _ = _complete_checkpoints(output_dir)
+    for folder in complete[:-keep] if keep > 0 else []:
         shutil.rmtree(_hide(folder))
 
 
 def lock_output_dir(output_dir: Path) -> TextIO:
     """Makes `output_dir`, and keeps other runs out of it until the returned file is closed or this process ends.
 
-    Removes what a killed save left there; a save that was sealed gets its name. Raises ValueError if another run holds
-    the folder.
+    Removes what a killed save left; a sealed save gets its name. Raises ValueError if another run holds the folder.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     try:
@@ -319,30 +314,23 @@ def lock_output_dir(output_dir: Path) -> TextIO:
 @functools.cache
 def collect_versions() -> dict[str, str | None]:
     """Versions of what the numbers of a run depend on, and the commit of this code (None outside of git)."""
-    commit = None
-    # A container may be without git.
-    if shutil.which("git"):
-        command = ["git", "rev-parse", "HEAD"]
-        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-        commit = git.stdout.strip() if git.returncode == 0 else None
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "commit": commit}
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        commit = ""
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "commit": commit.strip() or None}
 
 
-def _meaning(option: str, value: Any) -> Any:
-    """The value of an option without the order of its names; None means all `lora_targets`."""
-    if option == "lora_targets" and value is None:
-        return set(LORA_TARGETS)
-    return set(value) if isinstance(value, list) else value
-
-
-def _complete_checkpoints(output_dir: Path) -> tuple[dict[Path, TrainerState], list[str]]:
-    states, skipped = {}, []
+def _complete_checkpoints(output_dir: Path) -> tuple[list[Path], list[str]]:
+    """The complete checkpoints, the oldest first, and why others were skipped."""
+    steps, skipped = {}, []
     for folder in filter(Path.is_dir, sorted(output_dir.glob("epoch*"))):
         try:
-            states[folder] = read_state(folder)
+            steps[folder] = read_state(folder).position.global_step
         except ValueError as error:
             skipped.append(str(error))
-    return states, skipped
+    return sorted(steps, key=steps.get), skipped
 
 
 def _hide(folder: Path) -> Path:

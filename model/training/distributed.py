@@ -1,7 +1,6 @@
 """Ranks: which one this process is, joining and leaving the process group, and the collectives that training needs.
 
-`detect_launch` reads the variables of `torchrun` or `srun`, without network or GPU. `process_group` then always joins:
-a single process is a group of one, so that sharding and checkpoints have one code path.
+A single process is a group of one, so that sharding and checkpoints have one code path.
 """
 
 import contextlib
@@ -31,11 +30,9 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Launch:
-    """This process is `rank` of `world_size`, and `local_rank` of `local_world_size` on its node.
+    """This process is `rank` of `world_size`, and `local_rank` of `local_world_size` on its node."""
 
-    `launcher` is "python", "torchrun" or "srun".
-    """
-
+    # "python", "torchrun" or "srun".
     launcher: str = "python"
     rank: int = 0
     world_size: int = 1
@@ -87,11 +84,9 @@ def first_host(node_list: str) -> str:
 
 
 def stop_at_start(launch: Launch, message: str) -> int:
-    """Prints an error that all ranks have met before joining, once, and returns the exit code 2.
-
-    A launcher ends all ranks as soon as one has failed, so the others wait for rank 0 to print.
-    """
+    """Prints an error that all ranks have met before joining, once, and returns the exit code 2."""
     if not launch.is_main:
+        # A launcher ends all ranks as soon as one has failed: rank 0 prints first.
         time.sleep(GRACE_S)
         message = f"rank {launch.rank} alone: {message}"
     print(message, file=sys.stderr, flush=True)
@@ -101,8 +96,7 @@ def stop_at_start(launch: Launch, message: str) -> int:
 def choose_device(name: str, launch: Launch) -> torch.device:
     """The device of this rank for "auto", "cuda" or "cpu", without communication.
 
-    A rank that sees one GPU may have it alone (`srun --gpus-per-task=1`, CUDA_VISIBLE_DEVICES per rank) and gets it;
-    `find_shared_gpu` checks that later. Raises ValueError if there is no CUDA for "cuda", or more ranks than GPUs.
+    Raises ValueError if there is no CUDA for "cuda", or more ranks than GPUs.
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -111,6 +105,7 @@ def choose_device(name: str, launch: Launch) -> torch.device:
     num_gpus = torch.cuda.device_count()
     if launch.local_world_size <= num_gpus:
         return torch.device("cuda", launch.local_rank)
+    # A GPU per rank (`srun --gpus-per-task=1`, CUDA_VISIBLE_DEVICES): `find_shared_gpu` checks that later.
     if num_gpus == 1 and (launch.launcher == "srun" or "CUDA_VISIBLE_DEVICES" in os.environ):
         return torch.device("cuda", 0)
     raise ValueError(_more_ranks_than_gpus(launch.local_world_size, num_gpus))
@@ -135,13 +130,11 @@ def process_group(launch: Launch, device_name: str, timeout_s: float) -> Iterato
     CPU tensors travel by gloo, also beside NCCL, so that a small count never waits for the GPU.
     """
     die_with_launcher(launch)
-    device, backend = choose_device(device_name, launch), "gloo"
+    device, is_slurm = choose_device(device_name, launch), launch.launcher == "srun"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
-    place = f"{launch.master_addr}:{launch.master_port}"
-    advice = ""
-    if launch.launcher == "srun":
+    place, advice = f"{launch.master_addr}:{launch.master_port}", ""
+    if is_slurm:
         advice = (
             f"; SLURM_NTASKS says that there are {launch.world_size} ranks: to run alone, as in `srun --pty bash`, "
             "start the command with SLURM_NTASKS=1"
@@ -149,12 +142,12 @@ def process_group(launch: Launch, device_name: str, timeout_s: float) -> Iterato
     message = f"rank 0 waits for other ranks at {place}{advice}"
     slow = threading.Timer(SLOW_MEETING_S, print, [message], {"file": sys.stderr, "flush": True})
     slow.daemon = True
-    if advice and launch.is_main:
+    if is_slurm and launch.is_main:
         slow.start()
     try:
         dist.init_process_group(
-            backend,
-            init_method=f"tcp://{place}" if launch.launcher == "srun" else None,
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            init_method=f"tcp://{place}" if is_slurm else None,
             store=dist.HashStore() if launch.launcher == "python" else None,
             rank=launch.rank,
             world_size=launch.world_size,
@@ -172,23 +165,17 @@ def process_group(launch: Launch, device_name: str, timeout_s: float) -> Iterato
 
 
 def end_alone(launch: Launch, message: str, code: int) -> int:
-    """Prints why this rank ends and ends its process, as the other ranks may be in a collective.
-
-    Returns the exit code if there is no other rank.
-    """
+    """Prints why this rank ends. Ends its process, or without other ranks returns the exit code."""
     print(message, file=sys.stderr, flush=True)
     if launch.world_size > 1:
-        # Not by way of `process_group`, whose barrier would wait for the others.
+        # Other ranks may be in a collective, and `process_group` would wait for them.
         end_process(code)
     return code
 
 
 def end_process(code: int) -> NoReturn:
-    """Ends this process without finalizing the interpreter.
-
-    A gloo thread may still free the tensors of the last collective, which needs the interpreter: during finalization
-    that ends the process by SIGABRT. Files are closed by now, and the process group is left.
-    """
+    """Ends this process without finalizing the interpreter; files are closed by now, and the process group is left."""
+    # A gloo thread may still free the tensors of the last collective: during finalization that would be a SIGABRT.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -207,15 +194,12 @@ def die_with_launcher(launch: Launch) -> None:
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Sums a tensor over all ranks in place, and returns it."""
-    if dist.get_world_size() > 1:
-        dist.all_reduce(values)
+    dist.all_reduce(values)
     return values
 
 
 def gather_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """The vectors [n] of all ranks as [ranks, n], on every rank; does not wait for the device."""
-    if dist.get_world_size() == 1:
-        return values[None]
     gathered = values.new_empty(dist.get_world_size(), len(values))
     dist.all_gather(list(gathered), values.contiguous())
     return gathered
@@ -235,8 +219,7 @@ def from_main(value: Any) -> Any:
 
 def broadcast_from_main(values: torch.Tensor) -> torch.Tensor:
     """Replaces a tensor by the one of rank 0, and returns it; does not wait for the device."""
-    if dist.get_world_size() > 1:
-        dist.broadcast(values, src=0)
+    dist.broadcast(values, src=0)
     return values
 
 

@@ -1,7 +1,6 @@
-"""`--float8`: matrix products of the decoder's layers in fp8, by torchao.
+"""`--float8`: matrix products of the decoder's layers in fp8, by torchao; weights and checkpoints stay as they are.
 
-`build_sharded` (model/training/step.py) converts the decoder on meta. Weights and checkpoints stay as they are: each
-product, forward and backward, rounds both sides to fp8 with one dynamic scale per tensor. The head is not converted.
+Each product, forward and backward, rounds both sides to fp8 with one dynamic scale per tensor.
 """
 
 import importlib.util
@@ -21,17 +20,15 @@ MULTIPLE_OF = 16
 
 @dataclass(frozen=True)
 class Float8Options:
-    """`float8`: matrix products of the decoder's layers in fp8."""
+    """Whether the layers multiply in fp8."""
 
     float8: bool = flag(False, "matrix products of the layers in fp8, by torchao, on GPUs of capability 8.9 or more")
 
     def problems(self, device: str | None, precision: str, is_partial: bool = False, row_len: int = 0) -> list[str]:
         """What is wrong with these options, one sentence each.
 
-        Args:
-            device: `auto`, `cuda` or `cpu`; None (a plan): not checked.
-            is_partial: whether some weights are frozen.
-            row_len: tokens of the longest row, the inner dimension of the products that give gradients of weights.
+        `device` is `auto`, `cuda`, `cpu`, or None (a plan): not checked. `is_partial`: some weights are frozen.
+        `row_len`, of the longest row, is the inner dimension of the products that give gradients of weights.
         """
         if not self.float8:
             return []
@@ -47,15 +44,11 @@ class Float8Options:
             )
         if importlib.util.find_spec("torchao") is None:
             found.append(f"--float8 needs torchao: pip install --no-deps {TORCHAO_PIN}")
-        if device is None:
-            return found
-        if device == "cpu" or not torch.cuda.is_available():
-            found.append("--float8 needs a GPU with fp8, and this run has none: leave it out, or train on a GPU")
-        elif torch.cuda.get_device_capability() < MIN_CAPABILITY:
-            needed, has = (".".join(map(str, pair)) for pair in (MIN_CAPABILITY, torch.cuda.get_device_capability()))
+        has_cuda = device != "cpu" and torch.cuda.is_available()
+        if device and not (has_cuda and torch.cuda.get_device_capability() >= MIN_CAPABILITY):
             found.append(
-                f"--float8 needs a GPU of compute capability {needed} or more (Ada, Hopper and later), but "
-                f"{torch.cuda.get_device_name()} has {has}: leave it out"
+                "--float8 needs a GPU of compute capability 8.9 or more (Ada, Hopper and later), and this run has "
+                f"{torch.cuda.get_device_name() if has_cuda else 'none'}: leave it out"
             )
         return found
 

@@ -1,8 +1,6 @@
 """The optimizer, AdamW as the recipe sets it, and the learning rate, a pure function of the position in the run.
 
-`finetune_solver.py` builds the optimizer after sharding, and sets `lr_at(epoch + step / num_steps)` before every step,
-so a resumed run needs no state of the curve. If `found_inf` is set (model/training/step_guard.py), a step changes
-nothing.
+If `found_inf` is set (model/training/step_guard.py), a step of an optimizer changes nothing.
 """
 
 import argparse
@@ -18,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from data.flags import flag
+from model.decoder.local_shards import join_master, set_local
 
 # By torchao.
 ADAMW_8BIT = "adamw_8bit"
@@ -44,8 +43,8 @@ class OptimOptions:
     lr: float = flag(2e-5, "highest learning rate")
     min_lr: float = flag(0.0, "learning rate at the end, after a cosine over all epochs")
     warmup_epochs: float = flag(0.03, "epochs, or a fraction of one, of linear warm-up from 0; 0: none")
-    epochs: int = flag(1, "number of passes over the data")
-    wd: float = flag(0.0, "weight decay of AdamW, on matrices; betas are 0.9 and 0.95")
+    epochs: int = flag(1, "number of passes over the data", least=1)
+    wd: float = flag(0.0, "weight decay of AdamW, on matrices; betas are 0.9 and 0.95", least=0)
     clip_grad: float = flag(4.0, "largest norm of the gradient; 0: no clipping")
     decay_all: bool = flag(False, "apply weight decay to norms and biases too, as the recipe does")
 
@@ -56,12 +55,8 @@ class OptimOptions:
             found.append(f"--lr must be above 0, got {self.lr:g}")
         if not 0 <= self.min_lr <= self.lr:
             found.append(f"--min_lr must lie between 0 and --lr ({self.lr:g}), got {self.min_lr:g}")
-        if self.epochs < 1:
-            found.append(f"--epochs must be at least 1, got {self.epochs}")
         if not 0 <= self.warmup_epochs <= max(self.epochs, 0):
             found.append(f"--warmup_epochs must lie between 0 and --epochs ({self.epochs}), got {self.warmup_epochs:g}")
-        if not 0 <= self.wd < math.inf:
-            found.append(f"--wd must not be negative, got {self.wd:g}")
         if self.optim == ADAMW_8BIT:
             try:
                 import_adamw_8bit()
@@ -92,16 +87,67 @@ def build_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Opti
     decayed, kept = split_by_decay(trained, options.decay_all)
     groups = [{"params": decayed, "weight_decay": options.wd}, {"params": kept, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
+    kind, settings = torch.optim.AdamW, {"fused": True}
     if options.optim == ADAMW_8BIT:
-        return _build_adamw_8bit(groups, options.lr)
-    return torch.optim.AdamW(groups, lr=options.lr, betas=BETAS, fused=True)
+        kind, settings = _skipping_adamw_8bit(), {}
+    if any(hasattr(parameter, "low_bits") for group in groups for parameter in group["params"]):
+        kind = type("SplitAdamW", (SplitMasters, kind), {})
+    return kind(groups, lr=options.lr, betas=BETAS, **settings)
 
 
-def _build_adamw_8bit(groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
-    """torchao's AdamW8bit (Dettmers et al., 2022) that changes nothing in a step with `found_inf` set.
+class SplitMasters(torch.optim.Optimizer):
+    """Before an optimizer among the bases of a class: it steps fp32 masters whose lower halves are `low_bits`.
 
-    Moments of parameters with fewer than 4,096 values on a rank, or not in whole blocks of 256, stay in fp32.
+    One parameter after the other is joined, stepped and split (model/decoder/local_shards.py), so that only one master
+    is in memory. Moments are those of fp32 masters.
     """
+
+    # A factor on the gradients (a scalar on the device), None: 1.
+    clip_factor: torch.Tensor | None = None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        # torch has cast moments to the type of the parameters.
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            self.state[parameter] = dict(state_dict["state"][number])
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        groups = self.param_groups
+        for group in groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                gradient = plain_tensors(parameter.grad)[0].float()
+                if self.clip_factor is not None:
+                    gradient.mul_(self.clip_factor)
+                master = nn.Parameter(_sharded_like(parameter, join_local(parameter)))
+                master.grad = _sharded_like(parameter, gradient)
+                self.state[master] = self.state.pop(parameter, {})
+                self.param_groups = [group | {"params": [master]}]
+                super().step()
+                set_local(parameter, plain_tensors(master)[0])
+                self.state[parameter] = self.state.pop(master)
+        self.param_groups = groups
+
+
+def join_local(parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's part of the fp32 master of a parameter with `low_bits`."""
+    return join_master(plain_tensors(parameter)[0], parameter.low_bits)
+
+
+def _sharded_like(parameter: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """A local tensor sharded as a parameter is."""
+    if not isinstance(parameter, DTensor):
+        return local
+    place = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
+    return DTensor.from_local(local, parameter.device_mesh, parameter.placements, **place)
+
+
+def _skipping_adamw_8bit() -> type[torch.optim.Optimizer]:
+    """torchao's AdamW8bit (Dettmers et al., 2022) that obeys `found_inf`; small or odd moments stay in fp32."""
 
     class SkippingAdamW8bit(import_adamw_8bit()):
         found_inf: torch.Tensor | None = None
@@ -135,7 +181,7 @@ def _build_adamw_8bit(groups: list[dict[str, Any]], lr: float) -> torch.optim.Op
             for tensor, old in zip(tensors if before else (), before, strict=True):
                 tensor.copy_(torch.where(self.found_inf.to(tensor.device).bool(), old, tensor))
 
-    return SkippingAdamW8bit(groups, lr=lr, betas=BETAS)
+    return SkippingAdamW8bit
 
 
 def import_adamw_8bit() -> type[torch.optim.Optimizer]:

@@ -1,8 +1,6 @@
-"""
-What a training run does with a model: building, micro-step and optimizer step.
+"""What a training run does with a model: building, micro-step and optimizer step; the host never waits for the device.
 
-`finetune_solver.py` calls these functions on real tensors, `model/plan/plan.py` on tensors without values, to count the
-memory of a run. They read no file, and the host does not wait for the device.
+`model/plan/plan.py` calls the same functions on tensors without values, to count the memory of a run.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +13,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from model.decoder.chameleon import ChameleonXLLMXConfig, ChameleonXLLMXOutput, build_model
 from model.decoder.trainable import TrainableOptions, choose_trainable
 from model.training.float8 import Float8Options, use_float8
-from model.training.parallelize import DTYPES, ParallelOptions, begin_micro_step, clip_grad_norm, parallelize
+from model.training.optim import SplitMasters
+from model.training.parallelize import (
+    DTYPES,
+    SPLIT,
+    ParallelOptions,
+    begin_micro_step,
+    clip_factor,
+    clip_grad_norm,
+    parallelize,
+)
 from model.training.step_guard import StepGuard
 
 
@@ -27,11 +34,8 @@ def build_sharded(
     float8: Float8Options,
     compile_backend: str | Callable = "inductor",
 ) -> nn.Module:
-    """The decoder of a run, sharded over the ranks of `mesh`, on meta: `allocate` gives it memory.
-
-    Raises what `use_float8` and `choose_trainable` raise.
-    """
-    model = build_model(config, device="meta")
+    """The decoder of a run, sharded over the ranks of `mesh`, on meta: `allocate` gives it memory."""
+    model = build_model(config, "meta", torch.bfloat16 if parallel.master_weights == SPLIT else torch.float32)
     if float8.float8:
         use_float8(model)
     model = choose_trainable(model, trainable, DTYPES[parallel.precision])
@@ -50,10 +54,7 @@ def micro_step(
 ) -> ChameleonXLLMXOutput:
     """Forward and backward of one row (as `data.epoch.rows.collate_row` makes it), added to the gradients.
 
-    Args:
-        is_last: whether it is the last micro-step of the optimizer step.
-        max_seqlen: an upper bound of the longest document, in tokens.
-        divisor: of the sum of the loss over the row's targets; below 1 it counts as 1.
+    `max_seqlen` bounds the longest document. The sum of the loss over targets is divided by `divisor`, at least by 1.
     """
     begin_micro_step(model, options, is_last=is_last)
     output = forward_row(model, row, device, max_seqlen, 1.0 / max(divisor, 1))
@@ -83,9 +84,14 @@ def optimizer_step(
 ) -> torch.Tensor:
     """Takes the step, unless the guard skips it, and clears the gradients. Returns the gradient's norm (a scalar).
 
-    `step` and `items` (of this rank's rows) are for the guard, which reports skipped steps.
+    `step` and `items` (of this rank's rows) are for the guard's report.
     """
-    grad_norm = clip_grad_norm(model, mesh, clip_grad)
+    if isinstance(optimizer, SplitMasters):
+        # Scaled in fp32 by the optimizer: in bf16 the gradient would be rounded once more.
+        grad_norm = clip_grad_norm(model, mesh, 0.0)
+        optimizer.clip_factor = clip_factor(grad_norm, clip_grad) if clip_grad > 0 else None
+    else:
+        grad_norm = clip_grad_norm(model, mesh, clip_grad)
     # AdamW reads this flag on the device.
     optimizer.found_inf = guard.check(grad_norm, step, items)
     optimizer.step()

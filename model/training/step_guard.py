@@ -1,7 +1,6 @@
 """Skipped steps: those with a gradient that is not finite, or far too large.
 
 The device decides, and the host does not wait: AdamW's fused kernel changes nothing if `found_inf` is set.
-`finetune_solver.py` reads the skipped steps with the figures of the next log line.
 """
 
 from collections.abc import Sequence

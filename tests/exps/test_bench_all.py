@@ -126,10 +126,12 @@ if [[ $* == *exps/bench* ]]; then printf "| a table |\\n{{}}\\n"; fi
         "train_2rows",
         "train_4rows_selective",
         "train_8rows_checkpointing",
+        "train_4rows_split",
+        "train_one_gpu",
     ]
 
     calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
-    assert len([parse_call(call) for call in calls if call[0].startswith("exps/bench/")]) == 5
+    assert len([parse_call(call) for call in calls if call[0].startswith("exps/bench/")]) == 7
     assert any("pytest" in call and "gpu" in call for call in calls)
 
 

@@ -88,6 +88,21 @@ def test_lora_script_is_for_one_card(tmp_path, card, way):
     assert record_call(tmp_path, "exps/7B_lora.sh", NPROC="2")[:2] == ["torchrun", "--nproc_per_node=2"]
 
 
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        ("80", {"master_weights": "split", "optim": "adamw_8bit", "checkpointing": True}),
+        ("141", {"master_weights": "fp32", "optim": "adamw", "checkpointing_selective": True}),
+    ],
+)
+def test_one_gpu_script_trains_all_weights(tmp_path, card, expected):
+    call = record_call(tmp_path, "exps/7B_one_gpu.sh", "--epochs", "3", CARD_GB=card, OUTPUT_DIR="/a folder")
+    options = vars(parse_call(call))
+    expected |= {"model_size": "7B", "lora_rank": 0, "train_only": None, "max_seq_len": 4096, "epochs": 3}
+    assert {key: options[key] for key in expected} == expected and str(options["output_dir"]) == "/a folder"
+    assert options["batch_size"] * options["accum_iter"] == 8
+
+
 def test_recipe_script_by_torchrun_with_packing(tmp_path):
     call = record_call(tmp_path, "exps/7B.sh", "--epochs", "3", NPROC="8", PACKING="1", OUTPUT_DIR="/a folder")
     at = call.index("finetune_solver.py")
@@ -97,7 +112,7 @@ def test_recipe_script_by_torchrun_with_packing(tmp_path):
     assert options.epochs == 3, "flags of the command line win"
 
 
-@pytest.mark.parametrize("script", ["7B", "34B", "7B_lora"])
+@pytest.mark.parametrize("script", ["7B", "34B", "7B_lora", "7B_one_gpu"])
 def test_relative_paths_belong_to_the_callers_folder(tmp_path, script):
     paths = {"DATA_CONFIG": "my data.yaml", "OUTPUT_DIR": "out"}
     call = record_call(tmp_path, f"exps/{script}.sh", cwd=tmp_path, **paths)

@@ -89,3 +89,11 @@ def write_small_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **specials)
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+def count_graphs(backend: str):
+    """A backend of `torch.compile` that counts its graphs (`frame_count`)."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    return CompileCounterWithBackend(backend)

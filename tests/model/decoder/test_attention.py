@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from model.decoder.attention import FLASH_DTYPES, _varlen, build_packed_row, packed_attention, positions_from_cu_seqlens
+from tests.helpers.decoder_helpers import count_graphs
 
 CPU = torch.device("cpu")
 DOC_LENS, HEAD_DIM, SCALING = [1, 37, 64, 5], 64, 0.125
@@ -69,24 +70,6 @@ def test_equals_block_diagonal_attention(device, dtype, bound, bounds_on, kv_hea
     assert_near_block_diagonal(out, qkv, bound)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_varlen_equals_per_document_attention(kv_heads):
-    """In bf16, within the kernel's own error: the flash kernel on CUDA against one call per document, on CUDA too."""
-    qkv, same = (random_qkv(kv_heads, "cuda", torch.bfloat16) for _ in range(2))
-    row = build_packed_row(bounds_of(DOC_LENS), sum(DOC_LENS), torch.device("cuda"))
-    out, _ = packed_attention(None, *qkv, None, scaling=SCALING, packed_row=row)
-    splits = (x.split(DOC_LENS, dim=2) for x in same)
-    alone = [packed_attention(None, *doc, None, scaling=SCALING)[0] for doc in zip(*splits, strict=True)]
-    expected = torch.cat(alone, dim=1)
-    weights = torch.randn_like(out)
-    for result in (out, expected):
-        (result * weights).sum().backward()
-    assert (out - expected).abs().max() < 2e-2
-    for ours, theirs in zip(qkv, same, strict=True):
-        assert (ours.grad - theirs.grad).norm() < 2e-2 * theirs.grad.norm()
-
-
 def stand_in_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
     """Checks its arguments as `varlen_attn` does, and computes in fp64, by one call per document over [T, H, D]."""
     num_tokens, num_heads, head_dim = query.shape
@@ -119,14 +102,6 @@ def test_packed_rows_have_no_attention_dropout():
         packed_attention(None, *random_qkv(4), None, SCALING, 0.1, packed_row=row)
 
 
-def count_graphs():
-    """A backend that counts its graphs."""
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    torch._dynamo.reset()
-    return CompileCounterWithBackend("aot_eager")
-
-
 def attend(query, key, value, row):
     return packed_attention(None, query, key, value, None, SCALING, packed_row=row)[0]
 
@@ -141,7 +116,7 @@ def attend(query, key, value, row):
     ],
 )
 def test_one_graph_for_all_layouts(device, dtype, bound, grad_bound):
-    counter = count_graphs()
+    counter = count_graphs("aot_eager")
     compiled = torch.compile(attend, backend=counter, fullgraph=True)
     for doc_lens in ([107], [50, 57], DOC_LENS, [100, 7], [20] * 5 + [7]):
         row = build_packed_row(bounds_of(doc_lens), sum(doc_lens), torch.device(device), max_seqlen=107)
@@ -158,7 +133,7 @@ def test_one_graph_for_all_layouts(device, dtype, bound, grad_bound):
 def test_one_graph_for_all_layouts_of_the_kernel(monkeypatch):
     """No length is read on the host around the kernel, which a sum of its arguments replaces."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, k, v, cu_q, *_, **__: q + k + v + cu_q.sum())
-    counter = count_graphs()
+    counter = count_graphs("aot_eager")
     compiled = torch.compile(_varlen, backend=counter, fullgraph=True)
     for doc_lens in ([107], [50, 57], DOC_LENS, [20] * 5 + [7]):
         row = build_packed_row(bounds_of(doc_lens), sum(doc_lens), CPU, max_seqlen=107)
@@ -177,15 +152,12 @@ def test_positions_restart_with_every_document():
     assert positions_from_cu_seqlens(cu_seqlens, 9, CPU).tolist() == [[0, 0, 1, 2, 0, 1, 2, 3, 4]]
 
 
-@pytest.mark.parametrize("cu_seqlens", [[0, 4], [0, 4, 9], [0, 4, 4, 8], [0], [1, 8], [1, 9]])
+@pytest.mark.parametrize("cu_seqlens", [[0, 4], [0, 4, 9], [0, 4, 4, 8], [0], [1, 8], [0, 3, 8]])
 def test_documents_that_do_not_fill_the_row_are_rejected(cu_seqlens):
-    with pytest.raises(ValueError, match="fill the row of 8"):
-        build_packed_row(torch.tensor(cu_seqlens), 8, CPU)
+    message = "at least the longest document of the row, 5 tokens" if 3 in cu_seqlens else "fill the row of 8"
+    with pytest.raises(ValueError, match=message):
+        build_packed_row(torch.tensor(cu_seqlens), 8, CPU, max_seqlen=4)
 
 
-def test_max_seqlen_below_a_document_is_rejected():
-    cu_seqlens = torch.tensor([0, 3, 8])
-    with pytest.raises(ValueError, match="max_seqlen=4 must be .* the longest has 5 tokens"):
-        build_packed_row(cu_seqlens, 8, CPU, max_seqlen=4)
-    # Rounded up to a power of two.
-    assert build_packed_row(cu_seqlens, 8, CPU, max_seqlen=5).max_seqlen == 8
+def test_the_bound_of_documents_is_a_power_of_two():
+    assert build_packed_row(torch.tensor([0, 3, 8]), 8, CPU, max_seqlen=5).max_seqlen == 8

@@ -147,15 +147,6 @@ def test_padding_and_cache_agree_with_plain_rows():
     assert (torch.cat(steps, 1) - model(rows[1][None]).logits).abs().max() < 1e-5
 
 
-def test_logits_may_be_kept_for_some_positions():
-    model = small_model()
-    tokens = random_tokens(12).view(2, 6)
-    logits = model(tokens).logits
-    assert torch.allclose(model(tokens, logits_to_keep=2).logits, logits[:, -2:], atol=1e-6)
-    picked = model(tokens, logits_to_keep=torch.tensor([1, 4])).logits
-    assert torch.allclose(picked[:, 0], torch.stack([logits[0, 1], logits[1, 4]]), atol=1e-6)
-
-
 @pytest.mark.parametrize(("is_packed", "mask_image_logits"), [(True, False), (False, True)])
 def test_no_valid_target_gives_zero_loss_and_gradients(is_packed, mask_image_logits):
     model = small_model(mask_image_logits=mask_image_logits, z_loss_weight=1e-3)
@@ -207,13 +198,11 @@ def test_masked_image_logits():
         model(tokens, tokens)
 
 
-def test_packed_rows_take_no_batch_mask_or_cache():
-    model = small_model()
-    tokens, cu_seqlens = random_tokens(12), torch.tensor([0, 6])
-    with pytest.raises(ValueError, match="batch of 2 rows"):
-        model(tokens.view(2, 6), cu_seqlens=cu_seqlens)
-    with pytest.raises(ValueError, match="attention_mask given"):
-        model(tokens[None, :6], cu_seqlens=cu_seqlens, attention_mask=torch.ones(1, 6))
+@pytest.mark.parametrize("more", [{"attention_mask": torch.ones(1, 6)}, {"past_key_values": DynamicCache()}, None])
+def test_packed_rows_take_no_batch_mask_or_cache(more):
+    tokens = random_tokens(12).view(2, 6)
+    with pytest.raises(ValueError, match="one row, without attention_mask or past_key_values"):
+        small_model()(tokens[:1] if more else tokens, cu_seqlens=torch.tensor([0, 6]), **more or {})
 
 
 def test_init_weights_depends_on_the_seed_only():
@@ -262,11 +251,3 @@ def test_bad_configurations_are_rejected():
         build_config("tiny", small_vocabulary(), vocab_size=10)
     with pytest.raises(ValueError, match="model_parallel_size must divide"):
         build_model(build_config("tiny", model_parallel_size=3))
-
-
-def test_config_survives_its_file(tmp_path):
-    config = build_config("tiny", small_vocabulary(), dropout=0.05, z_loss_weight=1e-5, tie_head_norm=False)
-    config.save_pretrained(tmp_path)
-    loaded = ChameleonXLLMXConfig.from_pretrained(tmp_path)
-    for name in ("dropout", "z_loss_weight", "tie_head_norm", "mask_image_logits", "vocabulary_map", "hidden_size"):
-        assert getattr(loaded, name) == getattr(config, name)

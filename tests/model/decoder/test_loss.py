@@ -1,10 +1,13 @@
 """The fused loss against a plain one."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from model.decoder import loss as loss_module
+from model.decoder.attention import as_on_cuda
 from model.decoder.loss import IGNORE_INDEX, LossHead
 
 
@@ -86,3 +89,15 @@ def test_a_known_number_of_targets_changes_nothing(is_blank):
         result.loss.backward()
         results.append((result.loss, result.ce, result.targets, hidden.grad, head.weight.grad))
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_chunks_are_of_2048_targets_on_cuda(monkeypatch):
+    """Where a plan counts as CUDA does, too."""
+    sizes, exp = [], torch.Tensor.exp_
+    monkeypatch.setattr(torch.Tensor, "exp_", lambda logits: sizes.append(len(logits)) or exp(logits))
+    head, hidden, labels = make_case(torch.float32, num=4000, width=2, vocab_size=65536)
+    labels[:] = 5
+    for place in (contextlib.nullcontext(), as_on_cuda()):
+        with place, torch.no_grad():
+            head(hidden[:2500], labels[:2500])
+    assert sizes == [512] * 4 + [452] + [2048, 452]

@@ -64,13 +64,6 @@ def trained_names(model) -> set[str]:
     return {clean_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def test_everything_is_trained_by_default():
-    model = build_model(make_config())
-    assert choose_trainable(model, TrainableOptions()) is model
-    assert len(trained_names(model)) == len(list(model.parameters()))
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_frozen_is_bf16_and_not_in_the_optimizer(way):
     model = choose_trainable(build_model(make_config()), WAYS[way])
@@ -92,6 +85,9 @@ def test_what_is_frozen_is_bf16_and_not_in_the_optimizer(way):
     held = [id(p) for group in build_optimizer(model, OptimOptions(wd=0.1)).param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     assert names == {clean_name(name) for name, _ in model.named_parameters() if not is_added(clean_name(name))}
+
+
+def test_adapters_are_where_they_are_asked_for():
     chosen = TrainableOptions(lora_rank=2, lora_targets=["q_proj", "v_proj"])
     trained = trained_names(choose_trainable(build_model(make_config()), chosen))
     assert len(trained) == 2 * 2 * 2 and all("q_proj" in name or "v_proj" in name for name in trained)

@@ -8,6 +8,7 @@ import json
 import re
 import resource
 import sys
+import threading
 from collections import namedtuple
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.utils._pytree import tree_flatten_with_path
 
 from model.decoder.chameleon import build_config, build_model, init_weights, reset_rotary_buffers
-from model.training.async_checkpoint import CheckpointSaver, SaveError
+from model.training import async_checkpoint
+from model.training.async_checkpoint import CheckpointSaver, HostStager, SaveError
 from model.training.checkpoint import CheckpointOptions, Position, TrainerState, load_checkpoint, publish, read_state
 from model.training.distributed import detect_launch, end_process, process_group
 from model.training.optim import OptimOptions, build_optimizer
@@ -110,17 +112,14 @@ def test_a_run_on_a_full_disk_ends_with_one_message_and_resumes_later(small_task
     assert losses(tmp_path / "out").items() <= losses(trained).items()
 
 
-def test_a_save_needs_as_much_space_as_a_checkpoint_takes(small_task, tmp_path, monkeypatch):
-    args = solver_args(small_task, tmp_path / "out", max_steps=1)
+def test_a_save_needs_as_much_space_as_a_checkpoint_takes(small_task, trained, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    with monkeypatch.context() as patch:
-        patch.setattr("model.training.async_checkpoint.shutil.disk_usage", lambda path: usage(10**6, 0, 10**5))
-        code, message = call_main(args)
-    needed = float(re.search(r"\(it needs ([\d.e-]+) GB, and the disk has 0.0001 GB free", message)[1]) * 1e9
-    assert code == 1 and message.count("\n") == 1 and "(2 stay beside" in message
+    monkeypatch.setattr("model.training.async_checkpoint.shutil.disk_usage", lambda path: usage(10**6, 0, 10**5))
+    code, message = call_main(solver_args(small_task, tmp_path / "out", max_steps=1))
+    needed = float(re.search(r"rank 0: .*it needs ([\d.e-]+) GB, and the disk has 0.0001 GB free", message)[1]) * 1e9
+    assert code == 1 and message.count("\n") == 1 and "--ckpt_max_keep is 2" in message
     assert not [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
-    assert call_main(args) == (0, "")
-    files = read_state(tmp_path / "out" / "epoch0-iter1").files
+    files = read_state(trained / "epoch1").files
     weights = files["model.safetensors"] + files["training_state/__0_0.distcp"]
     assert needed < weights and needed == pytest.approx(weights, rel=0.5), "headers are a third of so small a model"
 
@@ -137,6 +136,29 @@ def test_no_async_save_writes_the_same(small_task, tmp_path, monkeypatch):
     assert len(list((tmp_path / "sync").glob("epoch*"))) == 3
     for folder in (tmp_path / "sync").glob("epoch*"):
         assert_same_state(folder, tmp_path / "async" / folder.name, tmp_path)
+
+
+def test_host_memory_is_of_exact_size_and_its_pages_are_locked_after_the_first_save(monkeypatch):
+    """A second save goes to the same memory. Buffers end with whole tensors."""
+    locked = threading.Event()
+    monkeypatch.setattr(async_checkpoint, "BUFFER_BYTES", 1024)
+    monkeypatch.setattr(async_checkpoint, "lock_pages", lambda buffers, device: locked.set())
+    for name, value in {"is_initialized": True, "synchronize": None, "current_device": 0}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    state = {"model": {str(n): torch.full((100 * n, 1), float(n)) for n in range(1, 5)}, "optimizer": {"step": 3}}
+    state["model"]["odd"] = torch.arange(5, dtype=torch.int8)
+    stager, copies = HostStager({}), []
+    for change in range(2):
+        for tensor in state["model"].values():
+            tensor += change
+        staged = stager.stage(state)
+        assert staged["optimizer"] == {"step": 3} and locked.wait(10)
+        assert all(torch.equal(staged["model"][name], tensor) for name, tensor in state["model"].items())
+        assert not any(staged["model"][name] is tensor for name, tensor in state["model"].items())
+        copies.append([tensor.data_ptr() for tensor in staged["model"].values()])
+    assert copies[0] == copies[1]
+    # 400 bytes in 448, 800, 1,200, and 1,600: one tensor alone may be larger than a buffer. Then 5 bytes in 64.
+    assert [buffer.nbytes for buffer in stager.buffers] == [448, 832, 1216, 1600, 64]
 
 
 # What the ranks do

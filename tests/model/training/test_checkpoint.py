@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from model.decoder.trainable import LORA_TARGETS
 from model.training import checkpoint
 from model.training.checkpoint import (
     CheckpointOptions,
     Position,
     TrainerState,
     due_checkpoint,
-    find_fixed_changes,
+    find_changes,
     find_newest,
     find_start,
     lock_output_dir,
@@ -25,9 +24,10 @@ from tests.helpers import forked
 
 
 def make_checkpoint(folder: Path, global_step: int, **options: object) -> Path:
-    """A folder as a save leaves it, with one small file in place of the shards."""
+    """A folder as a save leaves it, with small files."""
     folder.mkdir(parents=True)
     (folder / "shards").write_bytes(b"12345")
+    (folder / "base_weights.json").write_text("{}")
     state = TrainerState(Position(0, global_step, global_step), units_per_step=2, world_size=1, options=options)
     checkpoint.seal(folder, state)
     return folder
@@ -36,7 +36,6 @@ def make_checkpoint(folder: Path, global_step: int, **options: object) -> Path:
 @pytest.mark.parametrize(
     ("step", "flags", "expected"),
     [
-        (1, {}, None),
         (1, {"is_first": True}, "epoch0-iter2"),
         # Micro-step 5 is reached within step 3.
         (3, {}, "epoch0-iter6"),
@@ -44,7 +43,6 @@ def make_checkpoint(folder: Path, global_step: int, **options: object) -> Path:
         (5, {}, "epoch0-iter10"),
         (7, {"is_last": True}, "epoch0-iter14"),
         (9, {}, "epoch0"),
-        (9, {"is_last": True}, "epoch0"),
     ],
 )
 def test_due_checkpoint(step, flags, expected):
@@ -52,13 +50,12 @@ def test_due_checkpoint(step, flags, expected):
     assert due_checkpoint(options, 0, step, num_steps=9, micro_steps=2, **({"is_last": False} | flags)) == expected
 
 
-def test_due_checkpoint_every_second_epoch_or_never():
-    options = CheckpointOptions(Path("out"), save_interval=2, save_iteration_interval=0)
-    due = [due_checkpoint(options, epoch, 9, 9, 1, is_last=epoch == 4) for epoch in range(5)]
-    assert due == [None, "epoch1", None, "epoch3", "epoch4"]
-    never = CheckpointOptions(Path("out"), save_interval=0, save_iteration_interval=0)
-    assert due_checkpoint(never, 0, 9, 9, 1, is_last=False) is None
-    assert due_checkpoint(never, 0, 9, 9, 1, is_last=True) == "epoch0"
+@pytest.mark.parametrize(
+    ("interval", "expected"), [(2, [None, "epoch1", None, "epoch3", "epoch4"]), (0, [None] * 4 + ["epoch4"])]
+)
+def test_due_checkpoint_by_epochs(interval, expected):
+    options = CheckpointOptions(Path("out"), save_interval=interval, save_iteration_interval=0)
+    assert [due_checkpoint(options, epoch, 9, 9, 1, is_last=epoch == 4) for epoch in range(5)] == expected
 
 
 def test_read_state_returns_what_was_sealed_or_why_a_folder_is_incomplete(tmp_path):
@@ -66,31 +63,21 @@ def test_read_state_returns_what_was_sealed_or_why_a_folder_is_incomplete(tmp_pa
         read_state(tmp_path / "nothing")
     folder = make_checkpoint(tmp_path / "epoch0", 7)
     state = read_state(folder)
-    assert (state.position, state.units_per_step, state.files) == (Position(0, 7, 7), 2, {"shards": 5})
-    (folder / "shards").write_bytes(b"123")
-    with pytest.raises(ValueError, match="is incomplete: shards has 3 bytes instead of 5"):
-        read_state(folder)
-    (folder / "shards").unlink()
-    with pytest.raises(ValueError, match="is incomplete: shards is missing"):
-        read_state(folder)
-    (folder / "trainer_state.json").write_text("{")
-    with pytest.raises(ValueError, match="cannot be read"):
-        read_state(folder)
-    (folder / "trainer_state.json").unlink()
-    with pytest.raises(ValueError, match="has no trainer_state.json"):
-        read_state(folder)
-
-
-def test_the_note_of_frozen_weights_may_be_edited(tmp_path):
-    folder = tmp_path / "epoch0"
-    folder.mkdir()
-    (folder / "base_weights.json").write_text("{}")
-    checkpoint.seal(folder, TrainerState(Position(0, 1, 1), units_per_step=2, world_size=1, options={}))
+    assert (state.position, state.units_per_step) == (Position(0, 7, 7), 2)
+    assert state.files == {"shards": 5, "base_weights.json": 2}
+    # The note of where the frozen weights are may be edited.
     (folder / "base_weights.json").write_text('{"source": "elsewhere"}')
-    assert read_state(folder).position.global_step == 1
-    (folder / "base_weights.json").unlink()
-    with pytest.raises(ValueError, match=r"base_weights.json is missing"):
-        read_state(folder)
+    assert read_state(folder) == state
+    steps = (
+        (lambda: (folder / "shards").write_bytes(b"123"), "is incomplete: shards has 3 bytes instead of 5"),
+        ((folder / "base_weights.json").unlink, "is incomplete: base_weights.json is missing"),
+        (lambda: (folder / "trainer_state.json").write_text("{"), "cannot be read"),
+        ((folder / "trainer_state.json").unlink, "has no trainer_state.json"),
+    )
+    for damage, message in steps:
+        damage()
+        with pytest.raises(ValueError, match=message):
+            read_state(folder)
 
 
 def test_the_start_is_the_newest_complete_checkpoint_of_the_run(tmp_path):
@@ -109,26 +96,16 @@ def test_the_start_is_the_newest_complete_checkpoint_of_the_run(tmp_path):
 
 
 def test_what_is_trained_must_stay(tmp_path):
-    now = {"lora_rank": 0, "lora_alpha": 16.0, "lora_targets": None, "train_only": None, "optim": "adamw"}
+    fixed = {"lora_rank": 0, "lora_alpha": 16.0, "lora_targets": None, "train_only": None, "optim": "adamw"}
+    now = dict.fromkeys(checkpoint.OPTIONS_TO_KEEP, 1) | fixed
     options = CheckpointOptions(tmp_path / "out")
-    assert not find_fixed_changes(options, now | {"lora_rank": 8})
+    assert find_changes(options, now | {"lora_rank": 8}, "") == ([], [])
     # A checkpoint that is older than these options.
-    make_checkpoint(tmp_path / "out" / "epoch0", 5)
-    assert not find_fixed_changes(options, now)
-    # Without adapters this has no meaning.
-    assert not find_fixed_changes(options, now | {"lora_alpha": 3.0})
-    changes = find_fixed_changes(options, now | {"lora_rank": 8, "train_only": ["image_head"]})
+    make_checkpoint(tmp_path / "out" / "epoch0", 5, seed=0)
+    # Without adapters lora_alpha has no meaning.
+    assert find_changes(options, now | {"lora_alpha": 3.0}, "") == ([], ["--seed was 0 and is 1"])
+    changes, _ = find_changes(options, now | {"lora_rank": 8, "train_only": ["image_head"]}, "")
     assert changes == ["--lora_rank was 0 and is 8", "--train_only was None and is ['image_head']"]
-
-
-def test_names_in_another_order_are_no_change(tmp_path):
-    now = {"lora_rank": 8, "lora_alpha": 16.0, "lora_targets": None, "train_only": ["*norm*", "lm_head.weight"]}
-    make_checkpoint(tmp_path / "a" / "epoch0", 5, **now, optim="adamw")
-    same = {"lora_targets": ["v_proj", *(name for name in LORA_TARGETS if name != "v_proj")], "optim": "adamw"}
-    options = CheckpointOptions(tmp_path / "a")
-    assert not find_fixed_changes(options, now | same | {"train_only": ["lm_head.weight", "*norm*"]})
-    changes = find_fixed_changes(options, now | {"lora_targets": ["v_proj"], "optim": "adamw_8bit"})
-    assert changes == ["--lora_targets was None and is ['v_proj']", "--optim was adamw and is adamw_8bit"]
 
 
 def test_problems(tmp_path):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from data.flags import range_problems
 from model.decoder.chameleon import build_config, build_model
 from model.training.optim import OptimOptions, build_optimizer, lr_at, plain_tensors, set_lr, split_by_decay
 
@@ -27,11 +28,10 @@ def test_lr_at(options, curve):
 def test_split_by_decay_takes_matrices_only():
     model = build_model(build_config("tiny", vocab_size=64))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, kept = split_by_decay(model.named_parameters(), decay_all=False)
-    assert len(decayed) + len(kept) == len(names)
-    assert all("norm" in names[id(parameter)] for parameter in kept)
-    assert "model.layers.0.self_attn.q_norm.weight" in {names[id(parameter)] for parameter in kept}
-    assert not any("norm" in names[id(parameter)] for parameter in decayed)
+    groups = split_by_decay(model.named_parameters(), decay_all=False)
+    decayed, kept = ({names[id(parameter)] for parameter in group} for group in groups)
+    assert len(decayed) + len(kept) == len(names) and "model.layers.0.self_attn.q_norm.weight" in kept
+    assert all("norm" in name for name in kept) and not any("norm" in name for name in decayed)
     assert len(split_by_decay(model.named_parameters(), decay_all=True)[1]) == 0
 
 
@@ -88,6 +88,6 @@ def test_smaller_states_train_as_adamw_does_and_stay_small_when_loaded():
 
 
 def test_all_problems_are_reported():
-    problems = OptimOptions(lr=-1.0, min_lr=1.0, warmup_epochs=5.0, epochs=0, wd=-1.0).problems()
-    assert len(problems) == 5
+    wrong = OptimOptions(lr=-1.0, min_lr=1.0, warmup_epochs=5.0, epochs=0, wd=-1.0)
+    assert len(wrong.problems() + range_problems(wrong)) == 5
     assert not OPTIONS.problems()

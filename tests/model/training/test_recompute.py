@@ -8,8 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.decoder.chameleon import build_config, build_model, init_weights
-from model.training.parallelize import ParallelOptions
-from model.training.recompute import recompute_layers
+from model.training.parallelize import ParallelOptions, recompute_layers
 
 NUM_LAYERS, ROW_LEN = 4, 24
 # q, k, v, o, gate, up, down.
