@@ -19,6 +19,8 @@ def test_all_ways_draw_the_same_greedy_tokens():
         assert row["baseline"]["equal_tokens"] == 1
         speeds = row["ours"]["tokens_per_s"], row["baseline"]["tokens_per_s"]
         assert row["ratio"]["tokens_per_s"] == pytest.approx(speeds[0] / speeds[1])
+        ours = row["ours"]
+        assert ours["image_s"] == pytest.approx(2352 / ours["tokens_per_s"]) and ours["first_image_s"] > 0
     assert (summary["batch_size"], summary["cfg"]) == (2, 1)
 
 

@@ -37,14 +37,10 @@ def test_rows_are_counted_from_tokens_alone():
     # What follows the image has no rows.
     assert seen == [f"image row {n // ROW_LEN + 1}/6" for n in range(1, ROWS * ROW_LEN)] + [""]
     assert meter.fraction == 30 / 32
-
-
-def test_rows_of_several_images_drawn_in_step():
-    meter = GenerationMeter([SIZE] * 3, 8, 100)
-    meter.update(3 * ROW_LEN * 2, 0)
-    assert meter.place() == "images row 3/6"
-    meter.update(3 * ROW_LEN * 4, 2)
-    assert meter.place() == "2/3 answers"
+    several = GenerationMeter([SIZE] * 3, 8, 100)
+    for rows, num_finished, place in ((2, 0, "images row 3/6"), (4, 2, "2/3 answers")):
+        several.update(3 * ROW_LEN * rows, num_finished)
+        assert several.place() == place
 
 
 @pytest.mark.parametrize("sizes, batch_size", [([SIZE] * 3, 2), ([SIZE, None], 8), ([SIZE, (96, 64)], 8), ([None], 8)])
