@@ -44,7 +44,7 @@ from model.weights.hf_folder import resolve_checkpoint
 RANK_TIMEOUT_S = 24 * 3600.0
 # What else decides how an answer to one of --prompts looks.
 FOLDER_SETTINGS = ("layout", "num_images", "seed", "temperature", "cfg", "image_top_k", "text_top_k", "max_gen_len")
-FOLDER_SETTINGS += ("precision", "target_size", "speculative")
+FOLDER_SETTINGS += ("precision", "target_size", "speculative", "max_positions", "tokenizer")
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +166,8 @@ def build_solver(args: argparse.Namespace) -> FlexARInferenceSolver:
     """The solver of the command line; a VQGAN that is needed is loaded and checked."""
     more = dict(tokenizer=args.tokenizer, vqgan_dir=args.vqgan_dir, any_vqgan=args.any_vqgan, device=args.device)
     more |= dict(compile_step=args.compile, max_positions=args.max_positions)
+    # Ranks of one node have a GPU each.
+    more["may_spread"] = not args.prompts or detect_launch().local_world_size == 1
     solver = FlexARInferenceSolver(args.model_path, args.precision, args.target_size, **more)
     if needs_vqgan(args):
         solver.check_vqgan(with_decoder=not args.image or args.out is not None)

@@ -23,7 +23,7 @@ from PIL import Image
 
 from data.messages import brief
 from data.whole_file import open_whole
-from model.generation.loop import check_length
+from model.generation.loop import CUT_BY_NAN, check_length
 from model.generation.prompt_files import Prompt, answer_seed
 from model.generation.requests import Answer
 from model.generation.sampling import SamplingOptions
@@ -70,8 +70,8 @@ class AnswerFolder:
         if self.out_dir.is_dir() and any(self.out_dir.iterdir()):
             if difference := self._find_difference(run):
                 raise ValueError(
-                    f"--out_dir {self.out_dir} has answers to other questions: {difference}. Give another folder, or "
-                    f"remove this one and {self._run_path}"
+                    f"--out_dir {self.out_dir} holds other answers: {difference}. Give another folder, or remove this "
+                    f"one and {self._run_path}"
                 )
         self.out_dir.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self._partial_dir, ignore_errors=True)
@@ -109,8 +109,10 @@ class AnswerFolder:
         return [(p, n) for p in places for n in range(self.num_answers) if not self.path(p, n).exists()]
 
     def keep(self, place: int, number: int, answer: Answer) -> None:
-        """Write an answer. Raises ValueError for one without the image that is wanted."""
+        """Write an answer. Raises ValueError for one without the image that is wanted, or cut off by NaN."""
         if self.layout == TEXT:
+            if answer.cut_by == CUT_BY_NAN:
+                raise ValueError("NaN logits: the weights are damaged, or too large for the precision")
             with self._new_file(place, number) as file:
                 file.write(answer.text.encode())
             return
@@ -182,11 +184,13 @@ class AnswerFolder:
         """For `contact_sheet.html`; paths are relative to the page."""
         parent, rows = self.out_dir.parent, []
         for place, prompt in enumerate(self.prompts):
-            paths = dict.fromkeys(self.path(place, number) for number in range(self.num_answers))
+            paths = [self.path(place, number) for number in range(self.num_answers)]
             there = [path for path in paths if path.exists()]
             row = {"place": f"{place:05}", "name": prompt.name, "text": prompt.text}
             row["given"] = [os.path.relpath(path, parent) for path in prompt.images]
-            row["images"] = [] if self.layout == TEXT else [os.path.relpath(path, parent) for path in there]
+            row["images"] = (
+                [] if self.layout == TEXT else [os.path.relpath(path, parent) for path in dict.fromkeys(there)]
+            )
             row["texts"] = [text for _, text in self._texts(place)] if self.layout == TEXT else []
             rows.append({**row, "num_missing": len(paths) - len(there)})
         num_missing = len(self.missing())

@@ -98,7 +98,7 @@ class Batch:
         views = {name: getattr(self, name)[:num_rows] for name in _ROW_TENSORS}
         views |= {name: getattr(self, name)[:branches] for name in _BRANCH_TENSORS}
         state = GrammarState(*(tensor[:num_rows] for tensor in self.state))
-        return replace(self, cache=KVCache(self.cache.data[:, :, :branches]), state=state, **views)
+        return replace(self, cache=self.cache.first(branches), state=state, **views)
 
     def select(self, rows: list[int]) -> "Batch":
         """Move these rows to the front, and return them."""
@@ -106,7 +106,7 @@ class Batch:
         branches = torch.cat([kept, kept + len(self.tokens)]) if self.is_guided else kept
         # Layer by layer: two copies of the whole cache might not fit.
         for tensor in (*self.cache.keys, *self.cache.values, *(getattr(self, name) for name in _BRANCH_TENSORS)):
-            tensor[: len(branches)] = tensor[branches]
+            tensor[: len(branches)] = tensor[branches.to(tensor.device)]
         for tensor in (*self.state, *(getattr(self, name) for name in _ROW_TENSORS)):
             tensor[: len(kept)] = tensor[kept]
         return self.first(len(rows))
@@ -217,7 +217,7 @@ def take_batch(
         forward.kept_batch = kept = Batch(
             grammar=ImageGrammar(vocab, config.vocab_size, device),
             options=options,
-            cache=KVCache.allocate(config, branches, num_slots, forward.dtype, device),
+            cache=KVCache.allocate(config, branches, num_slots, forward.dtype, forward.layer_devices),
             mask=torch.zeros(branches, num_slots, dtype=forward.dtype, device=device),
             positions=ints(branches),
             width=ints(1),

@@ -51,6 +51,7 @@ class LeanForward:
 
     Attributes:
         device, dtype: of the weights and activations.
+        layer_devices: of each layer.
         kept_batch: the buffers of `loop.py`, kept from one call to the next.
     """
 
@@ -61,6 +62,7 @@ class LeanForward:
         decoder = model.model
         self._embedding, self._norm, self._act = decoder.embed_tokens.weight, decoder.norm, decoder.layers[0].mlp.act_fn
         self.device, self.dtype = self._embedding.device, self._embedding.dtype
+        self.layer_devices = [self.device] * len(decoder.layers)
         self._layers = [_join_layer(layer) for layer in decoder.layers]
         self._head = _join([model.lm_head])
         ids = sorted(vocab.image_token_ids.tolist())
@@ -123,11 +125,12 @@ class RootForward:
     """
     Logits of one token per row by the forward of the whole model; interface as `LeanForward`.
 
-    FSDP gathers weights where the forwards of the root and of its parts are called, so nothing here looks at a weight:
-    adapters and frozen rows work too.
+    FSDP gathers weights where the forwards of the root and of its parts are called, and hooks there move activations
+    between GPUs, so nothing here looks at a weight: adapters and frozen rows work too.
 
     Attributes:
         device, dtype: of the activations. Under mixed precision, weights have another type.
+        layer_devices: of each layer.
         agree: from the tokens int64 [N] that this rank drew to those that all ranks continue with. Ranks with other
             tokens would run another number of forwards, and wait for one another forever.
     """
@@ -141,8 +144,10 @@ class RootForward:
         device: torch.device,
         dtype: torch.dtype,
         agree: Callable[[Tensor], Tensor] = lambda tokens: tokens,
+        layer_devices: list[torch.device] | None = None,
     ):
         self._model, self.device, self.dtype, self.agree = model, device, dtype, agree
+        self.layer_devices = layer_devices or [device] * model.config.num_hidden_layers
         self._code_ids = torch.tensor(sorted(vocab.image_token_ids.tolist()), device=device)
 
     def __call__(

@@ -44,26 +44,41 @@ def free_bytes(device: torch.device) -> int:
 
 class KVCache:
     """
-    Keys and values of every layer, views of `data` [2, layers, N, H_kv, num_slots, head_dim].
+    Keys and values of every layer, each [N, H_kv, num_slots, head_dim].
 
     The prompts lie in slots 0, 1, ... with padding on the right. A token after the prompts goes to one slot for all
     rows, behind the longest prompt: a step writes a column, and shapes never change.
     """
 
-    def __init__(self, data: torch.Tensor):
-        self.data = data
-        self.keys, self.values = data[0].unbind(), data[1].unbind()
-        self._rows = slice(0, data.shape[2])
+    def __init__(self, layers: list[torch.Tensor]):
+        """`layers`: keys and values of each layer, [2, N, H_kv, num_slots, head_dim], on the device of the layer."""
+        self.layers = layers
+        self.keys, self.values = [layer[0] for layer in layers], [layer[1] for layer in layers]
+        self._rows = slice(0, layers[0].shape[1])
         self._slot: torch.Tensor | None = None
         self._num_visible = 0
 
     @classmethod
     def allocate(
-        cls, config: ChameleonXLLMXConfig, num_rows: int, num_slots: int, dtype: torch.dtype, device: torch.device
+        cls,
+        config: ChameleonXLLMXConfig,
+        num_rows: int,
+        num_slots: int,
+        dtype: torch.dtype,
+        devices: list[torch.device],
     ) -> "KVCache":
+        """`devices`: of each layer."""
         head_dim = config.hidden_size // config.num_attention_heads
-        shape = (2, config.num_hidden_layers, num_rows, config.num_key_value_heads, num_slots, head_dim)
-        return cls(torch.zeros(shape, dtype=dtype, device=device))
+        shape = (2, num_rows, config.num_key_value_heads, num_slots, head_dim)
+        return cls([torch.zeros(shape, dtype=dtype, device=device) for device in devices])
+
+    def first(self, num_rows: int) -> "KVCache":
+        """The first rows, as views."""
+        return KVCache([layer[:, :num_rows] for layer in self.layers])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)
 
     def begin_prefill(self, rows: slice) -> None:
         """The next forward of the decoder is over prompts, and fills these rows."""
@@ -89,6 +104,7 @@ class KVCache:
 
     def append(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, slot: torch.Tensor) -> None:
         """Store keys and values [N * T, H_kv, head_dim] in slots int64 [N, T], or with T = 1 in one, int64 [1]."""
+        slot = slot.to(key.device)
         for cache, new in ((self.keys[layer_idx], key), (self.values[layer_idx], value)):
             if slot.dim() == 1:
                 cache.index_copy_(2, slot, new[:, :, None])

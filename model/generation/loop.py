@@ -152,7 +152,8 @@ def _prefill(
         # Of a context without an open image, any token will do.
         tails = [context[open_image_start(context, vocab) :] or [vocab.begin_image_id] for context in contexts]
     # Slots that nothing sees are multiplied by 0: a NaN of an earlier batch would stay NaN.
-    batch.cache.data.zero_()
+    for layer in batch.cache.layers:
+        layer.zero_()
     batch.positions.copy_(torch.tensor([len(row) for row in contexts + tails]))
     is_hidden = torch.arange(batch.mask.shape[1], device=device) >= batch.positions[:, None]
     batch.mask.zero_().masked_fill_(is_hidden, -torch.inf)

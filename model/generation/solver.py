@@ -7,15 +7,23 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 
 from data.items.item_processor import load_text_tokenizer
-from model.decoder.chameleon import grow_positions
-from model.generation.decode_step import LeanForward
+from data.items.vocab import ChameleonVocab
+from model.decoder.chameleon import (
+    ChameleonXLLMXConfig,
+    ChameleonXLLMXForConditionalGeneration,
+    build_model,
+    grow_positions,
+)
+from model.generation.decode_step import LeanForward, RootForward
 from model.generation.kv_cache import free_bytes, naming_shortage
 from model.generation.loop import SamplingOptions, fit_batch_size, generate_batch
 from model.generation.progress import GenerationMeter, show_progress
@@ -27,6 +35,8 @@ from model.weights.load import load_pretrained
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 # Of free memory; the rest is for what a forward needs.
 CACHE_SHARE = 0.8
+# Of the free memory of a GPU; a model whose weights need more is spread over several.
+WEIGHTS_SHARE = 0.9
 # With less free memory than this the cache is given back before images are decoded.
 DECODING_BYTES = 4 << 30
 
@@ -48,6 +58,7 @@ class FlexARInferenceSolver(RequestCodec):
         device: str = "auto",
         compile_step: bool = False,
         max_positions: int = 0,
+        may_spread: bool = True,
     ):
         """
         Args:
@@ -60,6 +71,7 @@ class FlexARInferenceSolver(RequestCodec):
             device: "auto" (CUDA where there is one), "cuda", "cpu".
             compile_step: fuse the small operations of a token with `torch.compile`, which takes a minute at first.
             max_positions: least positions of the model, e.g. the --max_seq_len of its training.
+            may_spread: a model that does not fit one GPU has its layers on all of them, which is slower: no graphs.
         """
         if precision not in DTYPES:
             raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(DTYPES)}")
@@ -74,8 +86,12 @@ class FlexARInferenceSolver(RequestCodec):
                 f"the tokenizer {tokenizer} has {self.vocab.vocab_size} ids, but the model {folder} "
                 f"{config.vocab_size}: they do not belong together; give the tokenizer that it was trained with."
             )
-        self.model = load_pretrained(folder, DTYPES[precision], self.device, config)
-        self.forward = LeanForward(self.model, self.vocab, compile_step)
+        devices = choose_layer_devices(config, DTYPES[precision], self.device) if may_spread else [self.device]
+        self.model = load_pretrained(folder, DTYPES[precision], self.device if len(devices) == 1 else "cpu", config)
+        if len(devices) == 1:
+            self.forward = LeanForward(self.model, self.vocab, compile_step)
+        else:
+            self.forward = spread_layers(self.model, self.vocab, devices)
 
     @staticmethod
     def create_logits_processor(cfg: float = 3.0, image_top_k: int = 2000, text_top_k: int = 10) -> SamplingOptions:
@@ -178,9 +194,42 @@ class FlexARInferenceSolver(RequestCodec):
     ) -> int:
         """How many of these prompts at a time have room in memory, at most `most`."""
         lens = [len(prompt) + len(start) for prompt, start in zip(prompts, starts, strict=True)]
-        kept = self.forward.kept_batch.cache.data.nbytes if self.forward.kept_batch else 0
+        kept = self.forward.kept_batch.cache.nbytes if self.forward.kept_batch else 0
         num_bytes = int(CACHE_SHARE * (free_bytes(self.device) + kept))
         return fit_batch_size(self.model.config, lens, max_gen_len, options, self.model.dtype, num_bytes, most)
+
+
+def choose_layer_devices(config: ChameleonXLLMXConfig, dtype: torch.dtype, device: torch.device) -> list[torch.device]:
+    """The devices for the layers of a model: the one of the rest where all fit, else all GPUs that it needs."""
+    with torch.device("meta"):
+        num_bytes = dtype.itemsize * sum(p.numel() for p in build_model(config).parameters())
+    num_gpus = torch.cuda.device_count() if device.type == "cuda" else 1
+    if num_gpus == 1 or num_bytes < WEIGHTS_SHARE * free_bytes(device):
+        return [device]
+    return [torch.device("cuda", index) for index in range(num_gpus)]
+
+
+def spread_layers(
+    model: ChameleonXLLMXForConditionalGeneration, vocab: ChameleonVocab, devices: Sequence[torch.device]
+) -> RootForward:
+    """Puts the layers in equal runs on several devices, the rest on the first; the forward of one token."""
+    layers = model.model.layers
+    placed = [devices[index * len(devices) // len(layers)] for index in range(len(layers))]
+    for part in (model.model.embed_tokens, model.model.rotary_emb, model.model.norm, model.lm_head):
+        part.to(devices[0])
+    for layer, device in zip(layers, placed, strict=True):
+        layer.to(device).register_forward_pre_hook(partial(_move_inputs, device), with_kwargs=True)
+    model.model.norm.register_forward_pre_hook(partial(_move_inputs, devices[0]), with_kwargs=True)
+    return RootForward(model, vocab, devices[0], model.dtype, layer_devices=placed)
+
+
+def _move_inputs(device: torch.device, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    def move(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(move, value))
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    return move(args), {name: move(value) for name, value in kwargs.items()}
 
 
 def choose_device(device: str) -> torch.device:

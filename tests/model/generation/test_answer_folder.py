@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from inference_solver import build_parser, find_problems, main
+from inference_solver import FOLDER_SETTINGS, build_parser, find_problems, main
 from model.generation.answer_folder import AnswerFolder, draw_missing
 from model.generation.prompt_files import read_prompts
 from model.generation.sampling import SamplingOptions
+from model.weights.adapter_folder import fingerprint_weights
 from tests.helpers import forked
 from tests.helpers.decoder_helpers import small_model
 from tests.helpers.small_run import export_hf
@@ -171,10 +172,8 @@ def test_images_in_texts_out(folders, tmp_path, solver):
 def test_answers_to_something_else_are_one_error(folders, prompts, tmp_path, capsys, change, message):
     out_dir = tmp_path / "images"
     folder = AnswerFolder(out_dir, "geneval", read_prompts(prompts, (64, 64), has_template=True), 4)
-    settings = dict(layout="geneval", num_images=4, seed=0, temperature=1.0, cfg=2.0, image_top_k=2000, text_top_k=10)
-    from model.weights.adapter_folder import fingerprint_weights
-
-    settings |= dict(max_gen_len=8192, precision="fp32", target_size=64, speculative=0)
+    args = build_parser().parse_args(flags(folders, prompts, out_dir))
+    settings = {name: getattr(args, name) for name in FOLDER_SETTINGS}
     folder.open(settings | {"checkpoint": fingerprint_weights(folders / "checkpoint")})
     (out_dir / "00000").mkdir()
     before, extra = files(tmp_path), change if isinstance(change, list) else []

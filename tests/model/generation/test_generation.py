@@ -269,7 +269,7 @@ def test_a_step_gives_the_numbers_of_the_model(overrides):
     tokens = random_tokens(3 * 9).view(3, 9)
     with torch.no_grad():
         expected = model(tokens).logits[:, -1]
-        cache = KVCache.allocate(model.config, 3, 20, torch.float32, torch.device("cpu"))
+        cache = KVCache.allocate(model.config, 3, 20, torch.float32, [torch.device("cpu")] * 2)
         model(tokens[:, :8], past_key_values=cache)
         # The slot is not next to the others.
         mask = torch.zeros(3, 13).index_fill_(1, torch.arange(8, 12), -torch.inf)
@@ -352,7 +352,7 @@ def test_buffers_and_graphs_are_kept_between_calls(request, monkeypatch):
         found = generate_batch(model, prompts, VOCAB, options, 40, [IMAGE_START] * len(prompts), forward=forward)
         assert found == answers
         counts.append(Replay.num_captured)
-        addresses.append(forward.kept_batch.cache.data.data_ptr())
+        addresses.append(forward.kept_batch.cache.keys[0].data_ptr())
     assert len(set(addresses)) == 1 and counts[2:] == [counts[2]] * 4
     rows = {key[0] for key in forward.kept_batch.graphs}
     assert counts[-1] == len(forward.kept_batch.graphs) <= 2 * len(rows), "one per number of rows, for images and text"
@@ -363,13 +363,13 @@ def test_buffers_are_given_back():
     model, prompts = make_model(), make_prompts((4, 4))
     forward, sizes = LeanForward(model, VOCAB), []
     for cfg, max_gen_len in ((2.0, 12), (1.0, 12), (2.0, 40)):
-        before = forward.kept_batch and weakref.ref(forward.kept_batch.cache.data)
+        before = forward.kept_batch and weakref.ref(forward.kept_batch.cache.layers[0])
         generate_batch(model, prompts, VOCAB, replace(GREEDY, cfg=cfg), max_gen_len, forward=forward)
-        sizes.append(forward.kept_batch.cache.data.shape[2:5:2])
+        sizes.append(forward.kept_batch.cache.keys[0].shape[:3:2])
         is_kept = before is not None and before() is not None
         assert is_kept == (cfg == 1)
     assert sizes == [(4, 16), (4, 16), (4, 44)]
-    left = weakref.ref(forward.kept_batch.cache.data)
+    left = weakref.ref(forward.kept_batch.cache.layers[0])
     del forward
     assert left() is None
 
@@ -478,7 +478,7 @@ def test_the_cache_of_a_batch_that_fits_is_no_larger_than_was_counted():
         forward = LeanForward(model, VOCAB)
         generate_batch(model, prompts, VOCAB, options, max_gen_len, forward=forward)
         # CUDA would round up.
-        counted = forward.kept_batch.cache.data.nbytes + 2 * 3 * row_bytes(model.config, 512, torch.float32)
+        counted = forward.kept_batch.cache.nbytes + 2 * 3 * row_bytes(model.config, 512, torch.float32)
         lens = [len(prompt) for prompt in prompts]
         fit = partial(fit_batch_size, model.config, lens, max_gen_len, options, torch.float32)
         assert [fit(counted, 64), fit(counted - 1, 64), fit(0, 64), fit(1 << 40, 64)] == [3, 2, 1, 64]

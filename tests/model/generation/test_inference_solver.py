@@ -16,7 +16,7 @@ from model.generation.kv_cache import KVCache
 from model.generation.loop import CUT_BY_LENGTH, CUT_BY_POSITIONS, generate_batch
 from model.generation.requests import Answer, describe_cuts, parse_size
 from model.generation.sampling import SamplingOptions
-from model.generation.solver import CACHE_SHARE, choose_device
+from model.generation.solver import CACHE_SHARE, choose_device, choose_layer_devices
 from model.vqgan.vqgan import VQGAN, image_to_pixels, pixels_to_image, save_vqgan
 from tests.helpers.decoder_helpers import small_config, small_model
 from tests.helpers.small_run import export_hf
@@ -122,6 +122,28 @@ def test_every_precision_draws(folders, precision):
     assert torch.backends.cuda.matmul.allow_tf32 == (precision != "tf32")
 
 
+def test_layers_on_several_devices_draw_the_same(folders, solver, monkeypatch):
+    """The CPU in the place of two GPUs; only the movements between them are not tested."""
+    cpus = [torch.device("cpu"), torch.device("cpu", 0)]
+    monkeypatch.setattr("model.generation.solver.choose_layer_devices", lambda *args: cpus)
+    flags = {"target_size": 64, "vqgan_dir": folders / "vqgan", "device": "cpu"}
+    spread = FlexARInferenceSolver(str(folders / "checkpoint"), "fp32", **flags)
+    assert spread.forward.layer_devices == cpus
+    assert all(layer._forward_pre_hooks for layer in (*spread.model.model.layers, spread.model.model.norm))
+    requests = [{"qas": [["a cat", None]], "size": (64, 32)}, {"qas": [["red", None]]}]
+    options = solver.create_logits_processor()
+    found, expected = (each.answer_many(requests, 30, options) for each in (spread, solver))
+    assert [answer.text for answer in found] == [answer.text for answer in expected]
+    assert found[0].images[0].tobytes() == expected[0].images[0].tobytes()
+
+
+@pytest.mark.parametrize("free, num_gpus, num", [(1 << 30, 2, 1), (1 << 10, 2, 2), (1 << 10, 1, 1)])
+def test_layers_are_spread_where_one_gpu_is_too_small(monkeypatch, free, num_gpus, num):
+    monkeypatch.setattr("model.generation.solver.free_bytes", lambda device: free)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    assert len(choose_layer_devices(small_config(), torch.bfloat16, torch.device("cuda"))) == num
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
 def test_a_device_that_is_not_here_is_named(caplog):
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
@@ -177,8 +199,8 @@ def test_answers_at_a_time_are_those_that_have_room(solver, monkeypatch):
         monkeypatch.setattr("model.generation.solver.free_bytes", lambda device, num_bytes=num_bytes: num_bytes)
         found = solver.answer_many(requests, 30, options)
         assert [answer.text for answer in found] == [answer.text for answer in expected]
-        data = solver.forward.kept_batch.cache.data
-        assert data.shape[2] == num_branches and (num_bytes == 1 or data.nbytes <= CACHE_SHARE * num_bytes)
+        cache = solver.forward.kept_batch.cache
+        assert len(cache.keys[0]) == num_branches and (num_bytes == 1 or cache.nbytes <= CACHE_SHARE * num_bytes)
 
 
 def test_too_little_memory_is_one_message(folders, monkeypatch, capsys):
@@ -301,7 +323,7 @@ def test_buffers_are_kept_between_calls_and_go_with_the_solver(folders, monkeypa
     kept = []
     for prompt in ("a cat", "two red cat", "a"):
         solver.generate([], [[prompt, None]], 30, 1.0, size=(64, 32))
-        kept.append(weakref.ref(solver.forward.kept_batch.cache.data))
+        kept.append(weakref.ref(solver.forward.kept_batch.cache.layers[0]))
     # The second prompt is longer.
     assert [data() is not None for data in kept] == [False, True, True] and kept[1]() is kept[2]()
     # Little memory is left to decode images: the cache makes room.
@@ -310,6 +332,6 @@ def test_buffers_are_kept_between_calls_and_go_with_the_solver(folders, monkeypa
     assert solver.forward.kept_batch is None and kept[2]() is None
     monkeypatch.undo()
     solver.generate([make_picture()], [["a", None]], 30, 1.0, size=(64, 32))
-    left = weakref.ref(solver.forward.kept_batch.cache.data)
+    left = weakref.ref(solver.forward.kept_batch.cache.layers[0])
     del solver
     assert left() is None
