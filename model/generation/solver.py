@@ -1,7 +1,4 @@
-"""The recipe's inference solver: a model, its tokenizer and its VQGAN answer requests.
-
-from inference_solver import FlexARInferenceSolver
-"""
+"""The recipe's inference solver, which users import from `inference_solver`."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence

@@ -450,7 +450,8 @@ def test_gumbel_noise_follows_its_distribution_and_depends_on_every_number():
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 def test_cuda_graphs_draw_the_same_tokens(monkeypatch, cfg):
     prompts, forced = make_prompts() * 2, [IMAGE_START, []] * 5
-    for options in (replace(GREEDY, cfg=cfg), SamplingOptions(1.0, 20, 15, cfg=cfg, seed=5)):
+    sampled = SamplingOptions(1.0, 20, 15, cfg=cfg, seed=5)
+    for options in (replace(GREEDY, cfg=cfg), sampled, replace(sampled, speculative=4)):
         model = make_model().cuda()
         forward = LeanForward(model, VOCAB)
         # The second call replays the graphs of the first.
