@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -44,6 +45,8 @@ NUM_CODES, VOCAB_SIZE = 8192, 65536
 TINY_NUM_CODES, TINY_VOCAB_SIZE = 1024, 1480
 # Tokens of the longest prompt; the others are a little shorter.
 PROMPT_LEN = 32
+# Sides of the image that is drawn: it has more tokens than the model has positions.
+MAX_GRIDS = 32
 # Rows of an image of 768 x 768.
 IMAGE_TOKENS = 48 * 49
 COLUMNS = ("tokens_per_s", "ms_per_step", "first_image_s", "image_s", "equal_tokens", "read_tb_per_s", "peak_gib")
@@ -60,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num_tokens", type=common.positive, help="new tokens per prompt (default 256 on a CPU, 1024 on CUDA)")
     add("--ways", nargs="+", choices=WAYS, default=WAYS, help="what to measure; ours always is (default: all)")
     add("--compile", action="store_true", help="our way with torch.compile (default: off)")
+    add("--speculative", type=int, default=0, help="codes that our way guesses ahead (default: 0)")
     return parser
 
 
@@ -75,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     cases = list(product(args.batch_sizes, args.cfg))
     task = {"model_size": args.model_size, "precision": precision, "device": device, "cases": cases}
     task |= {"num_tokens": num_tokens, "repeats": args.repeats, "compile_step": args.compile}
+    task["speculative"] = args.speculative
     results = {way: common.run_alone("generate:measure", way=way, **task) for way in dict.fromkeys([OURS, *args.ways])}
     rows = []
     for index, (batch_size, cfg) in enumerate(cases):
@@ -109,6 +114,7 @@ def measure(
     num_tokens: int,
     repeats: int,
     compile_step: bool,
+    speculative: int,
 ) -> dict:
     """Figures and greedy tokens of one way in each case (batch size, cfg); None where the way does not apply."""
     vocab_mapping = make_vocabulary(model_size)
@@ -116,7 +122,7 @@ def measure(
     config = build_config(model_size, vocab_mapping)
     model = build_model(config, device, dtype).eval() if way == OURS else build_stock(config, device, dtype)
     model = fill_weights(model)
-    begin = image_start(num_tokens, vocab)
+    begin = [vocab.begin_image_id, *[vocab.grid_size_ids[MAX_GRIDS]] * 2]
     found = []
     for batch_size, cfg in cases:
         prompts, at_a_time = make_prompts(batch_size, PROMPT_LEN, vocab), 1 if way == ONE_BY_ONE else batch_size
@@ -125,7 +131,8 @@ def measure(
             found.append(None)
             continue
         if way == OURS:
-            draw = ours(model, vocab, prompts, begin, cfg, num_tokens, compile_step)
+            options = SamplingOptions(cfg=cfg, speculative=speculative)
+            draw = ours(LeanForward(model, vocab, compile_step), model, vocab, prompts, begin, options, num_tokens)
         else:
             draw = stock(model, vocab, prompts, begin, cfg, num_tokens, at_a_time)
         tokens, first = timed(draw, 0.0, device)
@@ -163,7 +170,7 @@ def needed_bytes(
 def make_vocabulary(model_size: str) -> dict[str, int]:
     """Token ids by name in Chameleon's layout; all but control tokens are words."""
     tiny = model_size == "tiny"
-    names = special_names(TINY_NUM_CODES if tiny else NUM_CODES, max_grids=32)
+    names = special_names(TINY_NUM_CODES if tiny else NUM_CODES, max_grids=MAX_GRIDS)
     names += [f"word{n}" for n in range((TINY_VOCAB_SIZE if tiny else VOCAB_SIZE) - len(names))]
     return {name: token_id for token_id, name in enumerate(names)}
 
@@ -174,13 +181,6 @@ def make_prompts(batch_size: int, prompt_len: int, vocab: ChameleonVocab) -> Ans
     words = torch.randint(vocab.vocab_size - 100, vocab.vocab_size, (batch_size, prompt_len), generator=generator)
     lens = [max(prompt_len - index % 8, 2) for index in range(batch_size)]
     return [[vocab.bos_id, *row[: length - 1]] for row, length in zip(words.tolist(), lens, strict=True)]
-
-
-def image_start(num_tokens: int, vocab: ChameleonVocab) -> list[int]:
-    """The first tokens of the smallest square image that has so many tokens."""
-    sides = {token_id: CODES_PER_GRID * grids for grids, token_id in vocab.grid_size_ids.items()}
-    grid = next(token_id for token_id, side in sides.items() if side * (side + 1) >= num_tokens)
-    return [vocab.begin_image_id, grid, grid]
 
 
 def build_stock(config: transformers.PretrainedConfig, device: str, dtype: torch.dtype) -> torch.nn.Module:
@@ -200,15 +200,13 @@ def build_stock(config: transformers.PretrainedConfig, device: str, dtype: torch
 
 
 def ours(
-    model, vocab: ChameleonVocab, prompts: Answers, begin: list[int], cfg: float, num_tokens: int, compile_step: bool
+    forward: LeanForward, model, vocab: ChameleonVocab, prompts: Answers, begin: list[int], options, num_tokens: int
 ) -> Callable[[float], Answers]:
     """A function of the temperature that draws all answers and returns their tokens without `begin`."""
-    forward = LeanForward(model, vocab, compile_step)
 
     def draw(temperature: float) -> Answers:
-        options = SamplingOptions(temperature=temperature, cfg=cfg)
-        begins, most = [begin] * len(prompts), num_tokens + len(begin)
-        answers = generate_batch(model, prompts, vocab, options, most, begins, len(prompts), forward=forward)
+        arguments = (replace(options, temperature=temperature), num_tokens + len(begin), [begin] * len(prompts))
+        answers = generate_batch(model, prompts, vocab, *arguments, len(prompts), forward=forward)
         return [answer.tokens[len(begin) :] for answer in answers]
 
     return draw
@@ -220,7 +218,7 @@ def stock(
     """The same by `transformers.generate`, `batch_size` prompts at a time, padded on the left."""
     sampling_options = SamplingOptions()
     allowed = ImageGrammar(vocab, model.config.vocab_size, model.device).allowed
-    row_len = CODES_PER_GRID * next(n for n, token_id in vocab.grid_size_ids.items() if token_id == begin[1]) + 1
+    row_len = CODES_PER_GRID * MAX_GRIDS + 1
 
     def draw_batch(batch: Answers, temperature: float) -> Answers:
         width = max(map(len, batch))

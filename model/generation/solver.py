@@ -172,10 +172,11 @@ class FlexARInferenceSolver(RequestCodec):
         starts = [self.image_start(size) for size in sizes]
         batch_size = self.fit_batch_size(prompts, starts, max_gen_len, options, batch_size)
         advice = f"make --max_gen_len ({max_gen_len}), --size or the number of answers ({len(prompts)}) smaller"
+        longest = [min(max_gen_len, self.vocab.num_image_tokens(*size)) if size else max_gen_len for size in sizes]
+        meter = GenerationMeter(sum(longest), len(prompts), on_progress)
         with naming_shortage(advice), tf32_allowed(self.allow_tf32):
-            with show_progress(desc) if desc else nullcontext(on_progress) as show:
-                report = GenerationMeter(sizes, batch_size, max_gen_len, show).update
-                arguments = (self.model, prompts, self.vocab, options, max_gen_len, starts, batch_size, report)
+            with show_progress(desc, meter) if desc else nullcontext():
+                arguments = (self.model, prompts, self.vocab, options, max_gen_len, starts, batch_size, meter.update)
                 generations = generate_batch(*arguments, forward=self.forward, seeds=seeds)
             if free_bytes(self.device) < DECODING_BYTES:
                 self.forward.kept_batch = None

@@ -3,7 +3,7 @@
 import pytest
 
 from data.items.vocab import ChameleonVocab
-from exps.bench.generate import image_start, main, make_vocabulary, needed_bytes
+from exps.bench.generate import main, make_vocabulary, needed_bytes
 from model.decoder.chameleon import build_config, build_model
 from tests.exps.test_bench_all import run_bench
 
@@ -33,12 +33,6 @@ def test_needed_bytes_of_7b():
     assert needed[0] == pytest.approx(2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 8192 * 4096), rel=1e-3)
     per_token = 2 * 32 * 4096 * 2
     assert [needed[1] - needed[0], needed[2] - needed[1]] == [per_token * (32 + 512 + 3), per_token * (512 + 3)]
-
-
-@pytest.mark.parametrize("num_tokens, side", [(6, 2), (7, 4), (2400, 50)])
-def test_the_image_has_all_tokens(num_tokens, side):
-    vocab = ChameleonVocab.from_mapping(make_vocabulary("tiny"))
-    assert image_start(num_tokens, vocab)[1:] == [vocab.grid_size_ids[side // 2]] * 2
 
 
 @pytest.mark.parametrize("flags", [["--num_tokens=5000"], ["--repeats=0"]])
