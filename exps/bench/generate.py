@@ -4,12 +4,14 @@
     python exps/bench/generate.py --model_size 7B --device cuda --batch_sizes 1 8 --cfg 1 4
 
 Every answer is an image that begins at once and does not end before `--num_tokens`: all ways draw as many tokens, each
-with a key/value cache. The baselines are stock `ChameleonForConditionalGeneration` with `generate`. Its logits
-processors follow the grammar of images in Python, row by row, and run the unconditional branch as a second forward per
-token with its own cache. "batched" is the whole batch at once, "one by one" the prompts one after the other, as the
-recipe samples. Weights are random. The first run of each case is greedy: it warms up, and its tokens are compared
-(`equal_tokens`). `read_tb_per_s` is the least that decoding must read, per second; its limit is the memory's bandwidth
-(4.3 TB/s on an H200). The last line printed is one JSON object.
+with a key/value cache. The baselines are stock `ChameleonForConditionalGeneration` with `generate`; logits processors
+keep the layout of an image and run the unconditional branch as a second forward per token with its own cache. "batched"
+is the whole batch at once, "one by one" the prompts one after the other, as the recipe samples. Weights are random. The
+first call of each case is greedy: it sets up libraries, buffers and CUDA graphs, and its tokens are compared
+(`equal_tokens`). The later calls sample. `first_image_s` and `image_s` are the seconds per image of 768 x 768 of the
+first and of the later calls, prefill included: seconds per token of an image times its 2,352. `read_tb_per_s` is the
+least that decoding must read, per second of the later calls; its limit is the memory's bandwidth (4.3 TB/s on an H200).
+The last line printed is one JSON object.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -42,24 +45,25 @@ NUM_CODES, VOCAB_SIZE = 8192, 65536
 TINY_NUM_CODES, TINY_VOCAB_SIZE = 1024, 1480
 # Tokens of the longest prompt; the others are a little shorter.
 PROMPT_LEN = 32
-COLUMNS = ("tokens_per_s", "ms_per_step", "equal_tokens", "read_tb_per_s", "peak_gib")
+# Sides of the image that is drawn: it has more tokens than the model has positions.
+MAX_GRIDS = 32
+# Rows of an image of 768 x 768.
+IMAGE_TOKENS = 48 * 49
+COLUMNS = ("tokens_per_s", "ms_per_step", "first_image_s", "image_s", "equal_tokens", "read_tb_per_s", "peak_gib")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = common.build_bench_parser(__doc__, repeats="sampled runs per case, after the greedy one")
+    parser = common.build_bench_parser(__doc__, repeats="later sampled runs per case")
     add = parser.add_argument
-    add(
-        "--model_size",
-        choices=("tiny", "bench", "1B", "7B"),
-        default="tiny",
-        help="size of the decoder (default tiny; `bench` is tiny with 65,536 token ids)",
-    )
+    sizes = ("tiny", "bench", "1B", "7B")
+    add("--model_size", choices=sizes, default="tiny", help="size of the decoder (default tiny; see `MODEL_SIZES`)")
     add("--precision", choices=tuple(DTYPES), help="precision of the weights (default: fp32 on a CPU, bf16 on CUDA)")
     add("--batch_sizes", type=common.positive, nargs="+", default=[1, 8], help="prompts at a time (default 1 8)")
     add("--cfg", type=float, nargs="+", default=[1.0, 4.0], help="guidance scales; 1 is none (default 1 4)")
     add("--num_tokens", type=common.positive, help="new tokens per prompt (default 256 on a CPU, 1024 on CUDA)")
     add("--ways", nargs="+", choices=WAYS, default=WAYS, help="what to measure; ours always is (default: all)")
     add("--compile", action="store_true", help="our way with torch.compile (default: off)")
+    add("--speculative", type=int, default=0, help="codes that our way guesses ahead (default: 0)")
     return parser
 
 
@@ -75,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     cases = list(product(args.batch_sizes, args.cfg))
     task = {"model_size": args.model_size, "precision": precision, "device": device, "cases": cases}
     task |= {"num_tokens": num_tokens, "repeats": args.repeats, "compile_step": args.compile}
+    task["speculative"] = args.speculative
     results = {way: common.run_alone("generate:measure", way=way, **task) for way in dict.fromkeys([OURS, *args.ways])}
     rows = []
     for index, (batch_size, cfg) in enumerate(cases):
@@ -94,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-def share_of_equal(ours: list[list[int]], theirs: list[list[int]]) -> float:
+def share_of_equal(ours: Answers, theirs: Answers) -> float:
     """The share of tokens that are the same in the same place; 0 for answers of different lengths."""
     pairs = zip(ours, theirs, strict=True)
     return statistics.mean(len(a) == len(b) and sum(map(int.__eq__, a, b)) / len(a) for a, b in pairs)
@@ -109,6 +114,7 @@ def measure(
     num_tokens: int,
     repeats: int,
     compile_step: bool,
+    speculative: int,
 ) -> dict:
     """Figures and greedy tokens of one way in each case (batch size, cfg); None where the way does not apply."""
     vocab_mapping = make_vocabulary(model_size)
@@ -116,23 +122,27 @@ def measure(
     config = build_config(model_size, vocab_mapping)
     model = build_model(config, device, dtype).eval() if way == OURS else build_stock(config, device, dtype)
     model = fill_weights(model)
-    begin = image_start(num_tokens, vocab)
+    begin = [vocab.begin_image_id, *[vocab.grid_size_ids[MAX_GRIDS]] * 2]
     found = []
     for batch_size, cfg in cases:
-        prompts = make_prompts(batch_size, PROMPT_LEN, vocab)
+        prompts, at_a_time = make_prompts(batch_size, PROMPT_LEN, vocab), 1 if way == ONE_BY_ONE else batch_size
         if way == ONE_BY_ONE and batch_size == 1:
             # The same as batched.
             found.append(None)
             continue
         if way == OURS:
-            draw = ours(model, vocab, prompts, begin, cfg, num_tokens, compile_step)
+            options = SamplingOptions(cfg=cfg, speculative=speculative)
+            draw = ours(LeanForward(model, vocab, compile_step), model, vocab, prompts, begin, options, num_tokens)
         else:
-            draw = stock(model, vocab, prompts, begin, cfg, num_tokens, 1 if way == ONE_BY_ONE else batch_size)
-        tokens, _ = timed(draw, 0.0, device)
+            draw = stock(model, vocab, prompts, begin, cfg, num_tokens, at_a_time)
+        tokens, first = timed(draw, 0.0, device)
+        # Sampling has CUDA graphs of its own.
+        timed(draw, 1.0, device)
         seconds = statistics.median(timed(draw, 1.0, device)[1] for _ in range(repeats))
-        needed = needed_bytes(model, vocab, way, num_tokens, 1 if way == ONE_BY_ONE else batch_size, cfg)
-        steps = num_tokens * (batch_size if way == ONE_BY_ONE else 1)
-        figures = {"tokens_per_s": batch_size * num_tokens / seconds, "ms_per_step": 1e3 * seconds / steps}
+        steps, num_drawn = num_tokens * batch_size // at_a_time, num_tokens * batch_size
+        needed = needed_bytes(model, vocab, way, num_tokens, at_a_time, cfg)
+        figures = {"tokens_per_s": num_drawn / seconds, "ms_per_step": 1e3 * seconds / steps}
+        figures |= {"first_image_s": IMAGE_TOKENS * first / num_drawn, "image_s": IMAGE_TOKENS * seconds / num_drawn}
         figures |= {"read_tb_per_s": needed * steps / seconds / 1e12, "peak_gib": common.peak_device_gib(device)}
         found.append({**figures, "tokens": tokens})
     return {"cases": found}
@@ -143,9 +153,8 @@ def needed_bytes(
 ) -> float:
     """The least that a decoding step reads, in bytes: weights once, and the cache of each branch of each prompt.
 
-    Weights are all parameters except the embedding, which is read one row per token; our head reads only the rows of
-    image codes. The cache is `2 * layers * kv heads * head_dim` numbers for each visible token, on average
-    prompt + 3 + num_tokens / 2 tokens; the unconditional branch has no prompt.
+    The embedding is read one row per token; our head reads only the rows of image codes. On average
+    prompt + 3 + num_tokens / 2 tokens are visible; the unconditional branch has no prompt.
     """
     config, head = model.config, model.lm_head.weight
     size = head.element_size()
@@ -161,24 +170,17 @@ def needed_bytes(
 def make_vocabulary(model_size: str) -> dict[str, int]:
     """Token ids by name in Chameleon's layout; all but control tokens are words."""
     tiny = model_size == "tiny"
-    names = special_names(TINY_NUM_CODES if tiny else NUM_CODES, max_grids=32)
+    names = special_names(TINY_NUM_CODES if tiny else NUM_CODES, max_grids=MAX_GRIDS)
     names += [f"word{n}" for n in range((TINY_VOCAB_SIZE if tiny else VOCAB_SIZE) - len(names))]
     return {name: token_id for token_id, name in enumerate(names)}
 
 
-def make_prompts(batch_size: int, prompt_len: int, vocab: ChameleonVocab) -> list[list[int]]:
+def make_prompts(batch_size: int, prompt_len: int, vocab: ChameleonVocab) -> Answers:
     """Words after `<s>`; lengths differ by up to seven."""
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(vocab.vocab_size - 100, vocab.vocab_size, (batch_size, prompt_len), generator=generator)
     lens = [max(prompt_len - index % 8, 2) for index in range(batch_size)]
     return [[vocab.bos_id, *row[: length - 1]] for row, length in zip(words.tolist(), lens, strict=True)]
-
-
-def image_start(num_tokens: int, vocab: ChameleonVocab) -> list[int]:
-    """The first tokens of the smallest square image that has so many tokens."""
-    sides = {token_id: CODES_PER_GRID * grids for grids, token_id in vocab.grid_size_ids.items()}
-    grid = next(token_id for token_id, side in sides.items() if side * (side + 1) >= num_tokens)
-    return [vocab.begin_image_id, grid, grid]
 
 
 def build_stock(config: transformers.PretrainedConfig, device: str, dtype: torch.dtype) -> torch.nn.Module:
@@ -198,15 +200,13 @@ def build_stock(config: transformers.PretrainedConfig, device: str, dtype: torch
 
 
 def ours(
-    model, vocab: ChameleonVocab, prompts: Answers, begin: list[int], cfg: float, num_tokens: int, compile_step: bool
+    forward: LeanForward, model, vocab: ChameleonVocab, prompts: Answers, begin: list[int], options, num_tokens: int
 ) -> Callable[[float], Answers]:
     """A function of the temperature that draws all answers and returns their tokens without `begin`."""
-    forward = LeanForward(model, vocab, compile_step)
 
-    def draw(temperature: float) -> list[list[int]]:
-        options = SamplingOptions(temperature=temperature, cfg=cfg)
-        begins, most = [begin] * len(prompts), num_tokens + len(begin)
-        answers = generate_batch(model, prompts, vocab, options, most, begins, len(prompts), forward=forward)
+    def draw(temperature: float) -> Answers:
+        arguments = (replace(options, temperature=temperature), num_tokens + len(begin), [begin] * len(prompts))
+        answers = generate_batch(model, prompts, vocab, *arguments, len(prompts), forward=forward)
         return [answer.tokens[len(begin) :] for answer in answers]
 
     return draw
@@ -216,13 +216,30 @@ def stock(
     model, vocab: ChameleonVocab, prompts: Answers, begin: list[int], cfg: float, num_tokens: int, batch_size: int
 ) -> Callable[[float], Answers]:
     """The same by `transformers.generate`, `batch_size` prompts at a time, padded on the left."""
-    grammar = PythonGrammar(vocab, model)
+    sampling_options = SamplingOptions()
+    allowed = ImageGrammar(vocab, model.config.vocab_size, model.device).allowed
+    row_len = CODES_PER_GRID * MAX_GRIDS + 1
 
-    def draw_batch(batch: list[list[int]], temperature: float) -> list[list[int]]:
+    def draw_batch(batch: Answers, temperature: float) -> Answers:
         width = max(map(len, batch))
         rows = [[vocab.pad_id] * (width - len(row)) + row for row in batch]
-        input_ids = torch.tensor(rows, device=model.lm_head.weight.device)
-        guidance = [UnconditionalBranch(model, vocab, cfg)] if cfg != 1 else []
+        input_ids = torch.tensor(rows, device=model.device)
+        cache = transformers.DynamicCache(config=model.config)
+
+        def guide(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            # The unconditional branch has seen the tokens since the image began.
+            seen = input_ids[:, width - len(begin) :] if input_ids.shape[1] == width else input_ids[:, -1:]
+            logits = model(seen, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+            unconditional = logits.to(scores.dtype)
+            return unconditional + cfg * (scores - unconditional)
+
+        def keep_layout(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            is_new_line = (input_ids.shape[1] - width) % row_len == row_len - 1
+            scores = scores.masked_fill(~allowed[Kind.NEW_LINE if is_new_line else Kind.CODE], -torch.inf)
+            least = scores.topk(min(sampling_options.image_top_k, scores.shape[-1])).values[:, -1:]
+            return scores.masked_fill(scores < least, -torch.inf)
+
+        processors = [guide, keep_layout] if cfg != 1 else [keep_layout]
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
         found = model.generate(
             input_ids,
@@ -231,71 +248,18 @@ def stock(
             use_cache=True,
             eos_token_id=vocab.end_of_turn_id,
             pad_token_id=vocab.pad_id,
-            logits_processor=transformers.LogitsProcessorList([*guidance, grammar]),
+            logits_processor=transformers.LogitsProcessorList(processors),
             **sampling,
         )
         return found[:, width:].tolist()
 
-    def draw(temperature: float) -> list[list[int]]:
+    def draw(temperature: float) -> Answers:
         torch.manual_seed(0)
         contexts = [prompt + begin for prompt in prompts]
         batches = [contexts[first : first + batch_size] for first in range(0, len(contexts), batch_size)]
         return [tokens for batch in batches for tokens in draw_batch(batch, temperature)]
 
     return draw
-
-
-class PythonGrammar(transformers.LogitsProcessor):
-    """Masks all but the allowed next tokens and their top-k, found in Python from the tokens of each row."""
-
-    def __init__(self, vocab: ChameleonVocab, model: torch.nn.Module):
-        device = model.lm_head.weight.device
-        self.vocab, self.options = vocab, SamplingOptions()
-        self.sides = {token_id: CODES_PER_GRID * grids for grids, token_id in vocab.grid_size_ids.items()}
-        self.forbidden = ~ImageGrammar(vocab, model.config.vocab_size, device).allowed
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        kinds = [self.kind(tokens) for tokens in input_ids.tolist()]
-        scores = scores.masked_fill(self.forbidden[torch.tensor(kinds, device=scores.device)], -torch.inf)
-        is_text = kinds.count(Kind.TEXT) == len(kinds)
-        top_k = self.options.text_top_k if is_text else self.options.image_top_k
-        least = scores.topk(min(top_k, scores.shape[-1])).values[:, -1:]
-        return scores.masked_fill(scores < least, -torch.inf)
-
-    def kind(self, tokens: list[int]) -> Kind:
-        begin = last_begin(tokens, self.vocab)
-        rest = tokens[begin + 1 :]
-        if begin < 0 or self.vocab.end_image_id in rest:
-            return Kind.TEXT
-        if len(rest) < 2:
-            return Kind.GRID_SIZE
-        height, width = self.sides[rest[0]], self.sides[rest[1]]
-        place = len(rest) - 2
-        if place == height * (width + 1):
-            return Kind.END_IMAGE
-        return Kind.NEW_LINE if place % (width + 1) == width else Kind.CODE
-
-
-class UnconditionalBranch(transformers.LogitsProcessor):
-    """Guidance by a second forward per token, with a cache of the tokens since the image began."""
-
-    def __init__(self, model: torch.nn.Module, vocab: ChameleonVocab, cfg: float):
-        self.model, self.vocab, self.cfg, self.cache = model, vocab, cfg, None
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self.cache is None:
-            self.cache = transformers.DynamicCache(config=self.model.config)
-            input_ids = input_ids[:, last_begin(input_ids[0].tolist(), self.vocab) :]
-        else:
-            input_ids = input_ids[:, -1:]
-        logits = self.model(input_ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        unconditional = logits.to(scores.dtype)
-        return unconditional + self.cfg * (scores - unconditional)
-
-
-def last_begin(tokens: list[int], vocab: ChameleonVocab) -> int:
-    """Where the last image begins, -1 without one."""
-    return len(tokens) - 1 - tokens[::-1].index(vocab.begin_image_id) if vocab.begin_image_id in tokens else -1
 
 
 def timed(draw: Callable[[float], Answers], temperature: float, device: str) -> tuple[Answers, float]:

@@ -1,8 +1,6 @@
-"""
-What may come next in a sequence: text, or exactly what keeps the grid of an image valid.
+"""What may come next in a sequence: text, or exactly what keeps the grid of an image valid.
 
-A pure state machine over the rows of a batch. `model/generation/loop.py` uses it, so that every complete image can be
-decoded.
+`loop.py` uses it, so that every complete image can be decoded.
 """
 
 from collections.abc import Sequence
@@ -49,6 +47,7 @@ class ImageGrammar:
     Attributes:
         allowed: bool [kinds, vocab_size], the tokens of each kind.
         only_token: int64 [kinds], the token of a kind that has but one, else -1.
+        codes: int64 [num_codes + 1], sorted ids of the image codes, then padding: where logits are NaN the turn ends.
     """
 
     def __init__(self, vocab: ChameleonVocab, vocab_size: int, device: str | torch.device = "cpu"):
@@ -74,6 +73,7 @@ class ImageGrammar:
             side_of_token[token_id] = grids * CODES_PER_GRID
         self.allowed = allowed.to(device)
         self.only_token = only_token.to(device)
+        self.codes = torch.tensor([*sorted(vocab.image_token_ids.tolist()), vocab.pad_id], device=device)
         self._side_of_token = side_of_token.to(device)
 
     def start(self, prompts: Sequence[Sequence[int]]) -> GrammarState:

@@ -1,9 +1,7 @@
-"""
-Keys and values of a batch, allocated once.
+"""Keys and values of a batch, allocated once.
 
-`model/generation/loop.py` allocates the cache and decides which slots a row sees. The decoder's forward over the
-prompts fills it, then `model/generation/decode_step.py` (or again the decoder's forward) adds one token per row and
-step.
+`loop.py` decides which slots a row sees. The decoder's forward over the prompts fills the cache, then `decode_step.py`
+adds one token per row and step.
 """
 
 import re
@@ -46,27 +44,41 @@ def free_bytes(device: torch.device) -> int:
 
 class KVCache:
     """
-    `keys` and `values` of every layer, [N, H_kv, num_slots, head_dim].
+    Keys and values of every layer, each [N, H_kv, num_slots, head_dim].
 
     The prompts lie in slots 0, 1, ... with padding on the right. A token after the prompts goes to one slot for all
     rows, behind the longest prompt: a step writes a column, and shapes never change.
     """
 
-    def __init__(
-        self,
+    def __init__(self, layers: list[torch.Tensor]):
+        """`layers`: keys and values of each layer, [2, N, H_kv, num_slots, head_dim], on the device of the layer."""
+        self.layers = layers
+        self.keys, self.values = [layer[0] for layer in layers], [layer[1] for layer in layers]
+        self._rows = slice(0, layers[0].shape[1])
+        self._slot: torch.Tensor | None = None
+        self._num_visible = 0
+
+    @classmethod
+    def allocate(
+        cls,
         config: ChameleonXLLMXConfig,
         num_rows: int,
         num_slots: int,
         dtype: torch.dtype,
-        device: torch.device,
-    ):
-        shape = (num_rows, config.num_key_value_heads, num_slots, config.hidden_size // config.num_attention_heads)
-        layers = range(config.num_hidden_layers)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self._rows = slice(0, num_rows)
-        self._slot: torch.Tensor | None = None
-        self._num_visible = 0
+        devices: list[torch.device],
+    ) -> "KVCache":
+        """`devices`: of each layer."""
+        head_dim = config.hidden_size // config.num_attention_heads
+        shape = (2, num_rows, config.num_key_value_heads, num_slots, head_dim)
+        return cls([torch.zeros(shape, dtype=dtype, device=device) for device in devices])
+
+    def first(self, num_rows: int) -> "KVCache":
+        """The first rows, as views."""
+        return KVCache([layer[:, :num_rows] for layer in self.layers])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)
 
     def begin_prefill(self, rows: slice) -> None:
         """The next forward of the decoder is over prompts, and fills these rows."""
@@ -82,22 +94,20 @@ class KVCache:
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_unused: object):
         """Called by the decoder's forward: store keys and values [B, H_kv, T, head_dim], return those to attend to."""
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
         if self._slot is not None:
             self.append(key[:, :, 0], value[:, :, 0], layer_idx, self._slot)
-            visible = slice(0, self._num_visible)
-            return self.keys[layer_idx][:, :, visible], self.values[layer_idx][:, :, visible]
-        self.keys[layer_idx][self._rows, :, : key.shape[2]] = key
-        self.values[layer_idx][self._rows, :, : value.shape[2]] = value
+            return keys[:, :, : self._num_visible], values[:, :, : self._num_visible]
+        keys[self._rows, :, : key.shape[2]] = key
+        values[self._rows, :, : value.shape[2]] = value
         return key, value
 
     def append(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, slot: torch.Tensor) -> None:
-        """Store keys and values [N, H_kv, head_dim] of one token per row in a slot, int64 [1]."""
-        self.keys[layer_idx].index_copy_(2, slot, key[:, :, None])
-        self.values[layer_idx].index_copy_(2, slot, value[:, :, None])
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Keep these rows only, int64 [N']."""
-        # Layer by layer: two copies of the whole cache might not fit.
-        for layer_idx in range(len(self.keys)):
-            self.keys[layer_idx] = self.keys[layer_idx].index_select(0, rows)
-            self.values[layer_idx] = self.values[layer_idx].index_select(0, rows)
+        """Store keys and values [N * T, H_kv, head_dim] in slots int64 [N, T], or with T = 1 in one, int64 [1]."""
+        slot = slot.to(key.device)
+        for cache, new in ((self.keys[layer_idx], key), (self.values[layer_idx], value)):
+            if slot.dim() == 1:
+                cache.index_copy_(2, slot, new[:, :, None])
+            else:
+                new = new.unflatten(0, slot.shape).transpose(1, 2)
+                cache.scatter_(2, slot[:, None, :, None].expand_as(new), new)

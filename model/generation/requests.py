@@ -1,10 +1,9 @@
-"""
-Requests and answers: conversations to token ids, and generated token ids to text and images.
+"""Conversations to token ids as in pre-tokenizing, and generated token ids to text and images.
 
-Both sides of `model/generation/loop.py`, for `inference_solver.py` and for the samples of a training
-(`model/run/samples.py`). Conversations become token ids as in pre-tokenizing (`data/items/item_processor.py`).
+For `inference_solver.py` and `model/run/samples.py`, on both sides of `loop.py`.
 """
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +11,6 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -31,24 +29,14 @@ REQUEST_KEYS = {"qas", "images", "size"}
 
 @dataclass(frozen=True)
 class Answer:
-    """
-    One generation, decoded.
-
-    Attributes:
-        text: with an image symbol where each image stands.
-        images: the complete images, in order.
-        cut_by: as in Generation; None if the turn ended.
-        is_image_cut_off: the cut was within an image, which is left out.
-    """
+    """One generation, decoded. `text` has an image symbol where each of the complete `images` stands."""
 
     text: str
     images: list[Image.Image]
+    # As in Generation; None if the turn ended.
     cut_by: str | None = None
+    # The cut was within an image, which is left out.
     is_image_cut_off: bool = False
-
-    @property
-    def is_cut_off(self) -> bool:
-        return self.cut_by is not None
 
 
 class RequestCodec:
@@ -74,8 +62,13 @@ class RequestCodec:
         self.tokenizer, self.device = tokenizer, device
         self.vqgan_dir = Path(vqgan_dir or DEFAULT_VQGAN_DIR)
         self.vocab = ChameleonVocab.from_tokenizer(tokenizer)
+        # A bound method would keep this object, and the model of a solver, alive until the garbage collector runs.
+        codec = weakref.proxy(self)
         self.item_processor = ItemProcessor(
-            build_text_encode(tokenizer), self.vocab, self._encode_images, target_size=target_size
+            build_text_encode(tokenizer),
+            self.vocab,
+            lambda images: ImageEncoder(codec.vqgan, "fp32")(images),
+            target_size=target_size,
         )
 
     @cached_property
@@ -117,28 +110,23 @@ class RequestCodec:
     def encode_requests(
         self, requests: Sequence[Mapping[str, Any]]
     ) -> tuple[list[list[int]], list[tuple[int, int] | None]]:
-        """
-        Token ids and image size of each request {"qas", "images" (optional), "size" (optional)}.
+        """Token ids and image sizes of requests {"qas", "images" (optional), "size" (optional)}. Raises ValueError.
 
-        The same object several times is encoded once. Raises ValueError for one of another form.
+        The same object several times is encoded once.
         """
-        encoded: dict[int, tuple[list[int], tuple[int, int] | None]] = {}
+        encoded: dict[int, list[int]] = {}
         for index, request in enumerate(requests):
-            if id(request) in encoded:
-                continue
             try:
-                if not isinstance(request, Mapping):
-                    raise ValueError(f"it must be an object with qas, got {brief(str(request)[:200])}")
                 if "qas" not in request or not REQUEST_KEYS.issuperset(request):
-                    raise ValueError(
-                        f"it has {', '.join(map(brief, request))}; it must have qas, and may have images and size"
-                    )
-                size = _check_size(request.get("size"))
-                encoded[id(request)] = self.encode_request(request["qas"], request.get("images")), size
+                    keys = ", ".join(map(brief, request))
+                    raise ValueError(f"it has {keys}; it must have qas, and may have images and size")
+                _check_size(request.get("size"))
+                if id(request) not in encoded:
+                    encoded[id(request)] = self.encode_request(request["qas"], request.get("images"))
             except ValueError as error:
                 raise ValueError(f"request {index}: {error}" if index else str(error)) from None
-        pairs = [encoded[id(request)] for request in requests]
-        return [prompt for prompt, _ in pairs], [size for _, size in pairs]
+        sizes = [request.get("size") and tuple(request["size"]) for request in requests]
+        return [encoded[id(request)] for request in requests], sizes
 
     def image_start(self, size: tuple[int, int] | None) -> list[int]:
         """The tokens that begin an image of (width, height) pixels. Raises ValueError for an impossible size."""
@@ -148,9 +136,6 @@ class RequestCodec:
         self.vocab.check_image_size(width, height)
         ids = self.vocab.grid_size_ids
         return [self.vocab.begin_image_id, ids[height // GRID_PIXELS], ids[width // GRID_PIXELS]]
-
-    def _encode_images(self, images: list[Image.Image]) -> list[np.ndarray]:
-        return ImageEncoder(self.vqgan, "fp32")(images)
 
     def decode(self, generations: Sequence[Generation], with_images: bool = True) -> list[Answer]:
         """Texts and images of generations; the VQGAN is not needed without images."""
@@ -210,9 +195,7 @@ def check_image_symbols(texts: Iterable[str | None], num_images: int) -> None:
 
 def _check_turns(qas: Any) -> None:
     """Raises ValueError unless `qas` is [question, answer] pairs of texts; the last answer may be None."""
-    is_good = (
-        isinstance(qas, list | tuple) and bool(qas) and all(isinstance(qa, list | tuple) and len(qa) == 2 for qa in qas)
-    )
+    is_good = isinstance(qas, list | tuple) and qas and all(isinstance(qa, list | tuple) and len(qa) == 2 for qa in qas)
     if is_good:
         *texts, last_answer = [text for qa in qas for text in qa]
         is_good = all(isinstance(text, str) for text in texts) and isinstance(last_answer, str | None)
@@ -222,13 +205,10 @@ def _check_turns(qas: Any) -> None:
         )
 
 
-def _check_size(size: Any) -> tuple[int, int] | None:
-    """The size of a request. Raises ValueError unless the size is None or a pair of whole numbers."""
-    if size is None:
-        return None
-    if not (isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(side, Integral) for side in size)):
+def _check_size(size: Any) -> None:
+    is_pair = isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(side, Integral) for side in size)
+    if size is not None and not is_pair:
         raise ValueError(f"size must be (width, height) in whole pixels, got {brief(str(size)[:200])}")
-    return int(size[0]), int(size[1])
 
 
 def parse_size(text: str) -> tuple[int, int]:

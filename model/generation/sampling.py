@@ -1,9 +1,4 @@
-"""
-Which token is drawn.
-
-`model/generation/loop.py` calls it on the logits of every step. All functions are pure: logits, the kind of token that
-must come and a number between 0 and 1 in, a token out.
-"""
+"""Which token is drawn: logits, the kind of token that must come and a number between 0 and 1 in, a token out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,29 +13,27 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
 MAX_CFG = 1e6
 # The largest seed of PyTorch's generators.
 MAX_SEED = 2**63 - 1
+MAX_SPECULATIVE = 64
 # Up to this k, a partial sort finds the k-th largest faster than a selection.
 _FEW = 64
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """
-    How tokens are drawn.
+    """How tokens are drawn."""
 
-    Attributes:
-        temperature: 0 is greedy; else from MIN_TEMPERATURE to MAX_TEMPERATURE.
-        image_top_k, text_top_k: tokens are drawn from the k most probable (and those as probable as the last of
-            them), inside and outside of images.
-        cfg: classifier-free guidance inside images, `u + cfg * (c - u)` with the logits u of a branch that has seen
-            nothing before the image; 1 is without. From -MAX_CFG to MAX_CFG.
-        seed: prompt i draws with a generator seeded by seed + i.
-    """
-
+    # 0 is greedy.
     temperature: float = 1.0
+    # Tokens are drawn from the k most probable and those as probable as the last of them.
     image_top_k: int = 2000
     text_top_k: int = 10
+    # Classifier-free guidance inside images, `u + cfg * (c - u)` with the logits u of a branch that has seen nothing
+    # before the image; 1 is without.
     cfg: float = 1.0
+    # Prompt i draws with a generator seeded by seed + i.
     seed: int = 0
+    # Codes that a forward guesses ahead; they are drawn with another noise than one by one.
+    speculative: int = 0
 
     def __post_init__(self) -> None:
         problems = []
@@ -53,6 +46,8 @@ class SamplingOptions:
         top_ks = self.image_top_k, self.text_top_k
         if not all(isinstance(top_k, Integral) and top_k >= 1 for top_k in top_ks):
             problems.append(f"top-k is {top_ks[0]} (image), {top_ks[1]} (text); both must be whole numbers from 1 on")
+        if not isinstance(self.speculative, Integral) or not 0 <= self.speculative <= MAX_SPECULATIVE:
+            problems.append(f"speculative is {self.speculative}; it must be a whole number from 0 to {MAX_SPECULATIVE}")
         if not isinstance(self.seed, Integral) or not 0 <= self.seed <= MAX_SEED:
             problems.append(f"seed is {self.seed}; it must be a whole number from 0 to {MAX_SEED}")
         if problems:
@@ -70,6 +65,39 @@ def draw_noise(seeds: Sequence[int], num_steps: int) -> torch.Tensor:
     The numbers depend on `num_steps` too: how a generator fills a tensor depends on its size.
     """
     return torch.stack([torch.rand(num_steps, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def gumbel_noise(seeds: torch.Tensor, places: torch.Tensor, num: int) -> torch.Tensor:
+    """
+    Noise of the standard Gumbel distribution, fp32 [B, T, num]: a function of the seed, the place and the number alone.
+
+    `seeds` are int64 [B], `places` int64 [B, T].
+    """
+    numbers = torch.arange(num, device=places.device)
+    bits = _mix(_mix(_mix(seeds)[:, None] + places)[..., None] + numbers)
+    # 23 bits: with more, the largest number would round to 1 in fp32.
+    uniform = ((bits & (2**23 - 1)).float() + 0.5) / 2**23
+    return -(-uniform.log()).log()
+
+
+def _mix(bits: torch.Tensor) -> torch.Tensor:
+    """The finalizer of SplitMix64 (Steele, Lea, Flood, 2014), on int64, which wraps around."""
+    bits = bits + (0x9E3779B97F4A7C15 - 2**64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        bits = (bits ^ (bits >> shift & (1 << 64 - shift) - 1)) * (factor - 2**64)
+    return bits ^ (bits >> 31 & (1 << 33) - 1)
+
+
+def pick_codes(logits: torch.Tensor, options: SamplingOptions, noise: torch.Tensor) -> torch.Tensor:
+    """Draws by the maximum of logits and Gumbel noise, both [B, T, num_codes].
+
+    Returns indices among the codes, int64 [B, T]; num_codes where a logit is NaN or infinite.
+    """
+    logits, shape = logits.float().flatten(0, 1), logits.shape[:2]
+    if options.temperature:
+        logits = logits.masked_fill(logits < _least_kept(logits, options.image_top_k), -torch.inf)
+        logits = logits / options.temperature + noise.flatten(0, 1)
+    return _largest(logits).view(shape)
 
 
 def guide(logits: torch.Tensor, unconditional: torch.Tensor, cfg: float) -> torch.Tensor:

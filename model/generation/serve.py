@@ -1,10 +1,9 @@
-"""
-A page in the browser: a prompt and images in, several answers side by side out.
+"""A page in the browser: a prompt and images in, several answers side by side out.
 
     python inference_solver.py --model_path output/7B/epoch1 --serve
 
-Gradio draws the page, and is imported only here. The page works without a network and reports nothing: the browser may
-load nothing from elsewhere. Images put in and drawn are in a temporary folder that is removed at the end.
+Gradio draws the page, and is imported only here. The browser may load nothing from elsewhere. Images put in and drawn
+are in a temporary folder that is removed at the end.
 """
 
 import os
@@ -31,8 +30,6 @@ NO_SIZE = "as the model likes"
 MAX_ANSWERS = 16
 # Numbers of a browser are exact up to here.
 MAX_PAGE_SEED = 2**53 - 1
-# How long the end waits for a generation to stop.
-ENDING_S = 10.0
 LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
 
 # The browser may load only files of this page. Gradio's own scripts and styles are partly inline.
@@ -40,20 +37,20 @@ CONTENT_POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
 
 
 class Stopped(Exception):
-    """Raised inside a generation to end it."""
+    pass
 
 
 class Page:
-    """Answers the requests of the page by a FlexARInferenceSolver, one at a time."""
+    """Answers the requests of the page, one at a time."""
 
     def __init__(self, solver: Any):
+        """`solver`: a FlexARInferenceSolver, with a VQGAN that has a decoder."""
         self.solver = solver
         # The sizes that the model was trained to draw, as far as the vocabulary has them.
         sides = {grids * GRID_PIXELS for grids in solver.vocab.grid_size_ids}
         sizes = [size for size in crop_sizes(solver.item_processor.target_size) if sides.issuperset(size)]
         self.sizes = {NO_SIZE: None} | {f"{width}x{height}": (width, height) for width, height in sizes}
-        self._is_ending = False
-        self._stop_asked, self._busy = threading.Event(), threading.Lock()
+        self._stop_asked = threading.Event()
 
     def answer(
         self,
@@ -70,46 +67,37 @@ class Page:
         report: Callable[[GenerationMeter], None] = lambda meter: None,
     ) -> tuple[list[tuple[Image.Image, str]], str, str]:
         """(images with captions, text, status). `images`: (path, caption) each. Errors become the status."""
-        meters: list[GenerationMeter] = []
+        line = ""
 
         def watch(meter: GenerationMeter) -> None:
-            meters[:] = [meter]
-            if self._is_ending or self._stop_asked.is_set():
+            nonlocal line
+            line = meter.line()
+            if self._stop_asked.is_set():
                 raise Stopped
             report(meter)
 
-        with self._busy:
-            self._stop_asked.clear()
-            try:
-                if not prompt.strip() and not images:
-                    raise ValueError("the prompt is empty; say what to draw or to answer")
-                if max_gen_len is None or max_gen_len < 1:
-                    raise ValueError("the longest answer must be at least 1 token")
-                options = SamplingOptions(temperature, image_top_k, text_top_k, cfg, seed)
-                paths = [path for path, _ in images or ()]
-                request = {"qas": [[prompt, None]], "images": paths, "size": self.sizes[size]}
-                answers = self.solver.answer_many([request] * num_answers, max_gen_len, options, on_progress=watch)
-            except Stopped:
-                return [], "", "Stopped."
-            except (ValueError, OSError, torch.OutOfMemoryError) as error:
-                return [], "", str(error)
-        shown, texts = [], []
-        for index, answer in enumerate(answers):
-            name = f"seed {seed + index}"
-            texts.append(answer.text if len(answers) == 1 else f"{name}: {answer.text}")
-            shown += [(image, name) for image in answer.images]
-        status = [meter.line() for meter in meters] + [describe_cuts(answers, max_gen_len)]
-        return shown, "\n".join(texts), "; ".join(filter(None, status))
+        self._stop_asked.clear()
+        try:
+            if not prompt.strip() and not images:
+                raise ValueError("the prompt is empty; say what to draw or to answer")
+            if max_gen_len is None or max_gen_len < 1:
+                raise ValueError("the longest answer must be at least 1 token")
+            options = SamplingOptions(temperature, image_top_k, text_top_k, cfg, seed)
+            paths = [path for path, _ in images or ()]
+            request = {"qas": [[prompt, None]], "images": paths, "size": self.sizes[size]}
+            answers = self.solver.answer_many([request] * num_answers, max_gen_len, options, on_progress=watch)
+        except Stopped:
+            return [], "", "Stopped."
+        except (ValueError, OSError, torch.OutOfMemoryError) as error:
+            return [], "", str(error)
+        named = [(f"seed {seed + index}", answer) for index, answer in enumerate(answers)]
+        shown = [(image, name) for name, answer in named for image in answer.images]
+        texts = [answer.text if len(answers) == 1 else f"{name}: {answer.text}" for name, answer in named]
+        return shown, "\n".join(texts), "; ".join(filter(None, [line, describe_cuts(answers, max_gen_len)]))
 
     def stop(self) -> None:
         """End the generation that is running, if any."""
         self._stop_asked.set()
-
-    def end(self) -> None:
-        """End the generation that is running and every later one; wait until none is, at most ENDING_S."""
-        self._is_ending = True
-        if self._busy.acquire(timeout=ENDING_S):
-            self._busy.release()
 
 
 def serve(
@@ -118,16 +106,9 @@ def serve(
     """
     Open the page, and return after SIGINT or SIGTERM.
 
-    Args:
-        build_solver: gives the FlexARInferenceSolver, with a VQGAN that has a decoder. Called after Gradio and the
-            address have been checked.
-        options, max_gen_len: first values of the fields.
-        host, port: address of the page; port 0 takes any that is free.
-        title: heading of the page.
-
-    Raises:
-        ImportError: no Gradio.
-        OSError: the address is taken or not this machine's.
+    `build_solver` is called after Gradio and the address have been checked. `options` and `max_gen_len` are the first
+    values of the fields. Port 0 takes any that is free.
+    Raises ImportError without Gradio, OSError if the address is taken or not this machine's.
     """
     with tempfile.TemporaryDirectory(prefix="page-", ignore_cleanup_errors=True) as folder:
         # Before the import: Gradio would take a folder that all users of the machine share.
@@ -144,14 +125,12 @@ def serve(
         try:
             url = _launch(gradio, blocks, host, port)
             if host not in LOCAL_HOSTS:
-                print(
-                    f"--host {host}: anyone who reaches this machine can use the page, without a password.",
-                    file=sys.stderr,
-                )
+                warning = "anyone who reaches this machine can use the page, without a password."
+                print(f"--host {host}: {warning}", file=sys.stderr)
             print(f"The page is at {url} (Ctrl-C ends it)", flush=True)
             threading.Event().wait()
         except KeyboardInterrupt:
-            page.end()
+            # The script ends its process: a generation that is running needs no end of its own.
             blocks.close(verbose=False)
 
 
@@ -166,7 +145,7 @@ def free_port(host: str, port: int) -> int:
 
 
 def build_page(gradio: Any, page: Page, options: SamplingOptions, max_gen_len: int, title: str):
-    """The gradio.Blocks of a page, not yet opened; the rest as in `serve`."""
+    """The gradio.Blocks of a page, not yet opened."""
     progress = gradio.Progress()
 
     def answer(*inputs, progress=progress):
@@ -184,7 +163,7 @@ def build_page(gradio: Any, page: Page, options: SamplingOptions, max_gen_len: i
                 text = gradio.Textbox(label="Answer", lines=2, max_lines=12, buttons=["copy"], elem_id="answer")
                 status = gradio.Textbox(label="Status", elem_id="status")
         for trigger in (go.click, inputs[0].submit):
-            trigger(answer, inputs, [drawn, text, status], concurrency_limit=1, show_progress_on=drawn)
+            trigger(answer, inputs, [drawn, text, status], concurrency_id="answer", show_progress_on=drawn)
         stop.click(page.stop, queue=False, show_progress="hidden")
     return blocks
 
@@ -197,14 +176,8 @@ def _add_inputs(gradio: Any, page: Page, options: SamplingOptions, max_gen_len: 
 
     info = f"{IMAGE_SYMBOL} marks where images stand; without it they come first"
     prompt = gradio.Textbox(label="Prompt", info=info, lines=3, max_lines=12, autofocus=True, elem_id="prompt")
-    images = gradio.Gallery(
-        label="Images of the prompt, in order",
-        type="filepath",
-        file_types=["image"],
-        columns=6,
-        height=140,
-        elem_id="images",
-    )
+    files = {"type": "filepath", "file_types": ["image"], "elem_id": "images"}
+    images = gradio.Gallery(label="Images of the prompt, in order", columns=6, height=140, **files)
     with gradio.Row():
         go = gradio.Button("Generate", variant="primary", scale=3, elem_id="go")
         stop = gradio.Button("Stop", scale=1, min_width=80, elem_id="stop")

@@ -17,10 +17,10 @@ from data.hub import find_vqgan_problems
 from data.items.image_transform import crop_to_rgb, open_image
 from data.items.vocab import IMAGE_SYMBOL, ChameleonVocab
 from model.decoder.chameleon import ChameleonXLLMXConfig
+from model.generation.decode_step import RootForward
 from model.generation.kv_cache import free_bytes
 from model.generation.loop import Generation, fit_batch_size, generate_batch
 from model.generation.requests import Answer, RequestCodec, describe_cuts
-from model.generation.root_forward import RootForward
 from model.run.bad_data import RunError
 from model.run.checks import Setup
 from model.run.sample_prompts import SamplePrompt, load_prompts
@@ -134,7 +134,7 @@ class Sampler:
         num_lost = sum(answer.text.count(IMAGE_SYMBOL) - len(answer.images) for answer in answers)
         if num_lost:
             note += f"; images that are missing for want of --vqgan_dir {self._options.vqgan_dir}: {num_lost}"
-        if any(answer.is_cut_off for answer in answers):
+        if any(answer.cut_by for answer in answers):
             note += f"; {describe_cuts(answers, self._options.sample_max_gen_len)}"
         return note
 

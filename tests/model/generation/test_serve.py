@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import urllib.request
 from pathlib import Path
 from types import ModuleType
@@ -17,27 +16,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inference_solver import FlexARInferenceSolver, main
+from inference_solver import main
+from model.generation.kv_cache import KVCache
 from model.generation.serve import GRADIO_PIN, NO_SIZE, Page, free_port
 from tests.helpers.browser_helpers import needs_browser
-from tests.model.generation.test_inference_solver import make_picture, write_folders
+from tests.model.generation.test_inference_solver import make_picture
 
 ROOT = Path(__file__).parents[3]
 HAS_GRADIO = importlib.util.find_spec("gradio") is not None
 WAIT_S = 60
 PAGE_SEED, MAX_GEN_LEN, SIZE = 5, 30, (64, 32)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> Path:
-    return write_folders(tmp_path_factory.mktemp("serve"))
-
-
-@pytest.fixture(scope="module")
-def solver(folders):
-    return FlexARInferenceSolver(
-        str(folders / "checkpoint"), "fp32", target_size=64, vqgan_dir=folders / "vqgan", device="cpu"
-    )
 
 
 def flags(folders: Path) -> list[str]:
@@ -96,7 +84,8 @@ def test_too_little_memory_becomes_the_status_and_the_next_request_is_answered(p
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
 
     with monkeypatch.context() as patch:
-        patch.setattr("model.generation.loop.KVCache", fail)
+        patch.setattr(KVCache, "allocate", fail)
+        page.solver.forward.kept_batch = None
         _, _, status = ask(page, num_answers=3)
     assert status.startswith("too little memory") and "answers (3) smaller" in status
     assert ask(page, size="64x32")[0]
@@ -113,18 +102,6 @@ def test_a_generation_can_be_stopped_and_the_next_request_is_answered(page):
     assert ask(page, stop_soon, size="64x64") == ([], "", "Stopped.")
     assert len(seen) == 3
     assert ask(page, size="64x32")[0]
-
-
-def test_the_end_stops_the_generation_and_later_ones(page):
-    running, results = threading.Event(), []
-    thread = threading.Thread(
-        target=lambda: results.append(ask(page, lambda meter: running.set(), max_gen_len=400, num_answers=16))
-    )
-    thread.start()
-    assert running.wait(WAIT_S)
-    page.end()
-    thread.join(WAIT_S)
-    assert [status for _, _, status in (*results, ask(page))] == ["Stopped."] * 2
 
 
 def test_sizes_are_those_of_training(page, solver):

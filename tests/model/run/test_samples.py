@@ -13,8 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from data.items.item_processor import load_text_tokenizer
 from data.items.vocab import ChameleonVocab
 from inference_solver import FlexARInferenceSolver
+from model.generation.decode_step import RootForward
 from model.generation.loop import generate_batch
-from model.generation.root_forward import RootForward
 from model.generation.sampling import SamplingOptions
 from model.run.sample_prompts import SampleOptions, SamplePrompt, load_prompts
 from model.run.samples_format import drop_samples_after, read_samples, write_samples
