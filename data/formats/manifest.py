@@ -18,8 +18,8 @@ WAY_OUT = "use another --out_dir, or --overwrite to begin this one again"
 class Manifest:
     """The settings that all workers of one output folder share.
 
-    `codebook_sha256` names the VQGAN whatever its file format (None: an older version), `item_processor` is the SHA-256
-    of the source of an edited one, `num_items` counts the whole input, `seed` is None if nothing is random.
+    `codebook_sha256` names the VQGAN whatever its file format (None: an older version). `item_processor` is the SHA-256
+    of the source of an edited one. `seed` is None if nothing is random.
     """
 
     tokenizer_sha256: str

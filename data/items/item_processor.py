@@ -1,8 +1,7 @@
 """One item from raw JSON to tokens and labels: conversation -> text ids and image crops -> codes -> one sequence.
 
-A sequence is `<s>`, then for each turn its text with the images in place, and the end-of-turn token. Labels are the
-tokens of gpt turns, IGNORE_INDEX elsewhere. The work comes in parts, so that the caller can prepare items in other
-processes and encode images in batches: `process_item`, `prepare`, (encode `.images`), `finish`.
+The work comes in parts, so that the caller can prepare items in other processes and encode images in batches:
+`process_item`, `prepare`, (encode `.images`), `finish`.
 """
 
 import hashlib
@@ -10,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,10 +101,10 @@ class ItemProcessor:
         return self.finish(prepared, self._encode_images(prepared.images))
 
     def encode_prompt(self, turns: Sequence[Turn], images: Sequence[Image.Image] = ()) -> list[int]:
-        """Token ids to generate from: `<s>`, the turns, and an open gpt turn at the end.
+        """Token ids to generate from: `<s>`, the turns, and an open gpt turn, which the last turn may begin.
 
-        If the last turn is gpt's, its text begins the answer and is left open. `images` (any mode and size) stand for
-        the symbols in the turns, in order. They are scaled and cropped as in training, always from the centre.
+        `images` (any mode and size) stand for the symbols in the turns, in order. They are cropped as in training, but
+        always from the centre.
         """
         num_symbols = sum(turn.text.count(IMAGE_SYMBOL) for turn in turns)
         if num_symbols != len(images):
@@ -153,8 +153,7 @@ class ItemProcessor:
 def load_text_tokenizer(tokenizer: str | os.PathLike):
     """The Hugging Face tokenizer of a folder, or of the hub (name/name or name/name/subfolder).
 
-    A `tokenizer.json`, or Meta's `text_tokenizer.json`, suffices. Raises FileNotFoundError if there is neither, and
-    ValueError if the files are damaged.
+    A `tokenizer.json`, or Meta's `text_tokenizer.json`, suffices. Raises FileNotFoundError or ValueError.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -181,8 +180,8 @@ def hash_tokenizer(tokenizer) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def build_text_encode(tokenizer) -> "PlainTextEncoder":
-    """A function from text to its ids, without special tokens. No text whatever becomes a control token.
+def build_text_encode(tokenizer) -> TextEncode:
+    """A function from text to its ids, which can be sent to another process. No text becomes a control token.
 
     It encodes with a copy of the tokenizer that lacks the control tokens, so their names stay text.
     """
@@ -198,14 +197,8 @@ def build_text_encode(tokenizer) -> "PlainTextEncoder":
         pairs = (tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"])
         model["merges"] = [list(pair) for pair in pairs if not any(map(is_control, (*pair, "".join(pair))))]
     description |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-    return PlainTextEncoder(Tokenizer.from_str(json.dumps(description)))
+    return partial(_encode, Tokenizer.from_str(json.dumps(description)))
 
 
-@dataclass(frozen=True)
-class PlainTextEncoder:
-    """Text to ids by a `tokenizers.Tokenizer`. Unlike a closure it can be sent to another process."""
-
-    tokenizer: Tokenizer
-
-    def __call__(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False).ids
