@@ -1,7 +1,4 @@
-"""Atomic files and folders, and files that one process at a time may have open.
-
-Used wherever a killed process must leave no half-written file: records, shards, indices, checkpoints, weights, pages.
-"""
+"""Atomic files and folders, and files that one process at a time may have open."""
 
 import fcntl
 import os
@@ -18,10 +15,7 @@ _opened: weakref.WeakSet[TextIO] = weakref.WeakSet()
 
 @contextmanager
 def open_whole(path: str | os.PathLike, sync: bool = True) -> Iterator[BinaryIO]:
-    """A file to write, which appears under its name when the block ends; an error leaves the old file.
-
-    With `sync` the file then also survives a power failure.
-    """
+    """A file to write, which appears under its name when the block ends, with `sync` also after a power failure."""
     partial = Path(f"{os.fspath(path)}.partial")
     try:
         with open(partial, "wb") as file:
@@ -57,8 +51,7 @@ def sync_path(path: Path) -> None:
 def open_locked(path: str | os.PathLike, patience_s: float = 0.0) -> TextIO:
     """Open a file to append to it, locked by flock until it is closed; a missing file is created.
 
-    The lock ends with its process; forked children do not share it. Not `filelock`, which locks a second file beside
-    the written one and, where flock is missing, falls back to a marker that outlives its process.
+    The lock ends with its process; forked children do not share it. (`filelock` locks a second file beside it.)
     Raises BlockingIOError if another process has the file for longer than `patience_s`.
     """
     deadline = time.monotonic() + patience_s

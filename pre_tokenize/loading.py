@@ -65,9 +65,12 @@ def prepare_windows(
 
 
 def prepare_item(
-    processor: ItemProcessor, item_id: int, raw: dict, max_seq_len: int | None = None
+    processor: ItemProcessor, item_id: int, raw: dict | ItemError, max_seq_len: int | None = None
 ) -> PreparedItem | Rejected:
     """One item, or the reason why it cannot be used."""
+    # The row itself is damaged.
+    if isinstance(raw, ItemError):
+        return Rejected(item_id, str(raw))
     try:
         item = processor.prepare(processor.process_item(raw, item_id), item_id)
     except ItemError as error:

@@ -2,10 +2,13 @@
 
 import argparse
 from dataclasses import MISSING, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 
+from data.formats.containers import FORMATS, InputFiles, find_files
 from data.hub import DEFAULT_TOKENIZER, DEFAULT_VQGAN_DIR, VQGAN_HELP, find_vqgan_problems
 from data.items.image_transform import crop_sizes
+from data.items.rows import TASKS, Pairs, parse_pairs
 
 PRECISIONS = ("tf32", "fp32", "bf16")
 
@@ -18,11 +21,23 @@ def flag(help: str, default: object = MISSING, **arguments: object) -> object:
 @dataclass(frozen=True, kw_only=True)
 class Options:
     # what to tokenize, and this worker's share of it
-    in_filename: Path = flag("JSON list or JSONL of items", type=Path)
+    in_filename: Path = flag(
+        "JSON list or JSONL (also .gz, .zst), .parquet or .tar; a folder or quoted glob of those; a `datasets` folder",
+        type=Path,
+    )
+    in_format: str | None = flag("format of the input (default: by its suffix)", None, choices=FORMATS)
     out_dir: Path = flag("folder for token files and records", type=Path)
     splits: int = flag("number of workers (default 1)", 1, type=int)
     rank: int = flag("number of this worker, from 0 (default 0)", 0, type=int)
+    task: str | None = flag(
+        "rows are pairs: draw the image of a text (t2i), describe the image (i2t) (default: off)", None, choices=TASKS
+    )
+    columns: str | None = flag("columns of the pairs of --task (default prompt=caption,image=image)", None)
     image_root: Path | None = flag("folder of relative image paths (default: of the input)", None, type=Path)
+    confine_images: bool = flag(
+        "reject image paths that lead out of --image_root (default: off)", False, action="store_true"
+    )
+    allow_urls: bool = flag("fetch images by http(s) (default: off)", False, action="store_true")
     # how to tokenize it
     target_size: int = flag("side in pixels of a square crop (default 512)", 512, type=int)
     crop: str = flag("place of the crops (default center)", "center", choices=("center", "random"))
@@ -46,6 +61,16 @@ class Options:
     batch_size: int | None = flag("images encoded at once (default: by target size and device)", None, type=int)
     num_workers: int = flag("processes that load images; 0: only the worker itself (default 2)", 2, type=int)
     compile: bool = flag("torch.compile the VQGAN; a minute at the start (default: off)", False, action="store_true")
+
+    @cached_property
+    def files(self) -> InputFiles:
+        """Raises ValueError or FileNotFoundError."""
+        return find_files(self.in_filename, self.in_format)
+
+    @property
+    def pairs(self) -> Pairs | None:
+        """Raises ValueError."""
+        return parse_pairs(self.task, self.columns)
 
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
@@ -73,8 +98,11 @@ def parse_options(args: argparse.Namespace) -> Options:
 def find_problems(options: Options) -> list[str]:
     """Every problem that can be seen without loading anything."""
     problems = []
-    if not options.in_filename.is_file():
-        problems.append(f"--in_filename {options.in_filename} is not a file")
+    for check in (lambda: options.files, lambda: options.pairs):
+        try:
+            check()
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
     if options.out_dir.exists() and not options.out_dir.is_dir():
         problems.append(f"--out_dir {options.out_dir} is not a folder")
     if options.splits < 1 or not 0 <= options.rank < options.splits:

@@ -1,4 +1,4 @@
-r"""One pre-tokenizing worker: its share of the raw JSON to token files, a sub-record and a list of rejected items.
+r"""One pre-tokenizing worker: its share of the input to token files, a sub-record and a list of rejected items.
 
     for i in {0..7}; do
       python -u pre_tokenize/pre_tokenize.py --splits=8 --rank=$i --in_filename in.json --out_dir out \
@@ -32,13 +32,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np  # noqa: E402
 
-from data.formats.json_stream import iter_json_values  # noqa: E402
+from data.formats.containers import Source, open_source  # noqa: E402
 from data.formats.manifest import SHIPPED_PROCESSOR, Manifest  # noqa: E402
 from data.hub import find_vqgan  # noqa: E402
 from data.items import item_processor  # noqa: E402
-from data.items.conversation import Conversation, FormatError  # noqa: E402
+from data.items.conversation import Conversation, FormatError, ItemError  # noqa: E402
 from data.items.image_transform import crop_sizes  # noqa: E402
 from data.items.item_processor import PreparedItem, build_text_encode, hash_tokenizer, load_text_tokenizer  # noqa: E402
+from data.items.rows import describe_row  # noqa: E402
 from data.items.vocab import CODE_PIXELS, GRID_PIXELS, ChameleonVocab  # noqa: E402
 from data.messages import MAX_REASON, one_line  # noqa: E402
 from pre_tokenize import options as command_line  # noqa: E402
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
     from model.vqgan.image_encoder import ImageEncoder
     from model.vqgan.vqgan import VQGAN
 
+# Rows at the start of a share whose form is checked, where a share can be read alone.
+CHECKED_ROWS = 1000
 # A window is what is prepared, encoded and written at once.
 BATCHES_PER_WINDOW = 8
 # SHA-256 of the class below as it is shipped. The manifest names the shipped one so, whatever the version.
@@ -78,6 +81,7 @@ class Worker:
     options: Options
     processor: ItemProcessor
     encoder: "ImageEncoder"
+    source: Source
     log: WorkerLog
 
     @property
@@ -137,7 +141,7 @@ def build_worker(options: Options) -> Worker:
     vqgan_dir = find_vqgan(options.vqgan_dir)
     vqgan = load_vqgan(vqgan_dir, device=options.device)
     _check_fit(vqgan, vocab, options)
-    image_dirs = (options.image_root, options.in_filename.parent, Path())
+    image_dirs = (options.image_root, options.files.folder, Path())
     processor = ItemProcessor(
         text_encode=build_text_encode(tokenizer),
         vocab=vocab,
@@ -146,8 +150,12 @@ def build_worker(options: Options) -> Worker:
         crop=options.crop,
         seed=options.seed,
         image_dirs=[folder for folder in image_dirs if folder is not None],
+        confine_images=options.confine_images,
+        allow_urls=options.allow_urls,
+        pairs=options.pairs,
     )
-    num_items = check_input(options.in_filename, processor)
+    source = open_source(options.files, options.out_dir)
+    num_items, form = check_input(source, processor, options)
     manifest = Manifest(
         tokenizer_sha256=hash_tokenizer(tokenizer),
         vqgan_sha256=hash_vqgan(vqgan_dir),
@@ -157,10 +165,11 @@ def build_worker(options: Options) -> Worker:
         seed=options.seed if options.crop == "random" else None,
         splits=options.splits,
         num_items=num_items,
-        input_sha256=_hash_file(options.in_filename),
+        input_sha256=options.files.sha256(),
         max_seq_len=options.max_seq_len,
         codebook_sha256=vqgan.codebook_sha256,
         item_processor=_describe_processor(),
+        pairs=options.pairs and str(options.pairs),
     )
     if options.device == "cpu":
         _prepare_cpu(options)
@@ -169,19 +178,30 @@ def build_worker(options: Options) -> Worker:
     with settle_manifest(options.out_dir, manifest, options.overwrite):
         log = WorkerLog(options.out_dir, options.rank, options.splits, first_id, stop_id)
     log.recover()
-    return Worker(options, processor, processor.image_encode, log)
+    worker = Worker(options, processor, processor.image_encode, source, log)
+    if form:
+        print(f"{worker.name}: rows of {options.in_filename} are read as {form}")
+    return worker
 
 
-def check_input(path: Path, processor: ItemProcessor) -> int:
-    """Read the whole input once and return the number of its items.
+def check_input(source: Source, processor: ItemProcessor, options: Options) -> tuple[int, str]:
+    """The number of rows, and their form for people ("": the recipe's).
 
-    Raises ValueError for wrong JSON, an empty input, and items that are not of the format at all. Items that are
+    All rows of JSON are checked, of other sources the first of this worker's share.
+    Raises ValueError for wrong JSON, an empty input, and rows that are not of the format at all. Rows that are
     rejected for other reasons are left to `run`.
     """
+    first, stop = 0, None
+    if source.num_rows is not None:
+        first, stop = (source.num_rows * part // options.splits for part in (options.rank, options.rank + 1))
+        stop = min(stop, first + CHECKED_ROWS)
     count = num_wrong = 0
-    first_wrong = ""
-    for item_id, raw in enumerate(iter_json_values(path, what="input")):
+    first_wrong, form = "", None
+    for item_id, raw in enumerate(source.read(first, stop), first):
         count += 1
+        if isinstance(raw, ItemError):
+            continue
+        form = describe_row(raw, processor.pairs) if form is None else form
         try:
             processor.process_item(raw, item_id)
         except FormatError as error:
@@ -192,12 +212,13 @@ def check_input(path: Path, processor: ItemProcessor) -> int:
             continue
     if num_wrong:
         raise ValueError(
-            f"input {path}: {num_wrong} of {count} items are not of the input format, first {first_wrong}; "
-            "TRAIN.md describes the format and how to adapt another (process_item in this script)"
+            f"input {options.in_filename}: {num_wrong} of {count} items are not of the input format, first "
+            f"{first_wrong}; TRAIN.md describes the formats and how to adapt another (process_item in this script)"
         )
-    if not count:
-        raise ValueError(f"input {path} holds no items")
-    return count
+    num_rows = count if source.num_rows is None else source.num_rows
+    if not num_rows:
+        raise ValueError(f"input {options.in_filename} holds no items")
+    return num_rows, form or ""
 
 
 @contextmanager
@@ -233,7 +254,7 @@ def run(worker: Worker, sigterm: threading.Event) -> None:
         return
     # A window that was interrupted is encoded as a whole, so that the same images are encoded together.
     begin = worker.window_begin(log.next_id)
-    items = islice(enumerate(iter_json_values(options.in_filename, what="input")), begin, log.stop_id)
+    items = enumerate(worker.source.read(begin, log.stop_id), begin)
     windows = prepare_windows(items, worker.processor, worker.window_items, options.num_workers, options.max_seq_len)
     with (
         Progress(worker.name, total, log.next_id - log.first_id, position=options.rank) as progress,
@@ -340,11 +361,6 @@ def _check_fit(vqgan: "VQGAN", vocab: ChameleonVocab, options: Options) -> None:
 def _totals(log: WorkerLog) -> str:
     rejected = f"{log.num_rejected:,} rejected, see {log.failed_path}" if log.num_rejected else "none rejected"
     return f"{log.num_good:,} tokenized, {rejected}"
-
-
-def _hash_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,6 @@
 """Tokenized items as a training run sees them: the items of all record files, read lazily by their number.
 
-Stands between the files (data/formats/record_index.py, data/formats/token_file.py) and the rows of a rank:
-
-    TokenDataset -> plan_epoch (data/epoch/packing.py) -> EpochRows(rank) -> build_loader(start_step)
-    (data/epoch/rows.py) -> rows
+TokenDataset -> plan_epoch (data/epoch/packing.py) -> EpochRows(rank), build_loader (data/epoch/rows.py)
 """
 
 from __future__ import annotations
@@ -28,12 +25,9 @@ OVERLONG_CHOICES = ("error", "drop", "truncate")
 class TokenDataset:
     """All items of the data config, in its order, read by index.
 
-    Attributes:
-        table: what the order of an epoch depends on; no length is above `max_seq_len`.
-        num_overlong: how many items were dropped or truncated.
-        fingerprint: hexadecimal, changes with anything that decides the order of an epoch.
-        types: the types of the data config, sorted.
-        manifests: for each record its path, and the fields of its manifest or None.
+    `table`: what the order of an epoch depends on. `num_overlong`: items that were dropped or truncated. `fingerprint`:
+    hexadecimal, changes with anything that decides the order of an epoch. `types`: of the data config, sorted.
+    `manifests`: of each record its path, and the fields of its manifest or None.
     """
 
     def __init__(
@@ -46,8 +40,7 @@ class TokenDataset:
     ) -> None:
         """`overlong`: whether items above `max_seq_len` are an error, or are dropped, or truncated at the end.
 
-        The index of each record is opened or built in `cache_dir`.
-        Raises one ValueError with all problems: overlong items, nothing left, empty, broken or missing records.
+        `cache_dir` is for the indices of the records. Raises one ValueError with the problems of all records.
         """
         self.max_seq_len = max_seq_len
         self.num_ids: int | None = None
@@ -55,8 +48,13 @@ class TokenDataset:
         self._indices = _open_indices(sources, cache_dir or node_cache_dir(), say)
         self.num_overlong = self._count_overlong(overlong)
         # Positions of the items that are kept in each record; None: all.
-        self._kept = [self._fit(index, overlong) for index in self._indices]
-        sizes = [index.num_items if kept is None else len(kept) for index, kept in self._parts()]
+        self._kept = [
+            np.flatnonzero(index.lens <= max_seq_len).astype(np.int32)
+            if overlong == "drop" and index.max_len > max_seq_len
+            else None
+            for index in self._indices
+        ]
+        sizes = [len(lens) for lens in self._columns("lens")]
         if not sum(sizes):
             shortest = min(int(index.lens.min()) for index in self._indices)
             raise ValueError(f"every item is longer than --max_seq_len {max_seq_len}; the shortest: {shortest}")
@@ -65,7 +63,7 @@ class TokenDataset:
             for source, index in zip(sources, self._indices, strict=True)
         ]
         self.types = types = sorted({source.type for source in sources})
-        lengths, image_lens = self._column("lens"), self._column("image_lens")
+        lengths, image_lens, ids = (_join(self._columns(name)) for name in ("lens", "image_lens", "ids"))
         if self.num_overlong:
             # A truncated item does not end in its image.
             image_lens = np.where(lengths > max_seq_len, 0, image_lens)
@@ -76,7 +74,7 @@ class TokenDataset:
             type_of_source=np.array([types.index(source.type) for source in sources]),
             ratios=np.array([source.ratio for source in sources]),
             image_lens=image_lens,
-            ids=self._column("ids"),
+            ids=ids,
         )
         identity = [
             [[index.digest, source.ratio, source.type] for index, source in zip(self._indices, sources, strict=True)],
@@ -96,14 +94,8 @@ class TokenDataset:
         """From now on reject items with ids outside of 0..num_ids-1, and images that do not begin with that token."""
         self.num_ids, self.begin_image_id = num_ids, begin_image_id
 
-    def __getitem__(self, item: int) -> TokenItem:
-        return self.read(item)
-
     def read(self, item: int, image_only: bool = False) -> TokenItem:
-        """Item number `item`: token and label int32 [n], and id; with `image_only` only the image that ends it.
-
-        Raises ItemReadError, with the name of the file, if it cannot be read or does not agree with its record.
-        """
+        """Item number `item`, with `image_only` only the image that ends it. Raises ItemReadError."""
         index, position = self._find(item)
         path, offset, nbytes = index.place(position)
         found = load_token_file(path, offset, nbytes, int(index.lens[position]), self.num_ids)
@@ -130,9 +122,9 @@ class TokenDataset:
         return int(self.table.type_of_source[self.table.source_ids(items[:1])].sum())
 
     def check_first_items(self, max_bad_items: int = 0) -> None:
-        """Read the first item of each record, which fails for a moved folder or another tokenizer.
+        """Read the first item of each record after up to `max_bad_items` bad ones. Raises what `read` raises.
 
-        Up to `max_bad_items` items of each that cannot be read are skipped. Raises what `read` raises.
+        It fails for a moved folder or another tokenizer.
         """
         for start, stop in pairwise(self.table.source_starts.tolist()):
             for number, item in enumerate(range(start, stop)):
@@ -143,9 +135,6 @@ class TokenDataset:
                     if number >= max_bad_items:
                         raise
 
-    def _parts(self) -> list[tuple[RecordIndex, np.ndarray | None]]:
-        return list(zip(self._indices, self._kept, strict=True))
-
     def _find(self, item: int) -> tuple[RecordIndex, int]:
         """The index of the record that holds an item, and its position there."""
         source = int(self.table.source_ids(np.array([item]))[0])
@@ -153,16 +142,10 @@ class TokenDataset:
         kept = self._kept[source]
         return self._indices[source], position if kept is None else int(kept[position])
 
-    def _fit(self, index: RecordIndex, overlong: str) -> np.ndarray | None:
-        if overlong != "drop" or index.max_len <= self.max_seq_len:
-            return None
-        return np.flatnonzero(index.lens <= self.max_seq_len).astype(np.int32)
-
     def _count_overlong(self, overlong: str) -> int:
-        too_long = [index for index in self._indices if index.max_len > self.max_seq_len]
-        num_overlong = sum(int((index.lens > self.max_seq_len).sum()) for index in too_long)
+        num_overlong = sum(int((index.lens > self.max_seq_len).sum()) for index in self._indices)
         if num_overlong and overlong == "error":
-            worst = max(too_long, key=lambda index: index.max_len)
+            worst = max(self._indices, key=lambda index: index.max_len)
             path = worst.place(int(worst.lens.argmax()))[0]
             num_items = sum(index.num_items for index in self._indices)
             raise ValueError(
@@ -172,11 +155,15 @@ class TokenDataset:
             )
         return num_overlong
 
-    def _column(self, name: str) -> np.ndarray:
-        """A column of all records together; of a single whole record as it is mapped from disk."""
-        columns = ((getattr(index, name), kept) for index, kept in self._parts())
-        parts = [column if kept is None else column[kept] for column, kept in columns]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    def _columns(self, name: str) -> list[np.ndarray]:
+        """A column of each record, without the items that are dropped."""
+        columns = [getattr(index, name) for index in self._indices]
+        return [column if kept is None else column[kept] for column, kept in zip(columns, self._kept, strict=True)]
+
+
+def _join(columns: list[np.ndarray]) -> np.ndarray:
+    # A single column stays as it is mapped from disk.
+    return columns[0] if len(columns) == 1 else np.concatenate(columns)
 
 
 def _open_indices(sources: Sequence[DataSource], cache_dir: Path, say: Callable[[str], None]) -> list[RecordIndex]:

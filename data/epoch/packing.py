@@ -15,33 +15,31 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.epoch.context_dropout import keeps_image_only
-
 # Items packed together. Larger windows fill 0.1% more, but give the same rows in every epoch.
 PACKING_WINDOW = 100_000
-# Context dropout makes several uint64 arrays of the items that it draws at once.
-DROPOUT_BLOCK = 1 << 20
 # Allowed row lengths between a power of two and the next: about 2% filler on average.
 ROW_LENS_PER_OCTAVE = 16
 # Row lengths are multiples of this, as tensor cores want.
 MIN_ROW_MULTIPLE = 16
 
+# Constants of splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
+_GOLDEN, _MIX_1, _MIX_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+# Items [M], one group after the other, and the size of each group.
+Groups = tuple[np.ndarray, np.ndarray]
+
 
 @dataclass(frozen=True)
 class OrderOptions:
-    """What decides the order of an epoch beside the data.
-
-    Attributes:
-        units_per_step: G = accum_iter x ranks at the start of the run.
-        context_dropout: probability that an item is shown as its generated image alone.
-    """
+    """What decides the order of an epoch beside the data."""
 
     batch_size: int
     max_seq_len: int
+    # G = accum_iter x ranks at the start of the run.
     units_per_step: int
     packing: bool = False
     length_clustering: bool = True
     seed: int = 0
+    # Probability that an item is shown as its generated image alone.
     context_dropout: float = 0.0
 
     @property
@@ -54,13 +52,10 @@ class OrderOptions:
 class ItemTable:
     """What the order of an epoch depends on, of N items in S sources.
 
-    Attributes:
-        lengths: int32 [N] tokens.
-        source_starts: int64 [S + 1]; source s has the items `source_starts[s]` to `source_starts[s + 1] - 1`.
-        type_of_source: int [S]; types share no step.
-        ratios: float [S], how often each item of the source occurs in an epoch.
-        image_lens: int32 [N] tokens of the generated image that ends an item, 0: none; for context dropout.
-        ids: int64 [N]; for context dropout.
+    `lengths`: int32 [N] tokens. `source_starts`: int64 [S + 1]; source s has the items `source_starts[s]` to
+    `source_starts[s + 1] - 1`. `type_of_source`: int [S]; types share no step. `ratios`: float [S], how often each
+    item of the source occurs in an epoch. For context dropout, `image_lens` int32 [N], tokens of the generated image
+    that ends an item (0: none), and `ids` int64 [N].
     """
 
     lengths: np.ndarray
@@ -78,16 +73,25 @@ class ItemTable:
         return np.searchsorted(self.source_starts, items, side="right") - 1
 
     def image_only(self, items: np.ndarray, options: OrderOptions, epoch: int) -> np.ndarray:
-        """Bool [n]: which of `items` are shown as their image alone in `epoch`."""
+        """Bool [n]: which of `items` context dropout shows as their image alone in `epoch`.
+
+        The draw depends on (seed, epoch, source, item id) alone: all ranks and a resumed run agree without a list.
+        """
         if not options.context_dropout:
             return np.zeros(len(items), bool)
-        where = self.ids[items], self.source_ids(items), self.image_lens[items]
-        return keeps_image_only(*where, options.seed, epoch, options.context_dropout)
+        # 64-bit arithmetic that wraps around is meant.
+        with np.errstate(over="ignore"):
+            state = _mix(np.full(1, options.seed, np.uint64))
+            state = _mix(state ^ np.uint64(epoch))
+            state = _mix(state ^ self.source_ids(items).astype(np.uint64))
+            state = _mix(state ^ self.ids[items].view(np.uint64))
+        uniform = (state >> np.uint64(11)) * 2.0**-53
+        return (uniform < options.context_dropout) & (self.image_lens[items] > 0)
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One row: dataset indices `items` int32 [n], none for a row without targets, and its length with filler."""
+    """One row: dataset indices `items` int32 [n] (none: a row without targets), and its length with filler."""
 
     items: np.ndarray
     row_len: int
@@ -97,12 +101,9 @@ class Unit:
 class EpochOrder:
     """Units in the order in which an epoch takes them.
 
-    Attributes:
-        items: int32 [M] dataset indices.
-        unit_offsets: int64 [U + 1]; unit u is `items[unit_offsets[u]:unit_offsets[u + 1]]`.
-        row_lens: int32 [U] tokens of each row.
-        step_offsets: int64 [K + 1]; step k is the units `step_offsets[k]` to `step_offsets[k + 1] - 1`.
-        num_tokens: of all items together.
+    `items`: int32 [M] dataset indices. `unit_offsets`: int64 [U + 1]; unit u is
+    `items[unit_offsets[u]:unit_offsets[u + 1]]`. `row_lens`: int32 [U] tokens of each row. `step_offsets`: int64
+    [K + 1]; step k is the units `step_offsets[k]` to `step_offsets[k + 1] - 1`. `num_tokens`: of all items together.
     """
 
     items: np.ndarray
@@ -165,14 +166,18 @@ def plan_epoch(table: ItemTable, options: OrderOptions, epoch: int) -> EpochOrde
     order = np.concatenate([steps.reshape(-1), *short_steps])
     items, sizes = _reorder(np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]), order)
     unit_offsets = _offsets(sizes)
+    num_tokens = np.diff(_offsets(lengths[items])[unit_offsets])
+    row_lens = np.full(len(sizes), options.max_row_len)
+    if not options.packing:
+        row_lens = np.minimum(round_row_len(num_tokens), row_lens)
     return EpochOrder(
         items=items,
         unit_offsets=unit_offsets,
-        row_lens=_row_lens(lengths[items], unit_offsets, options),
+        row_lens=row_lens.astype(np.int32),
         step_offsets=_offsets(step_sizes),
         options=options,
         epoch=epoch,
-        num_tokens=int(lengths[items].sum(dtype=np.int64)),
+        num_tokens=int(num_tokens.sum()),
     )
 
 
@@ -180,12 +185,8 @@ def shown_lengths(table: ItemTable, options: OrderOptions, epoch: int) -> np.nda
     """Tokens int32 [N] of each item in `epoch`: all, or after context dropout its image and the end of the turn."""
     if not options.context_dropout:
         return np.asarray(table.lengths)
-    lengths = np.array(table.lengths, np.int32)
-    for start in range(0, len(table), DROPOUT_BLOCK):
-        items = np.arange(start, min(start + DROPOUT_BLOCK, len(table)))
-        image_only = items[table.image_only(items, options, epoch)]
-        lengths[image_only] = table.image_lens[image_only] + 1
-    return lengths
+    image_only = table.image_only(np.arange(len(table)), options, epoch)
+    return np.where(image_only, table.image_lens + 1, table.lengths).astype(np.int32)
 
 
 def num_micro_steps(order: EpochOrder, world_size: int) -> int:
@@ -194,11 +195,9 @@ def num_micro_steps(order: EpochOrder, world_size: int) -> int:
 
 
 def rank_units(order: EpochOrder, step: int, rank: int, world_size: int) -> list[Unit]:
-    """The ceil(G / world_size) units of `rank` in `step`; missing ones are units without items.
-
-    A unit without items is as long as the shortest row of the step, so that it costs little and is no new row length.
-    """
+    """The ceil(G / world_size) units of `rank` in `step`; missing ones are units without items."""
     units = order.units_of_step(step)
+    # As long as the shortest row of the step: it costs little and is no new row length.
     blank = Unit(np.empty(0, np.int32), min(unit.row_len for unit in units))
     of_rank = units[rank::world_size]
     return of_rank + [blank] * (num_micro_steps(order, world_size) - len(of_rank))
@@ -215,7 +214,7 @@ def round_row_len(num_tokens: np.ndarray | int) -> np.ndarray:
 def best_fit_rows(lengths: np.ndarray, row_len: int) -> tuple[np.ndarray, int]:
     """Best-fit-decreasing: each item, longest first, goes to the open row with the least space that still takes it.
 
-    Takes `lengths` [n], none above `row_len`; returns the row of each item int64 [n] and the number of rows.
+    Takes `lengths` [n], none above `row_len`. Returns the row of each item, int64 [n], and the number of rows.
     """
     # Items of equal length are interchangeable, and rows with equal space too: whole groups are placed at once. The
     # tightest row, with space s, takes s // L items of length L, because it stays the tightest while they fit.
@@ -231,18 +230,18 @@ def best_fit_rows(lengths: np.ndarray, row_len: int) -> tuple[np.ndarray, int]:
         # Rows with less space than the shortest item are full.
         if len(batch) and space >= group_lens[0]:
             if space not in open_rows:
-                open_rows[space] = []
                 insort(spaces, space)
-            open_rows[space].append(batch)
+            open_rows.setdefault(space, []).append(batch)
 
     for length, size in zip(group_lens[::-1].tolist(), group_sizes[::-1].tolist(), strict=True):
         stop = start + size
         while start < stop:
             at = bisect_left(spaces, length)
-            space = spaces[at] if at < len(spaces) else row_len
+            is_open = at < len(spaces)
+            space = spaces[at] if is_open else row_len
             per_row = space // length
             wanted = -(-(stop - start) // per_row)
-            if at < len(spaces):
+            if is_open:
                 batch = open_rows[space].pop()
                 if not open_rows[space]:
                     del open_rows[space], spaces[at]
@@ -260,6 +259,13 @@ def best_fit_rows(lengths: np.ndarray, row_len: int) -> tuple[np.ndarray, int]:
     return rows, num_rows
 
 
+def _mix(state: np.ndarray) -> np.ndarray:
+    state = state + _GOLDEN
+    state = (state ^ (state >> np.uint64(30))) * _MIX_1
+    state = (state ^ (state >> np.uint64(27))) * _MIX_2
+    return state ^ (state >> np.uint64(31))
+
+
 def _draw_items(table: ItemTable, rng: np.random.Generator) -> list[np.ndarray]:
     """Indices int32 of the epoch's items of each source, repeated or sampled according to its ratio."""
     drawn = []
@@ -271,10 +277,8 @@ def _draw_items(table: ItemTable, rng: np.random.Generator) -> list[np.ndarray]:
     return drawn
 
 
-def _batch_rows(
-    items: np.ndarray, lengths: np.ndarray, options: OrderOptions, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Items in units of `batch_size`: (items [M], unit sizes)."""
+def _batch_rows(items: np.ndarray, lengths: np.ndarray, options: OrderOptions, rng: np.random.Generator) -> Groups:
+    """Items in units of `batch_size`: (items, unit sizes)."""
     # What fills no whole step comes last, and is drawn at random: cut after sorting, it would be the longest items.
     step_size = options.batch_size * options.units_per_step
     num_full = len(items) // step_size * step_size
@@ -294,10 +298,8 @@ def _cluster(lengths: np.ndarray, spread: int, rng: np.random.Generator) -> np.n
     return by_length[np.argsort(np.arange(len(lengths)) + rng.uniform(0, spread, len(lengths)))]
 
 
-def _pack_rows(
-    items: np.ndarray, lengths: np.ndarray, options: OrderOptions, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Shuffled items in best-fit rows, in random order: (items [M], unit sizes)."""
+def _pack_rows(items: np.ndarray, lengths: np.ndarray, options: OrderOptions, rng: np.random.Generator) -> Groups:
+    """Shuffled items in best-fit rows, in random order: (items, unit sizes)."""
     packed, sizes = [], []
     for start in range(0, len(items), PACKING_WINDOW):
         window = items[start : start + PACKING_WINDOW]
@@ -308,19 +310,11 @@ def _pack_rows(
     return _reorder(np.concatenate(packed), all_sizes, rng.permutation(len(all_sizes)))
 
 
-def _reorder(items: np.ndarray, sizes: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Groups of `sizes` consecutive items, taken in `order`: (items, sizes) of the new arrangement."""
+def _reorder(items: np.ndarray, sizes: np.ndarray, order: np.ndarray) -> Groups:
+    """The groups taken in `order`."""
     starts, new_sizes = _offsets(sizes)[:-1][order], sizes[order]
     source = np.repeat(starts - _offsets(new_sizes)[:-1], new_sizes) + np.arange(len(items))
     return items[source], new_sizes
-
-
-def _row_lens(item_lengths: np.ndarray, unit_offsets: np.ndarray, options: OrderOptions) -> np.ndarray:
-    num_units = len(unit_offsets) - 1
-    if options.packing:
-        return np.full(num_units, options.max_row_len, np.int32)
-    num_tokens = np.diff(_offsets(item_lengths)[unit_offsets])
-    return np.minimum(round_row_len(num_tokens), options.max_row_len).astype(np.int32)
 
 
 def _offsets(sizes: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data.epoch.dataset import TokenDataset
-from data.epoch.packing import EpochOrder, Unit, num_micro_steps, rank_units
+from data.epoch.packing import EpochOrder, num_micro_steps, rank_units
 from data.formats.token_file import ItemReadError, TokenItem
 from data.items.vocab import IGNORE_INDEX
 
@@ -37,7 +37,7 @@ class BadItem:
 class EpochRows(Dataset):
     """The rows of one rank in one epoch; row i is micro-step `i % micro_steps` of step `i // micro_steps`.
 
-    Every rank has the same number of rows. Row i depends on nothing but i, so any loader gives the same ones.
+    Every rank has the same number of rows, and row i depends on nothing but i.
     """
 
     def __init__(self, dataset: TokenDataset, order: EpochOrder, rank: int, world_size: int, pad_id: int) -> None:
@@ -47,20 +47,11 @@ class EpochRows(Dataset):
     def __len__(self) -> int:
         return self.order.num_steps * self.micro_steps
 
-    def unit(self, index: int) -> Unit:
-        """The items of row `index`, and the length of the row."""
-        step, micro_step = divmod(index, self.micro_steps)
-        return rank_units(self.order, step, self.rank, self.world_size)[micro_step]
-
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """What `collate_row` returns, and:
-
-        step, micro_step: place of the row in the epoch.
-        type_id: index into `dataset.types`.
-        item_indices: list of int, indices into the dataset.
-        bad_items: list of BadItem, which could not be read; the row has filler instead.
-        """
-        unit = self.unit(index)
+        """What `collate_row` returns, and the place of the row in the epoch (`step`, `micro_step`), `type_id` (index
+        into `dataset.types`), `item_indices` (list of int) and `bad_items` (list of BadItem, replaced by filler)."""
+        step, micro_step = divmod(index, self.micro_steps)
+        unit = rank_units(self.order, step, self.rank, self.world_size)[micro_step]
         image_only = self.dataset.table.image_only(unit.items, self.order.options, self.order.epoch)
         items, bad_items = [], []
         for item_index, is_image_only in zip(unit.items.tolist(), image_only.tolist(), strict=True):
@@ -68,7 +59,6 @@ class EpochRows(Dataset):
                 items.append(self.dataset.read(item_index, is_image_only))
             except ItemReadError as error:
                 bad_items.append(BadItem(self.dataset.place(item_index), str(error)))
-        step, micro_step = divmod(index, self.micro_steps)
         return {
             **collate_row(items, unit.row_len, self.pad_id, self.dataset.max_seq_len),
             "step": step,
@@ -82,18 +72,11 @@ class EpochRows(Dataset):
 def collate_row(
     items: Sequence[TokenItem], row_len: int, pad_id: int, max_document_len: int | None = None
 ) -> dict[str, Any]:
-    """One row: the items as documents one after the other, then filler.
+    """One row: the items as documents one after the other, then filler, in documents of at most `max_document_len`.
 
-    Filler is documents of its own, of at most `max_document_len` tokens (default: a single one).
-
-    Returns:
-        input_ids: int64 [1, row_len].
-        labels: int64 [1, row_len], not shifted: the token at t or IGNORE_INDEX, as for the first token of a document.
-        position_ids: int64 [1, row_len]; positions restart with each document.
-        cu_seqlens: int32 [num_documents + 1], where each document starts; the last is `row_len`.
-        num_valid_tokens: targets.
-        num_tokens: of items.
-
+    Returns `input_ids`, `labels` and `position_ids`, int64 [1, row_len]; `cu_seqlens`, int32 [num_documents + 1], where
+    each document starts, and `row_len`; `num_valid_tokens`, the targets; `num_tokens`, of the items. Labels are not
+    shifted; the first token of a document has IGNORE_INDEX. Positions restart with each document.
     Raises ValueError if the items do not fit.
     """
     lengths = [len(item.token) for item in items]
@@ -123,15 +106,13 @@ def collate_row(
 
 def build_loader(
     rows: EpochRows, num_workers: int = 0, pin_memory: bool = False, start_step: int = 0
-) -> DataLoader[Mapping[str, Any]]:
+) -> DataLoader[dict[str, Any]]:
     """A loader of the rows from `start_step` on, in order; it reads nothing of the steps before.
 
-    Workers send arrays through a pipe, so that no row needs /dev/shm, which is small in containers. They ignore the
-    signals that are meant for the rank, and end with it. Without CUDA, `pin_memory` is ignored.
+    Workers ignore the signals that are meant for the rank, and end with it. Without CUDA, `pin_memory` is ignored.
     """
-    return _RowLoader(
+    loader = _RowLoader(
         rows,
-        pins=pin_memory and torch.cuda.is_available(),
         batch_size=None,
         sampler=range(start_step * rows.micro_steps, len(rows)),
         num_workers=num_workers,
@@ -140,14 +121,14 @@ def build_loader(
         # A forked worker shares the dataset's arrays with the rank.
         multiprocessing_context="fork" if num_workers else None,
     )
+    loader.pins = pin_memory and torch.cuda.is_available()
+    return loader
 
 
 class _RowLoader(DataLoader):
-    """A loader whose workers send rows as numpy arrays; `pins`: whether the tensors are page-locked."""
+    """A loader whose workers send rows as arrays through a pipe, since /dev/shm is small in containers."""
 
-    def __init__(self, rows: EpochRows, *, pins: bool, **options: Any) -> None:
-        self._pins = pins
-        super().__init__(rows, **options)
+    pins = False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return ({name: self._to_tensor(value) for name, value in row.items()} for row in super().__iter__())
@@ -155,10 +136,10 @@ class _RowLoader(DataLoader):
     def _to_tensor(self, value: Any) -> Any:
         if not isinstance(value, np.ndarray):
             return value
-        return torch.from_numpy(value).pin_memory() if self._pins else torch.from_numpy(value)
+        return torch.from_numpy(value).pin_memory() if self.pins else torch.from_numpy(value)
 
 
-def _to_arrays(row: Mapping[str, Any]) -> dict[str, Any]:
+def _to_arrays(row: dict[str, Any]) -> dict[str, Any]:
     # torch sends a tensor through shared memory, but an array as bytes.
     return {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in row.items()}
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from data.formats.record_list import LIST_SUFFIXES
+from data.formats.plain_pickle import LIST_SUFFIXES
 from data.messages import brief, one_line
 
 DEFAULT_TYPE = "default"

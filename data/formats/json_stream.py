@@ -1,17 +1,23 @@
 """Streaming JSON: the values of a list, or of JSONL (one value per line), without holding the file in memory.
 
-Called by `pre_tokenize.py` for its input and by the readers of records. `ijson` is no replacement: it rejects NaN and
-integers of more than 64 bits, turns half of a surrogate pair into "?", names no line, and is slower.
+Inputs and records are read so. `ijson` is no replacement: it rejects NaN and integers of more than 64 bits, turns half
+of a surrogate pair into "?", names no line, and is slower.
 """
 
+import gzip
+import io
 import json
 import os
 import re
+import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from types import ModuleType
+from typing import Any, TextIO
 
 CHUNK_CHARS = 1 << 20
+COMPRESSED_SUFFIXES = (".gz", ".zst")
 _WHITESPACE = " \t\n\r"
 _FOLLOWS = frozenset(_WHITESPACE + ",]")
 _skip, _BEGIN, _EMPTY, _NEXT, _END = (
@@ -21,18 +27,18 @@ _skip, _BEGIN, _EMPTY, _NEXT, _END = (
 
 
 def iter_json_values(path: str | os.PathLike, what: str = "file") -> Iterator[object]:
-    """The values of a JSON list (the first character is a bracket) or of JSONL, in order.
+    """The values of a JSON list (the first character is a bracket) or of JSONL, in order, also of `.gz` and `.zst`.
 
     Raises FileNotFoundError, or ValueError with the line at which the JSON breaks; `what` names the file in both.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{what} {path} does not exist")
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with _open_text(path) as file:
             head = ""
             while not head and (line := file.readline(CHUNK_CHARS)):
                 head = line.lstrip(_WHITESPACE)
-            file.seek(0)
+        with _open_text(path) as file:
             yield from _list_values(file) if head.startswith("[") else _line_values(file)
     except UnicodeDecodeError as error:
         raise ValueError(f"{what} {path} is not UTF-8 text: {error}") from None
@@ -41,9 +47,65 @@ def iter_json_values(path: str | os.PathLike, what: str = "file") -> Iterator[ob
             f"{what} {path} is not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}; it must be a "
             "JSON list, or one JSON object per line (JSONL)"
         ) from None
+    except _compression_errors() as error:
+        raise ValueError(f"{what} {path} is damaged or cut off: {error}") from None
     # Nested thousands deep, or a number of thousands of digits.
     except (RecursionError, ValueError) as error:
         raise ValueError(f"{what} {path} holds JSON that cannot be read: {error}") from None
+
+
+def _open_text(path: str | os.PathLike) -> TextIO:
+    suffix = os.path.splitext(path)[1]
+    if suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig")
+    if suffix == ".zst":
+        try:
+            import zstandard
+        except ImportError as error:
+            raise ValueError(f"the package zstandard is needed: pip install zstandard ({error})") from error
+        return io.TextIOWrapper(io.BufferedReader(_ZstdFile(path, zstandard)), encoding="utf-8-sig")
+    return open(path, encoding="utf-8-sig")
+
+
+class _ZstdFile(io.RawIOBase):
+    """Unlike the reader of zstandard it raises EOFError for a file that is cut off."""
+
+    def __init__(self, path: str | os.PathLike, zstandard: ModuleType):
+        self._file = open(path, "rb")
+        self._chunks = self._decompress(zstandard.ZstdDecompressor())
+        self._rest = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        while not self._rest:
+            if (chunk := next(self._chunks, None)) is None:
+                return 0
+            self._rest = memoryview(chunk)
+        size = min(len(buffer), len(self._rest))
+        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def _decompress(self, decompressor: Any) -> Iterator[bytes]:
+        frame, data = None, b""
+        while data := data or self._file.read(1 << 16):
+            frame = frame or decompressor.decompressobj()
+            yield frame.decompress(data)
+            data = b""
+            if frame.eof:
+                frame, data = None, frame.unused_data
+        if frame:
+            raise EOFError("it ends within a frame")
+
+
+def _compression_errors() -> tuple[type[Exception], ...]:
+    zstandard = sys.modules.get("zstandard")
+    return EOFError, zlib.error, gzip.BadGzipFile, *([zstandard.ZstdError] if zstandard else [])
 
 
 def _line_values(file: TextIO) -> Iterator[object]:

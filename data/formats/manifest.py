@@ -18,8 +18,8 @@ WAY_OUT = "use another --out_dir, or --overwrite to begin this one again"
 class Manifest:
     """The settings that all workers of one output folder share.
 
-    `codebook_sha256` names the VQGAN whatever its file format (None: an older version), `item_processor` is the SHA-256
-    of the source of an edited one, `num_items` counts the whole input, `seed` is None if nothing is random.
+    `codebook_sha256` names the VQGAN whatever its file format (None: an older version). `item_processor` is the SHA-256
+    of the source of an edited one. `seed` is None if nothing is random. `pairs` names the task and the columns.
     """
 
     tokenizer_sha256: str
@@ -35,6 +35,7 @@ class Manifest:
     max_seq_len: int | None = None
     codebook_sha256: str | None = None
     item_processor: str = SHIPPED_PROCESSOR
+    pairs: str | None = None
 
 
 def load_manifest(out_dir: str | os.PathLike) -> dict:

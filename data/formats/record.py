@@ -36,10 +36,8 @@ _SUB_RECORD = re.compile(r"(\d+)-of-(\d+)-record\.jsonl")
 class RecordEntry:
     """One item of a record. `file` as written in the record, or resolved, as the function that returns it says.
 
-    Attributes:
-        len: tokens.
-        image_len: tokens of the generated image that ends the item; None without one.
-        offset, nbytes: bytes of the item in `file`; None if it has the file for itself.
+    `len`: tokens. `image_len`: tokens of the generated image that ends the item; None without one. `offset`, `nbytes`:
+    bytes of the item in `file`; None if it has the file for itself.
     """
 
     file: str
@@ -69,8 +67,6 @@ def append_record_line(file: TextIO, entry: RecordEntry) -> None:
 def read_record(path: str | os.PathLike) -> Iterator[RecordEntry]:
     """Stream a `record.json` or a sub-record, `file` resolved to a path that opens from here. May be empty.
 
-    Relative files are looked for beside the record, then beside the target of a linked record, then from the working
-    directory; the first entry decides for all.
     Raises FileNotFoundError, or ValueError with the number of the wrong entry.
     """
     base: str | None = None
@@ -83,29 +79,28 @@ def read_record(path: str | os.PathLike) -> Iterator[RecordEntry]:
 
 
 def resolve_base(path: str | os.PathLike, first_file: str) -> str:
-    """The folder, from here, of the relative files of a record whose first one is `first_file`; may be ""."""
+    """The folder, from here, of the relative files of a record, of which the first decides; may be "".
+
+    The folder of the record, else of the target of a linked record, else the working directory.
+    """
     folder = os.path.dirname(path)
     folders = (folder, os.path.dirname(os.path.realpath(path)), "")
     return next((base for base in folders if os.path.exists(os.path.join(base, first_file))), folder)
 
 
 def relative_file(file: str, folder: str | os.PathLike) -> str:
-    """A file that opens from here, relative to the folder of a record.
-
-    `..` leads out of the real place of a folder, also where the folder is opened through a link.
-    """
+    """A file that opens from here, relative to the folder of a record."""
     relative = os.path.relpath(file, folder)
     if relative.split(os.sep, 1)[0] != os.pardir:
         return relative
-    here = os.getcwd()
-    start, stop = (_real_path(os.path.join(here, path)) for path in (folder, os.path.dirname(file)))
-    return os.path.join(os.path.relpath(stop, start), os.path.basename(file))
+    # `..` leads out of the real place of a folder, also where the folder is opened through a link.
+    return os.path.join(_relative_folder(os.path.dirname(file), folder, os.getcwd()), os.path.basename(file))
 
 
 # Few folders hold many files.
 @cache
-def _real_path(path: str) -> str:
-    return os.path.realpath(path)
+def _relative_folder(folder: str, start: str | os.PathLike, here: str) -> str:
+    return os.path.relpath(*(os.path.realpath(os.path.join(here, path)) for path in (folder, start)))
 
 
 def read_raw_record(path: str | os.PathLike) -> Iterator[RecordEntry]:

@@ -27,8 +27,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data.formats.plain_pickle import LIST_SUFFIXES, iter_list_file
 from data.formats.record import RecordEntry, check_entry, read_raw_record, resolve_base
-from data.formats.record_list import LIST_SUFFIXES, iter_list_file
 from data.formats.token_file import build_item, token_bytes
 from data.whole_file import open_locked, publish_folder
 
@@ -43,18 +43,13 @@ _COLUMNS = {
     "name_starts": "<i8", "name_lens": "<i4", "offsets": "<i8", "nbytes": "<i8",
 }  # fmt: skip
 _DIGESTED = ("lens", "image_lens", "ids")
-# Errors of a file system without flock.
-_NO_FLOCK = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 class RecordIndex:
-    """The items of a record.
+    """The items of a record: `lens`, `image_lens` int32 [N] tokens and `ids` int64 [N], read-only.
 
-    Attributes:
-        lens, image_lens: int32 [num_items] tokens, read-only; image_len 0: none.
-        ids: int64 [num_items]; an item without an integer id has its position.
-        max_len: tokens of the longest item.
-        digest: equal for records of equal lens, image_lens and ids, wherever their files lie.
+    An item without an integer id has its position. `max_len` is the longest item. `digest` is equal for records of
+    equal lens, image_lens and ids, wherever their files lie.
     """
 
     def __init__(self, folder: Path, record_path: str | os.PathLike) -> None:
@@ -68,9 +63,6 @@ class RecordIndex:
         # Looked for at each opening: the working directory of this process may be another one.
         first = header["first_relative"]
         self._base = os.path.abspath(resolve_base(record_path, first)) if first else ""
-
-    def __len__(self) -> int:
-        return self.num_items
 
     def place(self, position: int) -> tuple[str, int | None, int | None]:
         """Absolute file, offset and nbytes of item `position`; None, None if it has the file for itself."""
@@ -97,17 +89,7 @@ def open_index(
             return index
         cache_dir.mkdir(parents=True, exist_ok=True)
         lock = Path(f"{folder}.lock")
-        with ExitStack() as held:
-            try:
-                held.enter_context(open_locked(lock, patience_s=math.inf))
-            except OSError as error:
-                # Without flock every process builds, and the first to finish publishes.
-                if error.errno not in _NO_FLOCK:
-                    raise
-            else:
-                # Left by killed processes of this node.
-                for left in cache_dir.glob(f"{_building_prefix(folder)}*"):
-                    shutil.rmtree(left, ignore_errors=True)
+        with open_locked(lock, patience_s=math.inf):
             if not _open_complete(folder, path):
                 say(f"building the index of record {path} ({os.path.getsize(path) / 1e6:,.1f} MB) in {cache_dir}")
                 _build(os.path.abspath(path), folder)
@@ -121,10 +103,7 @@ def open_index(
 
 
 def node_cache_dir() -> Path:
-    """The folder of this user for indices in the temporary folder of this node; nobody else can write to it.
-
-    Raises ValueError if somebody else has made a folder of this name.
-    """
+    """The folder for indices of this user in the node's temporary folder. Raises ValueError if another user owns it."""
     path = Path(tempfile.gettempdir()) / f"token-index-{os.getuid()}"
     path.mkdir(mode=0o700, exist_ok=True)
     if path.lstat().st_uid != os.getuid():
@@ -164,17 +143,14 @@ def _map_array(path: Path, dtype: str | type, size: int) -> np.ndarray:
     return np.asarray(np.memmap(path, dtype, mode="r", shape=(size,)))
 
 
-def _building_prefix(folder: Path) -> str:
-    """How the names of the folders begin in which this node builds an index."""
-    # "@" ends the hostname: the folders of node-1 are not those of node-1b.
-    return f"{folder.name}.building-{socket.gethostname()}@"
-
-
 def _build(path: str, folder: Path) -> None:
     """Build the index beside `folder` and rename it, unless another process was faster."""
-    # Other nodes may share the cache folder but not its locks, and some file systems have no locks.
-    building = folder.with_name(f"{_building_prefix(folder)}{os.getpid()}")
-    shutil.rmtree(building, ignore_errors=True)
+    # Other nodes may share the cache folder but not its locks. "@": the folders of node-1 are not those of node-1b.
+    prefix = f"{folder.name}.building-{socket.gethostname()}@"
+    # Left by killed processes of this node.
+    for left in folder.parent.glob(f"{prefix}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    building = folder.with_name(f"{prefix}{os.getpid()}")
     building.mkdir()
     try:
         try:
@@ -192,19 +168,15 @@ def _build(path: str, folder: Path) -> None:
         digests = b"".join(hashlib.blake2b(column, digest_size=16).digest() for column in columns)
         header["digest"] = hashlib.blake2b(digests, digest_size=16).hexdigest()
         (building / HEADER_NAME).write_text(json.dumps(header))
+        # Older states of the record, and a damaged index. A process that has one open keeps it.
+        for older in folder.parent.glob(f"{folder.name[:16]}-????????????????"):
+            if not (older == folder and _open_complete(folder, path)):
+                shutil.rmtree(older, ignore_errors=True)
         try:
             publish_folder(building, folder)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            # Another process was faster, or the index is damaged.
-            if not _open_complete(folder, path):
-                shutil.rmtree(folder, ignore_errors=True)
-                publish_folder(building, folder)
-        # Older states of the record. A process that has one open keeps it.
-        for older in folder.parent.glob(f"{folder.name[:16]}-????????????????"):
-            if older != folder:
-                shutil.rmtree(older, ignore_errors=True)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -240,14 +212,12 @@ def _write_columns(entries: Iterator[RecordEntry], folder: Path) -> dict:
             for position, entry in enumerate(batch, start=num_items):
                 # Neighbours of one shard share its name.
                 if entry.file != last_name:
-                    last_name = entry.file
-                    name_start = names_size
+                    last_name, name_start = entry.file, names_size
                     names_size += names.write(last_name.encode("utf-8", "surrogateescape"))
                     if not first_relative and last_name != _INLINE and not os.path.isabs(last_name):
                         first_relative = last_name
                 item_id = entry.id if isinstance(entry.id, int) else position
-                name_len = names_size - name_start
-                place = (name_start, name_len, entry.offset or 0, entry.nbytes or 0)
+                place = (name_start, names_size - name_start, entry.offset or 0, entry.nbytes or 0)
                 rows.append((entry.len, entry.image_len or 0, item_id, *place))
             columns = np.array(rows, np.int64).T
             for file, column, dtype in zip(files, columns, _COLUMNS.values(), strict=True):

@@ -1,14 +1,12 @@
 """The token file, `out_dir/files/{id}.pkl`: a pickle of `{"token": list[int], "label": list[int], "id": int}`.
 
-A shard is a file of many such pickles, one after the other; a record has the place of each. Both are read as plain
-data (data/formats/plain_pickle.py): a pickle from elsewhere is never code. Every error of a file is an ItemReadError,
-so that one bad file costs one item.
+A shard is a file of many such pickles, one after the other; a record has the place of each. Every error of a file is an
+ItemReadError, so that one bad file costs one item.
 """
 
 import io
 import os
 import pickle
-import stat
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -49,7 +47,6 @@ def token_bytes(token: Sequence[int], label: Sequence[int], id: int | str) -> by
 
 
 def save_token_file(path: str | os.PathLike, token: Sequence[int], label: Sequence[int], id: int) -> None:
-    """Write one item atomically. Raises ValueError if the lengths differ."""
     payload = token_bytes(token, label, id)
     # A power failure may cost items; to wait for the disk at each item would cost more.
     with open_whole(path, sync=False) as file:
@@ -76,35 +73,28 @@ def load_token_file(
 ) -> TokenItem:
     """Read one item: the whole file, or of a shard the `nbytes` bytes from `offset`.
 
-    Checks `expected_len`, the length in the record, and `num_ids`, the size of the vocabulary, if given.
-    Raises ItemReadError with the file and what is wrong with it.
+    `expected_len` is the length in the record, `num_ids` the size of the vocabulary. Raises ItemReadError.
     """
     item = parse_token_bytes(read_token_bytes(path, offset, nbytes, expected_len), path)
+    name = f"token file {path}"
     if expected_len is not None and len(item.token) != expected_len:
         raise ItemReadError(
-            f"token file {path} has {len(item.token)} tokens, but its record says {expected_len}: one of them is of "
-            f"another run; pre-tokenize again or merge the records again"
+            f"{name} has {len(item.token)} tokens, but its record says {expected_len}: one of them is of another run; "
+            "pre-tokenize again or merge the records again"
         )
     if num_ids is not None:
-        check_tokens(item, num_ids, f"token file {path}")
+        _check_tokens(item, num_ids, name)
     return item
 
 
 def read_token_bytes(
     path: str | os.PathLike, offset: int | None = None, nbytes: int | None = None, expected_len: int | None = None
 ) -> bytes:
-    """The pickle of one item as it lies on disk, of at most as many bytes as `expected_len` tokens can take.
-
-    Raises ItemReadError for a file that is missing, too short, too large, no regular file or not readable.
-    """
+    """The pickle of one item, of at most as many bytes as `expected_len` tokens can take. Raises ItemReadError."""
     allowed = MAX_ITEM_BYTES if expected_len is None else MAX_OTHER_BYTES + MAX_BYTES_PER_TOKEN * expected_len
     try:
-        # Without O_NONBLOCK, opening a pipe would wait for its writer.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ItemReadError(f"token file {path} is no regular file")
-            start, size = (0, status.st_size) if offset is None else (offset, nbytes)
+        with open(path, "rb") as file:
+            start, size = (0, os.fstat(file.fileno()).st_size) if offset is None else (offset, nbytes)
             if size > allowed:
                 raise ItemReadError(
                     f"token file {path} cannot be read: {size} bytes are more than its item can take ({allowed}); it "
@@ -141,8 +131,8 @@ def build_item(value: object, name: str) -> TokenItem:
     return TokenItem(token, label, item_id if isinstance(item_id, int | str) else -1)
 
 
-def check_tokens(item: TokenItem, num_ids: int, name: str) -> None:
-    """Check that the ids of an item are below `num_ids`, and its labels too or IGNORE_INDEX. Raises ItemReadError."""
+def _check_tokens(item: TokenItem, num_ids: int, name: str) -> None:
+    """Check that the ids of an item are below `num_ids`, and its labels too or IGNORE_INDEX."""
     token, label = item.token, item.label
     if token.min() < 0 or token.max() >= num_ids:
         raise ItemReadError(

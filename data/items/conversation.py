@@ -1,29 +1,30 @@
-"""The standard form of an item: turns of a conversation, and the paths of its images. TRAIN.md describes it.
+"""The standard form of an item: turns of a conversation, and its images. TRAIN.md describes it.
 
     {"conversations": [{"from": "human", "value": "draw"}, {"from": "gpt", "value": "<|image|>"}], "image": "a.png"}
 
-Keys and symbols that carry meaning in other formats are rejected, never ignored.
+`<image>` and `images`, as in ShareGPT and LLaVA, are read too; `data/items/rows.py` turns other forms into this one.
+Keys and symbols that carry meaning in further formats are rejected, never ignored.
 """
 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from data.items.vocab import IMAGE_SYMBOL
 from data.messages import brief
 
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
+SIZE = "{W}x{H}"
 HOW_TO_ADAPT = "TRAIN.md, Another format, shows how to adapt such items (process_item)"
 _FRAMES = "single frames in `image`? Videos are not tokenized."
 # Key -> what is meant, in the words of this format.
 _FOREIGN_KEYS = {
-    "images": "`image`?",
     "video": _FRAMES,
     "videos": _FRAMES,
     "audio": "its text in `conversations`? Audio is not tokenized.",
     "audios": "its text in `conversations`? Audio is not tokenized.",
     "system": "a leading turn from `system`?",
-    "messages": "`conversations`?",
     "history": "earlier turns of `conversations`?",
     "tools": "a leading turn from `system` that describes them?",
     "chosen": "a last turn from `gpt`?",
@@ -37,7 +38,10 @@ _FOREIGN_SYMBOL = re.compile(
     r"|<\|?(?:start|begin)_of_image\|?>|<im_start>",
     re.IGNORECASE,
 )
-_NO_PATH = re.compile(r"[a-z][a-z\d+.-]+://|data:", re.IGNORECASE)
+# Of ShareGPT and LLaVA.
+OTHER_IMAGE_SYMBOL = "<image>"
+# A path or URL, or the content of a file; {"bytes": ..., "path": ...} is the form of `datasets`.
+ImageSource = str | bytes | Mapping[str, Any]
 
 
 class ItemError(ValueError):
@@ -58,10 +62,14 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns whose image symbols match `image_paths` in number and order."""
+    """Turns whose image symbols match `images` in number and order.
+
+    With `is_sized`, SIZE in the first turn stands for the width and height of the crop of the first image.
+    """
 
     turns: tuple[Turn, ...]
-    image_paths: tuple[str, ...] = ()
+    images: tuple[ImageSource, ...] = ()
+    is_sized: bool = False
 
 
 def parse_conversation(raw: Mapping) -> Conversation:
@@ -70,28 +78,52 @@ def parse_conversation(raw: Mapping) -> Conversation:
         raise FormatError(f"an item must be an object with `conversations`, got {brief(raw)}")
     if "conversations" not in raw:
         keys = ", ".join(f"`{brief(key)[1:-1]}`" for key in list(raw)[:8]) or "no keys at all"
-        raise FormatError(f"an item must have `conversations`, this one has {keys}")
-    _check_keys(raw, "`{}`", () if raw.get("image") else _IMAGE_KEYS)
+        raise FormatError(f"an item must have `conversations` or `messages`, this one has {keys}")
+    images = parse_images(raw)
+    _check_keys(raw, "`{}`", () if images else _IMAGE_KEYS)
     turns = _parse_turns(raw["conversations"])
-    image_paths = _parse_image_paths(raw.get("image"))
-    num_symbols = sum(turn.text.count(IMAGE_SYMBOL) for turn in turns)
-    if image_paths and not num_symbols:
+    if images and not _count_images(turns):
+        turns = tuple(replace(turn, text=turn.text.replace(OTHER_IMAGE_SYMBOL, IMAGE_SYMBOL)) for turn in turns)
+    num_symbols = _count_images(turns)
+    if images and not num_symbols:
         if problem := foreign_symbol_problem(turn.text for turn in turns):
             raise ItemError(f"{problem} {HOW_TO_ADAPT}")
-        first = replace(turns[0], text=f"{IMAGE_SYMBOL} " * len(image_paths) + turns[0].text)
-        return Conversation((first, *turns[1:]), image_paths)
-    if num_symbols != len(image_paths):
+        first = replace(turns[0], text=f"{IMAGE_SYMBOL} " * len(images) + turns[0].text)
+        return Conversation((first, *turns[1:]), images)
+    if num_symbols != len(images):
         raise ItemError(
-            f"the text has {num_symbols} {IMAGE_SYMBOL} but `image` lists {len(image_paths)}; "
+            f"the text has {num_symbols} {IMAGE_SYMBOL} but `image` lists {len(images)}; "
             "each symbol stands for one image"
         )
-    return Conversation(turns, image_paths)
+    return Conversation(turns, images)
 
 
 def foreign_symbol_problem(texts: Iterable[str]) -> str:
     """The message for an item with images that has an image symbol of another format; "" if it has none."""
     found = next(filter(None, map(_FOREIGN_SYMBOL.search, texts)), None)
     return f"the text has {brief(found[0])[1:-1]} but no {IMAGE_SYMBOL}: did you mean {IMAGE_SYMBOL}?" if found else ""
+
+
+def parse_images(raw: Mapping, keys: tuple[str, ...] = ("image", "images")) -> tuple[ImageSource, ...]:
+    """The images under one of the keys: a single one or a list. Raises ItemError if they cannot be images."""
+    given = [key for key in keys if raw.get(key)]
+    if len(given) > 1:
+        raise ItemError(f"`{given[0]}` and `{given[1]}` are both there: keep one of them")
+    value = raw[given[0]] if given else []
+    images = value if isinstance(value, list) else [value]
+    if not all(_is_image(image) for image in images):
+        raise ItemError(f"`{given[0]}` must be a path, bytes or a list of them, got {brief(value)}")
+    return tuple(images)
+
+
+def _is_image(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return bool(value.get("bytes") or value.get("path"))
+    return isinstance(value, str | bytes) and bool(value)
+
+
+def _count_images(turns: Iterable[Turn]) -> int:
+    return sum(turn.text.count(IMAGE_SYMBOL) for turn in turns)
 
 
 def _check_keys(raw: Mapping, name: str, image_keys: Iterable[str]) -> None:
@@ -119,8 +151,8 @@ def _parse_turns(raw_turns: object) -> tuple[Turn, ...]:
 
 def _parse_turn(raw: object, index: int) -> Turn:
     if not isinstance(raw, Mapping) or "from" not in raw or "value" not in raw:
-        is_openai = isinstance(raw, Mapping) and ("role" in raw or "content" in raw)
-        hint = f"; did you mean `from` for `role`, `value` for `content`? {HOW_TO_ADAPT}" if is_openai else ""
+        is_message = isinstance(raw, Mapping) and ("role" in raw or "content" in raw)
+        hint = "; did you mean `messages` for `conversations`?" if is_message else ""
         raise ItemError(f"turn {index} must be an object with `from` and `value`, got {brief(raw)}{hint}")
     _check_keys(raw, f"`{{}}` of turn {index}", ("image", *_IMAGE_KEYS))
     role, text = raw["from"], raw["value"]
@@ -135,14 +167,3 @@ def _parse_turn(raw: object, index: int) -> Turn:
     if not text and ROLES[role] == "gpt":
         raise ItemError(f"turn {index} is from {role} and empty, so the model would learn to end at once")
     return Turn(ROLES[role], text)
-
-
-def _parse_image_paths(raw: object) -> tuple[str, ...]:
-    if raw is None or raw == "":
-        return ()
-    paths = [raw] if isinstance(raw, str) else raw
-    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
-        raise ItemError(f"`image` must be a path or a list of paths, got {brief(raw)}")
-    if no_path := next((path for path in paths if _NO_PATH.match(path)), None):
-        raise ItemError(f"`image` must be the path of a file (no URL, no base64): write one, got {brief(no_path)}")
-    return tuple(paths)

@@ -7,6 +7,7 @@ same file gives the same codes.
 
 import os
 from functools import cache
+from io import BytesIO
 
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
@@ -56,23 +57,28 @@ def choose_crop_size(width: int, height: int, target_size: int) -> tuple[int, in
     return max(crop_sizes(target_size), key=share_kept)
 
 
-def open_image(path: str | os.PathLike) -> Image.Image:
-    """The first frame of an image file, decoded whole and upright. Raises ItemError with the path and the reason."""
+def open_image(source: str | os.PathLike | BytesIO, name: str = "") -> Image.Image:
+    """The first frame of an image, decoded whole and upright, of a path or of bytes.
+
+    Raises ItemError with the reason and `name` (default: the path).
+    """
+    name = name or f"image {one_line(source)}"
     try:
         # Opening a pipe would wait for its writer.
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise ItemError("it is a folder" if os.path.isdir(path) else "it is no regular file")
-        with Image.open(path) as file:
+        if not isinstance(source, BytesIO) and os.path.exists(source) and not os.path.isfile(source):
+            raise ItemError("it is a folder" if os.path.isdir(source) else "it is no regular file")
+        with Image.open(source) as file:
             file.load()
             return _upright(file)
     except FileNotFoundError:
-        raise ItemError(f"image {one_line(path)} does not exist") from None
+        raise ItemError(f"{name} does not exist") from None
     except UnidentifiedImageError:
-        reason = "it is empty" if not os.path.getsize(path) else "Pillow knows no such image format"
+        size = source.getbuffer().nbytes if isinstance(source, BytesIO) else os.path.getsize(source)
+        reason = "Pillow knows no such image format" if size else "it is empty"
     # The errors of the decoders for a damaged file have no common class.
     except Exception as error:
         reason = one_line(error) or type(error).__name__
-    raise ItemError(f"image {one_line(path)} cannot be read: {reason}")
+    raise ItemError(f"{name} cannot be read: {reason}")
 
 
 def _upright(image: Image.Image) -> Image.Image:

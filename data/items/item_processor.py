@@ -1,16 +1,15 @@
 """One item from raw JSON to tokens and labels: conversation -> text ids and image crops -> codes -> one sequence.
 
-A sequence is `<s>`, then for each turn its text with the images in place, and the end-of-turn token. Labels are the
-tokens of gpt turns, IGNORE_INDEX elsewhere. The work comes in parts, so that the caller can prepare items in other
-processes and encode images in batches: `process_item`, `prepare`, (encode `.images`), `finish`.
+The work comes in parts, so that the caller can prepare items in other processes and encode images in batches:
+`process_item`, `prepare`, (encode `.images`), `finish`.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -18,10 +17,12 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from data.hub import TOKENIZER_FILES, fetch_folder
-from data.items.conversation import Conversation, ItemError, Turn, parse_conversation
-from data.items.image_transform import crop_to_rgb, open_image
+from data.items.conversation import SIZE, Conversation, Turn
+from data.items.image_source import ImageReader
+from data.items.image_transform import crop_to_rgb
+from data.items.rows import Pairs, parse_row
 from data.items.vocab import IGNORE_INDEX, IMAGE_SYMBOL, ChameleonVocab, is_control_token
-from data.messages import MAX_VALUE, one_line
+from data.messages import one_line
 
 TextEncode = Callable[[str], list[int]]
 # RGB images of any sizes -> codes [h, w] of each.
@@ -59,15 +60,22 @@ class ItemProcessor:
         crop: str = "center",
         seed: int = 0,
         image_dirs: Sequence[str | os.PathLike] = ("",),
+        confine_images: bool = False,
+        allow_urls: bool = False,
+        pairs: Pairs | None = None,
     ):
-        """`image_dirs`: where relative image paths are looked for, in this order. `crop`: "center" or "random"."""
+        """`crop`: "center" or "random". `pairs`: rows are pairs of an image and its text, in these columns.
+
+        `image_dirs`, `confine_images`, `allow_urls`: as in `ImageReader`.
+        """
         self.text_encode = text_encode
         self.vocab = vocab
         self.image_encode = image_encode
         self.target_size = target_size
         self.crop = crop
         self.seed = seed
-        self.image_dirs = tuple(image_dirs)
+        self.image_reader = ImageReader(tuple(image_dirs), confine_images, allow_urls)
+        self.pairs = pairs
 
     def __getstate__(self) -> dict:
         """Sent to another process, it leaves the image encoder here, with the device."""
@@ -75,15 +83,19 @@ class ItemProcessor:
 
     def process_item(self, raw_item: Mapping, item_id: int) -> Conversation:
         """The conversation of a raw item. Override it to adapt another format. Raises ItemError with the reason."""
-        return parse_conversation(raw_item)
+        return parse_row(raw_item, self.pairs)
 
     def prepare(self, conversation: Conversation, item_id: int) -> PreparedItem:
         """Encode the text and load the images. Raises ItemError for an image that is missing or cannot be read."""
         images = tuple(
-            crop_to_rgb(open_image(self.find_image(path)), self.target_size, self._crop_generator(item_id, index))
-            for index, path in enumerate(conversation.image_paths)
+            crop_to_rgb(self.image_reader.open(source), self.target_size, self._crop_generator(item_id, index))
+            for index, source in enumerate(conversation.images)
         )
-        return PreparedItem(item_id, self._segments(conversation.turns), images)
+        turns = conversation.turns
+        if conversation.is_sized:
+            size = "{}x{}".format(*images[0].size)
+            turns = (replace(turns[0], text=turns[0].text.replace(SIZE, size, 1)), *turns[1:])
+        return PreparedItem(item_id, self._segments(turns), images)
 
     def finish(self, prepared: PreparedItem, codes: Sequence[np.ndarray]) -> dict:
         """`{"token": list[int], "label": list[int], "id": int}` of an item and the codes [h, w] of its images."""
@@ -101,10 +113,10 @@ class ItemProcessor:
         return self.finish(prepared, self._encode_images(prepared.images))
 
     def encode_prompt(self, turns: Sequence[Turn], images: Sequence[Image.Image] = ()) -> list[int]:
-        """Token ids to generate from: `<s>`, the turns, and an open gpt turn at the end.
+        """Token ids to generate from: `<s>`, the turns, and an open gpt turn, which the last turn may begin.
 
-        If the last turn is gpt's, its text begins the answer and is left open. `images` (any mode and size) stand for
-        the symbols in the turns, in order. They are scaled and cropped as in training, always from the centre.
+        `images` (any mode and size) stand for the symbols in the turns, in order. They are cropped as in training, but
+        always from the centre.
         """
         num_symbols = sum(turn.text.count(IMAGE_SYMBOL) for turn in turns)
         if num_symbols != len(images):
@@ -120,16 +132,6 @@ class ItemProcessor:
             return None
         start, stop = self.vocab.find_images(token)[-1]
         return stop - start
-
-    def find_image(self, path: str) -> Path:
-        """Where an image lies: as given if absolute, else in the first of `image_dirs` that has it."""
-        candidates = [Path(folder) / path for folder in self.image_dirs]
-        for candidate in candidates:
-            # False, too, for what cannot be a path.
-            if os.path.isfile(candidate):
-                return candidate
-        tried = ", ".join(dict.fromkeys(one_line(candidate) for candidate in candidates))
-        raise ItemError(f"image {one_line(path, MAX_VALUE)} does not exist (looked for {tried}); see --image_root")
 
     def _encode_images(self, images: Sequence[Image.Image]) -> list[np.ndarray]:
         return self.image_encode(list(images)) if images else []
@@ -153,8 +155,7 @@ class ItemProcessor:
 def load_text_tokenizer(tokenizer: str | os.PathLike):
     """The Hugging Face tokenizer of a folder, or of the hub (name/name or name/name/subfolder).
 
-    A `tokenizer.json`, or Meta's `text_tokenizer.json`, suffices. Raises FileNotFoundError if there is neither, and
-    ValueError if the files are damaged.
+    A `tokenizer.json`, or Meta's `text_tokenizer.json`, suffices. Raises FileNotFoundError or ValueError.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -181,8 +182,8 @@ def hash_tokenizer(tokenizer) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def build_text_encode(tokenizer) -> "PlainTextEncoder":
-    """A function from text to its ids, without special tokens. No text whatever becomes a control token.
+def build_text_encode(tokenizer) -> TextEncode:
+    """A function from text to its ids, which can be sent to another process. No text becomes a control token.
 
     It encodes with a copy of the tokenizer that lacks the control tokens, so their names stay text.
     """
@@ -198,14 +199,8 @@ def build_text_encode(tokenizer) -> "PlainTextEncoder":
         pairs = (tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"])
         model["merges"] = [list(pair) for pair in pairs if not any(map(is_control, (*pair, "".join(pair))))]
     description |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-    return PlainTextEncoder(Tokenizer.from_str(json.dumps(description)))
+    return partial(_encode, Tokenizer.from_str(json.dumps(description)))
 
 
-@dataclass(frozen=True)
-class PlainTextEncoder:
-    """Text to ids by a `tokenizers.Tokenizer`. Unlike a closure it can be sent to another process."""
-
-    tokenizer: Tokenizer
-
-    def __call__(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False).ids

@@ -35,10 +35,8 @@ _LETTERS_TO_DIGITS = str.maketrans("ABCDEFGHIJ", "0123456789")
 class ChameleonVocab:
     """The ids that sequences are built from. Build it with `from_tokenizer` or `from_mapping`.
 
-    Attributes:
-        image_token_ids: int64 [num_codes], VQGAN code -> token id.
-        grid_size_ids: side in 32-pixel grids -> token id.
-        vocab_size: the largest id plus one.
+    `image_token_ids`: int64 [num_codes], VQGAN code -> token id. `grid_size_ids`: side in 32-pixel grids -> token id.
+    `vocab_size`: the largest id plus one.
     """
 
     bos_id: int
@@ -95,10 +93,7 @@ class ChameleonVocab:
         return len(self.image_token_ids)
 
     def image_to_tokens(self, codes: np.ndarray) -> list[int]:
-        """The whole span of an image with codes [h, w] (row-major): 4 + h * (w + 1) token ids.
-
-        Raises ValueError for a code or a size that the vocabulary has no token for.
-        """
+        """The whole span of an image with codes [h, w]: 4 + h * (w + 1) ids. Raises ValueError without a token."""
         height, width = codes.shape
         self.check_image_size(width * CODE_PIXELS, height * CODE_PIXELS)
         if codes.min() < 0 or codes.max() >= self.num_codes:
@@ -109,21 +104,15 @@ class ChameleonVocab:
         return [self.begin_image_id, *sides, *rows.ravel().tolist(), self.end_image_id]
 
     def tokens_to_codes(self, tokens: Sequence[int]) -> np.ndarray:
-        """Codes, int64 [h, w], of one whole span, begin to end: the inverse of `image_to_tokens`.
-
-        Raises ValueError with the place where the span departs from the layout.
-        """
-        span = np.asarray(tokens, dtype=np.int64)
-        if self._image_stop(span, 0) != len(span):
-            raise ValueError(f"the image ends before the last of its {len(span)} tokens")
-        height, width = self._latent_grid(span, 0)
-        rows = span[3:-1].reshape(height, width + 1)
-        if (rows[:, -1] != self.new_line_id).any():
-            raise ValueError(f"row {int((rows[:, -1] != self.new_line_id).argmax())} of the image is not closed")
-        body = rows[:, :-1]
-        if not np.isin(body, self.image_token_ids).all():
-            raise ValueError("a token inside the rows of the image is not an image code")
-        return self._code_of_token[body]
+        """Codes, int64 [h, w], of one whole span: the inverse of `image_to_tokens`. Raises ValueError for another."""
+        height, width, stop = self._find_span(tokens, 0)
+        rows = np.asarray(tokens[3 : stop - 1], dtype=np.int64).reshape(height, width + 1)
+        codes = self._code_of_token[rows[:, :-1].clip(0, self.vocab_size - 1)]
+        if codes.min() < 0 or self.image_to_tokens(codes) != list(tokens):
+            raise ValueError(
+                "the rows of the image are not image codes, each row closed by the new-line token, and nothing else"
+            )
+        return codes
 
     def find_images(self, tokens: Sequence[int]) -> list[tuple[int, int]]:
         """(start, stop) of every image span in a sequence. Raises ValueError for one that is cut off or malformed."""
@@ -131,7 +120,7 @@ class ChameleonVocab:
         spans: list[tuple[int, int]] = []
         for start in np.flatnonzero(array == self.begin_image_id).tolist():
             if not spans or start >= spans[-1][1]:
-                spans.append((start, self._image_stop(array, start)))
+                spans.append((start, self._find_span(array, start)[2]))
         return spans
 
     def num_image_tokens(self, width: int, height: int) -> int:
@@ -149,33 +138,28 @@ class ChameleonVocab:
 
     @cached_property
     def _code_of_token(self) -> np.ndarray:
-        """int64 [vocab_size]: token id -> VQGAN code; other tokens have no meaning."""
-        inverse = np.zeros(self.vocab_size, dtype=np.int64)
+        """int64 [vocab_size]: token id -> VQGAN code, -1 for other tokens."""
+        inverse = np.full(self.vocab_size, -1)
         inverse[self.image_token_ids] = np.arange(self.num_codes)
         return inverse
 
     @cached_property
-    def _grids_of_token(self) -> dict[int, int]:
-        return {token_id: grids for grids, token_id in self.grid_size_ids.items()}
+    def _side_of_token(self) -> dict[int, int]:
+        return {token_id: grids * CODES_PER_GRID for grids, token_id in self.grid_size_ids.items()}
 
-    def _latent_grid(self, tokens: np.ndarray, start: int) -> tuple[int, int]:
-        """(h, w) in codes of the image that begins at `start`."""
-        sides = [self._grids_of_token.get(int(token)) for token in tokens[start + 1 : start + 3]]
-        if len(sides) < 2 or None in sides:
-            raise ValueError(f"the image at token {start} does not begin with its height and its width")
-        return sides[0] * CODES_PER_GRID, sides[1] * CODES_PER_GRID
-
-    def _image_stop(self, tokens: np.ndarray, start: int) -> int:
-        if not len(tokens) or tokens[start] != self.begin_image_id:
-            raise ValueError(f"no image begins at token {start}: {BEGIN_IMAGE} expected")
-        height, width = self._latent_grid(tokens, start)
-        stop = start + 4 + height * (width + 1)
+    def _find_span(self, tokens: Sequence[int], start: int) -> tuple[int, int, int]:
+        """(h, w) in codes of the image that begins at `start`, and its stop. Raises ValueError."""
+        sides = [self._side_of_token.get(int(token)) for token in tokens[start + 1 : start + 3]]
+        if len(sides) < 2 or None in sides or tokens[start] != self.begin_image_id:
+            raise ValueError(f"the image at token {start} does not begin with {BEGIN_IMAGE}, its height and its width")
+        stop = start + 4 + sides[0] * (sides[1] + 1)
         if stop > len(tokens) or tokens[stop - 1] != self.end_image_id:
+            width, height = sides[1] * CODE_PIXELS, sides[0] * CODE_PIXELS
             raise ValueError(
-                f"the image at token {start} of {width * CODE_PIXELS}x{height * CODE_PIXELS} pixels does not end with "
-                f"{END_IMAGE} after {stop - start} tokens"
+                f"the image at token {start} of {width}x{height} pixels does not end with {END_IMAGE} after "
+                f"{stop - start} tokens"
             )
-        return stop
+        return *sides, stop
 
 
 def is_control_token(name: str) -> bool:

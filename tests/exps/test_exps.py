@@ -23,7 +23,7 @@ RECIPE_SCRIPTS = ["7B", "34B"]
 
 def load_parser(path: str) -> argparse.ArgumentParser:
     """`build_parser()` of a script of this checkout, its path relative to the root."""
-    return importlib.import_module(path.removesuffix(".py").replace("/", ".")).build_parser()
+    return importlib.import_module(os.path.normpath(path).removesuffix(".py").replace("/", ".")).build_parser()
 
 
 def parse_call(words: Sequence[str]) -> argparse.Namespace:

@@ -15,8 +15,8 @@ from tests.helpers.tokenize_helpers import snapshot
 from tests.pre_tokenize.test_pre_tokenize import arguments, task, undisturbed  # noqa: F401  (fixtures)
 
 TURNS = [{"from": "human", "value": "draw"}, {"from": "gpt", "value": "<|image|>"}]
-LLAVA = {
-    "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "It."}],
+FOREIGN = {
+    "conversations": [{"from": "human", "value": "<img>\nWhat?"}, {"from": "gpt", "value": "It."}],
     "image": "a.png",
 }
 
@@ -44,12 +44,12 @@ def test_items_rejected_for_one_reason_end_with_it_and_with_how_to_begin_again(t
 def test_an_edited_process_item_begins_again_only_if_asked(task, tmp_path, capsys, monkeypatch):  # noqa: F811
     class ItemProcessor(item_processor.ItemProcessor):
         def process_item(self, raw_item, item_id):
-            turns = [{**t, "value": t["value"].replace("<image>", "<|image|>")} for t in raw_item["conversations"]]
+            turns = [{**t, "value": t["value"].replace("<img>", "<|image|>")} for t in raw_item["conversations"]]
             return super().process_item({"conversations": turns, "image": raw_item["image"]}, item_id)
 
-    argv = arguments(task, tmp_path / "out", **write(tmp_path, [LLAVA] * 3))
+    argv = arguments(task, tmp_path / "out", **write(tmp_path, [FOREIGN] * 3))
     assert pre_tokenize(argv) == 3
-    assert "have one reason: the text has <image> but no <|image|>: did you mean" in capsys.readouterr().out
+    assert "have one reason: the text has <img> but no <|image|>: did you mean" in capsys.readouterr().out
     before = snapshot(tmp_path / "out")
     # Changed the class in pre_tokenize.py? Then put its new hash into SHIPPED_PROCESSOR_SHA256.
     assert json.loads(before["manifest.json"])["item_processor"] == "shipped"

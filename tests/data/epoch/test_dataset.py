@@ -41,14 +41,14 @@ def test_items_of_all_sources(tmp_path):
     assert table.source_ids(np.arange(3)).tolist() == [0, 0, 1] and table.ratios.tolist() == [1.0, 2.0]
     assert table.type_of_source.tolist() == [1, 0]
     assert len(dataset) == 3 and dataset.num_overlong == 0
-    assert dataset[1].token.tolist() == [1000, 1001, 1002, 1003, 1004] and dataset[1].id == 1
-    assert dataset[2].label.tolist() == [IGNORE_INDEX, 1, IGNORE_INDEX, 3]
+    assert dataset.read(1).token.tolist() == [1000, 1001, 1002, 1003, 1004] and dataset.read(1).id == 1
+    assert dataset.read(2).label.tolist() == [IGNORE_INDEX, 1, IGNORE_INDEX, 3]
 
 
 def test_items_of_shards_and_of_files_are_the_same(tmp_path):
     source, folder = write_source(tmp_path, [3, 5, 4]), tmp_path / "files"
     before = TokenDataset([source], max_seq_len=64)
-    expected = [plain(before[i]) for i in range(3)]
+    expected = [plain(before.read(i)) for i in range(3)]
     first, last = write_shard(folder / "s.pkls", [(folder / f"{i}.pkl").read_bytes() for i in (0, 2)])
     entries = [
         RecordEntry("files/s.pkls", 3, 0, None, *first),
@@ -58,7 +58,7 @@ def test_items_of_shards_and_of_files_are_the_same(tmp_path):
     write_merged(entries, source.path)
     (folder / "0.pkl").unlink()
     dataset = TokenDataset([source], max_seq_len=64)
-    assert [plain(dataset[i]) for i in range(3)] == expected
+    assert [plain(dataset.read(i)) for i in range(3)] == expected
     assert dataset.place(2).endswith(f"s.pkls at byte {last[0]}")
 
 
@@ -69,10 +69,10 @@ def test_overlong_items_are_an_error_or_dropped_or_truncated(tmp_path):
     assert len(TokenDataset([source], max_seq_len=70)) == 3
     dropped = TokenDataset([source], 65, overlong="drop")
     assert dropped.table.lengths.tolist() == [10, 65] and dropped.num_overlong == 1
-    assert [dropped[i].id for i in range(2)] == [0, 2]
+    assert [dropped.read(i).id for i in range(2)] == [0, 2]
     truncated = TokenDataset([source], 64, overlong="truncate")
     assert truncated.table.lengths.tolist() == [10, 64, 64] and truncated.num_overlong == 2
-    assert truncated[1].token.tolist() == list(range(1000, 1064)) and len(truncated[1].label) == 64
+    assert truncated.read(1).token.tolist() == list(range(1000, 1064)) and len(truncated.read(1).label) == 64
     # A truncated item does not end in its image.
     assert truncated.table.image_lens.tolist() == [5, 0, 0]
     with pytest.raises(ValueError, match="the shortest: 10"):
@@ -81,11 +81,11 @@ def test_overlong_items_are_an_error_or_dropped_or_truncated(tmp_path):
 
 def test_ids_outside_of_the_vocabulary_are_rejected(tmp_path):
     dataset = TokenDataset([write_source(tmp_path, [5, 5])], 64)
-    assert len(dataset[1].token) == 5
+    assert len(dataset.read(1).token) == 5
     dataset.use_vocabulary(1000, begin_image_id=3)
-    assert len(dataset[0].token) == 5
+    assert len(dataset.read(0).token) == 5
     with pytest.raises(ItemReadError, match=r"files/1\.pkl.*1000"):
-        dataset[1]
+        dataset.read(1)
 
 
 def test_the_image_alone_is_the_end_of_the_item(tmp_path):
@@ -93,7 +93,7 @@ def test_the_image_alone_is_the_end_of_the_item(tmp_path):
     # The token of item 0 at 9 - 1 - 4.
     dataset.use_vocabulary(5000, begin_image_id=4)
     alone = dataset.read(0, image_only=True)
-    assert alone.token.tolist() == [4, 5, 6, 7, 8] and alone.label.tolist() == dataset[0].label[4:].tolist()
+    assert alone.token.tolist() == [4, 5, 6, 7, 8] and alone.label.tolist() == dataset.read(0).label[4:].tolist()
     with pytest.raises(ItemReadError, match=r"files/1\.pkl.*an image of 4 tokens, but none begins there"):
         dataset.read(1, image_only=True)
 

@@ -149,16 +149,6 @@ def test_checkpoints_of_before_resume_in_the_same_order(packing, digest):
     assert hashlib.sha256(content).hexdigest()[:16] == digest
 
 
-def test_context_dropout_in_blocks_gives_the_same_lengths(monkeypatch):
-    lengths = np.arange(300, 400, dtype=np.int32)
-    table = ItemTable(lengths, np.array([0, 40, 100]), np.zeros(2), np.ones(2), np.full(100, 200), np.arange(100))
-    options = OrderOptions(4, 8192, 4, context_dropout=0.3)
-    whole = shown_lengths(table, options, 1)
-    assert set(whole) - set(lengths) == {201} and whole.dtype == np.int32
-    monkeypatch.setattr("data.epoch.packing.DROPOUT_BLOCK", 7)
-    np.testing.assert_array_equal(shown_lengths(table, options, 1), whole)
-
-
 def test_a_ratio_below_one_is_a_fresh_sample_each_epoch():
     lengths, starts = np.full(300, 10), [0, 100, 300]
     draws = []
@@ -202,3 +192,39 @@ def test_round_row_len():
     assert (values >= np.arange(1, 70_000)).all() and (values % 16 == 0).all()
     assert (values[1000:] / np.arange(1001, 70_000)).max() <= 1 + 1 / 16
     np.testing.assert_array_equal(round_row_len(values), values)
+
+
+# Context dropout
+
+NUM_ITEMS = 20_000
+IDS, IMAGE_LENS = np.arange(NUM_ITEMS), np.where(np.arange(NUM_ITEMS) % 2, 100, 0)
+
+
+def draw(probability=0.5, ids=IDS, sources=(0, NUM_ITEMS), seed=0, epoch=0, image_lens=IMAGE_LENS):
+    table = ItemTable(np.full(NUM_ITEMS, 200), np.array(sources), None, None, image_lens, ids)
+    return table.image_only(IDS, OrderOptions(4, 8192, 4, seed=seed, context_dropout=probability), epoch)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.1, 1.0])
+def test_context_dropout_draws_a_share_of_the_items_with_images(probability):
+    drawn, num_images = draw(probability, seed=3, epoch=1), NUM_ITEMS // 2
+    assert not drawn[::2].any()
+    assert abs(drawn.sum() - probability * num_images) <= 4 * np.sqrt(probability * (1 - probability) * num_images)
+
+
+def test_context_dropout_depends_on_seed_epoch_source_and_id_alone():
+    first, order = draw(), np.random.default_rng(0).permutation(NUM_ITEMS)
+    np.testing.assert_array_equal(draw(ids=IDS[order], image_lens=IMAGE_LENS[order]), first[order])
+    # Of the first 16 ids; a checkpoint of a run with context dropout resumes with the same draw.
+    assert np.flatnonzero(first[:16]).tolist() == [1, 3, 9, 11, 13, 15]
+    for other in (draw(sources=(0, 0, NUM_ITEMS)), draw(seed=1), draw(epoch=1)):
+        assert abs((other == first)[1::2].mean() - 0.5) < 0.03
+    # Ids of other tools may be negative.
+    assert draw(ids=-IDS).any()
+
+
+def test_packed_rows_stay_full_with_context_dropout():
+    lengths = np.random.default_rng(0).integers(1200, 8001, NUM_ITEMS).astype(np.int32)
+    table = ItemTable(lengths, np.array([0, NUM_ITEMS]), np.zeros(1, int), np.ones(1), np.full(NUM_ITEMS, 1060), IDS)
+    order = plan_epoch(table, OrderOptions(4, 8192, 4, packing=True, context_dropout=0.5), 0)
+    assert order.fill > 0.99 and order.num_tokens < 0.65 * lengths.sum()

@@ -16,14 +16,6 @@ PLAIN = st.recursive(
 )
 
 
-@settings(max_examples=30, deadline=None)
-@given(PLAIN, st.integers(0, 5))
-def test_what_was_pickled_is_read_and_the_next_one_after_it(value, protocol):
-    file = io.BytesIO(pickle.dumps(value, protocol) * 2)
-    for _ in range(2):
-        assert repr(load_plain(file, "x")) == repr(value)
-
-
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_a_damaged_pickle_is_a_value_error(data):

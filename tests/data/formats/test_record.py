@@ -48,24 +48,16 @@ def test_a_failed_merge_leaves_the_old_record(tmp_path):
     assert os.listdir(tmp_path) == ["record.json"]
 
 
-def test_files_relative_to_the_working_directory_load_too(tmp_path, monkeypatch):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "0.pkl").touch()
-    (tmp_path / "out" / "record.json").write_text('[{"file": "out/0.pkl", "len": 3, "id": 0}]')
-    monkeypatch.chdir(tmp_path)
-    assert next(read_record("out/record.json")).file == "out/0.pkl"
-    monkeypatch.chdir("/")
-    assert next(read_record(tmp_path / "out/record.json")).file == str(tmp_path / "out" / "out/0.pkl")
-
-
-def test_the_first_relative_file_decides_for_all(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_relative_files_are_beside_the_record_or_in_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "here.pkl").touch()
-    assert resolve_base("out/record.json", "here.pkl") == ""
-    assert resolve_base("out/record.json", "gone.pkl") == "out"
+    (tmp_path / "out" / "record.json").write_text('[{"file": "here.pkl", "len": 3, "id": 0}]')
+    monkeypatch.chdir(tmp_path)
+    # The first relative file decides for all.
+    assert resolve_base("out/record.json", "here.pkl") == "" and resolve_base("out/record.json", "gone.pkl") == "out"
+    assert next(read_record("out/record.json")).file == "here.pkl"
     (tmp_path / "out" / "here.pkl").touch()
-    assert resolve_base("out/record.json", "here.pkl") == "out"
+    assert next(read_record("out/record.json")).file == "out/here.pkl"
 
 
 def test_sub_records_are_found_in_order(tmp_path):
@@ -79,17 +71,13 @@ def test_sub_records_are_found_in_order(tmp_path):
     [
         ({"len": 0}, "must be {"),
         ({"len": True}, "must be {"),
-        ({"len": 3.0}, "must be {"),
         ({"len": 2**31}, "has len 2147483648, but no item"),
-        ({"file": ["a"] * 9999}, "must be {"),
-        ({"file": ""}, "has file '', which cannot be"),
         ({"file": "a\0b"}, "cannot be the path"),
         ({"file": "\ud800"}, "cannot be the path"),
         ({"file": "a" * 10**6}, "has file 'aaa.*cannot be the path"),
         ({"id": 2**63}, "has id 9223372036854775808"),
         ({"id": None}, "has id None"),
         ({"image_len": 9}, "has image_len 9, which must be an integer from 1, below len .9."),
-        ({"image_len": 0}, "has image_len 0"),
         ({"nbytes": 5}, "has offset None"),
         ({"offset": -1, "nbytes": 9}, "has offset -1"),
         ({"offset": 2**63 - 5, "nbytes": 5}, "has offset 9223372036854775803"),

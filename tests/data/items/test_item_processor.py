@@ -8,6 +8,7 @@ from PIL import Image
 
 from data.items.conversation import Conversation, ItemError, Turn
 from data.items.item_processor import ItemProcessor, build_text_encode, hash_tokenizer, load_text_tokenizer
+from data.items.rows import Pairs
 from data.items.vocab import IGNORE_INDEX, ChameleonVocab
 from model.vqgan.image_encoder import ImageEncoder, group_by_size
 from model.vqgan.vqgan import load_vqgan
@@ -160,17 +161,13 @@ def test_random_crops_depend_on_seed_item_and_image(tiny_processor, image_path):
     assert len({*crops(0, 5), *crops(0, 6), *crops(1, 5)}) > 2
 
 
-def test_images_are_looked_for_in_order(tiny_processor, tmp_path):
-    for folder in ("one", "two"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "two" / "a.png").touch()
+def test_the_size_of_the_crop_is_in_the_prompt_of_a_pair(tiny_processor, image_path):
     processor = ItemProcessor(
-        tiny_processor.text_encode, tiny_processor.vocab, image_dirs=[tmp_path / "one", tmp_path / "two"]
+        tiny_processor.text_encode, tiny_processor.vocab, tiny_processor.image_encode, 64, pairs=Pairs("t2i")
     )
-    assert processor.find_image("a.png") == tmp_path / "two" / "a.png"
-    assert processor.find_image(str(tmp_path / "two" / "a.png")) == tmp_path / "two" / "a.png"
-    with pytest.raises(ItemError, match=r"b\.png does not exist .*one.*two.*--image_root"):
-        processor.find_image("b.png")
+    done = processor.tokenize_item({"caption": "a {W}x{H} cat", "image": image_path}, 0)
+    prompt = "Generate an image of 96x32 according to the following prompt:\na {W}x{H} cat"
+    assert done == tiny_processor.tokenize_item(item(prompt, "<|image|>", image_path), 0)
 
 
 def test_tokenizers_are_hashed_by_content(tmp_path):

@@ -34,7 +34,8 @@ def plain_losses(task, checkpoint):
         dataset = TokenDataset([source], 64)
         for number in range(len(dataset)):
             token, label = (
-                torch.from_numpy(part.copy()).long() for part in (dataset[number].token, dataset[number].label)
+                torch.from_numpy(part.copy()).long()
+                for part in (dataset.read(number).token, dataset.read(number).label)
             )
             with torch.no_grad():
                 logits = model(token[None]).logits[0, :-1].double()
@@ -65,7 +66,7 @@ def test_rows_are_the_same_on_any_number_of_ranks(two_types, world_size):
 
     def rows_of(options, ranks):
         dealt = [validation_rows(dataset, options, rank, ranks, pad_id=0) for rank in range(ranks)]
-        units = [rows.unit(index).items.tolist() for index in range(len(dealt[0])) for rows in dealt]
+        units = [rows[index]["item_indices"] for index in range(len(dealt[0])) for rows in dealt]
         return [items for items in units if items]
 
     options = OrderOptions(batch_size=5, max_seq_len=64, units_per_step=4, seed=3, context_dropout=0.5)
