@@ -14,7 +14,7 @@ import json
 import signal
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -34,7 +34,7 @@ from model.run.run_log import describe_losses
 from model.run.run_start import Run, build_model, build_run, find_run_start
 from model.run.stop_signal import SIGNALS, NoRowsError, requeue_on_slurm
 from model.run.validation import validate, validation_rows
-from model.run.watch import HangWatch
+from model.run.watch import HangWatch, profiling
 from model.training.async_checkpoint import SaveError
 from model.training.checkpoint import Position, due_checkpoint, lock_output_dir
 from model.training.cpu_memory import keep_freed_memory
@@ -122,13 +122,14 @@ def train(setup: Setup) -> int:
         setup.say(f"nothing left to train: step {state.position.global_step} is the end of this run")
         write_report(setup)
         return 0
-    hang_watch = HangWatch(options.watch.hang_timeout_s, options.checkpoint.output_dir, launch.rank)
-    with closing(hang_watch):
-        hang_watch.expect("building the model and loading its weights", PATIENCE)
+    place = options.checkpoint.output_dir, launch.rank
+    with closing(HangWatch(options.watch.hang_timeout_s, *place)) as hang_watch:
+        hang_watch.expect(PATIENCE)
         run = build_run(setup, folder, state, hang_watch)
-        with run.stop_signal, closing(run.log), closing(run.profiler):
+        profiled = options.watch.profiled_steps, state.position.global_step, *place, run.say
+        with run.stop_signal, closing(run.log), profiling(*profiled) as profile_step:
             try:
-                position, stopped_by = train_epochs(run)
+                position, stopped_by = train_epochs(run, profile_step)
             except RunError:
                 # All ranks raise it at the same place, so the save in the background can still be completed.
                 finish(run)
@@ -141,7 +142,7 @@ def train(setup: Setup) -> int:
     return 0
 
 
-def train_epochs(run: Run) -> tuple[Position, int]:
+def train_epochs(run: Run, profile_step: Callable[[], None]) -> tuple[Position, int]:
     """Trains to the end of the run or until a signal. Returns (position, signal or 0)."""
     options, position, stopped_by = run.options, run.state.position, 0
     while not is_finished(options, position) and not stopped_by:
@@ -155,12 +156,12 @@ def train_epochs(run: Run) -> tuple[Position, int]:
         loader = run.stop_signal.waiting(loader)
         for done in range(position.step + 1, num_steps + 1):
             lr = lr_at(epoch + (done - 1) / num_steps, options.optim)
-            run.hang_watch.expect(f"step {position.global_step + 1}")
-            with run.profiler.step(position.global_step + 1):
-                step_rows: list[Mapping[str, Any]] = []
-                with run.log.waiting(), contextlib.suppress(NoRowsError):
-                    step_rows = list(itertools.islice(loader, rows.micro_steps))
-                grad_norm, stopped_by = train_step(run, position, step_rows, lr)
+            run.hang_watch.expect()
+            step_rows: list[Mapping[str, Any]] = []
+            with run.log.waiting(), contextlib.suppress(NoRowsError):
+                step_rows = list(itertools.islice(loader, rows.micro_steps))
+            grad_norm, stopped_by = train_step(run, position, step_rows, lr)
+            profile_step()
             step = position.global_step + 1
             position = Position(epoch, done, step) if done < num_steps else Position(epoch + 1, 0, step)
 
@@ -190,7 +191,7 @@ def train_epochs(run: Run) -> tuple[Position, int]:
 def open_epoch(run: Run, position: Position) -> EpochRows:
     """This rank's rows of the epoch at `position`."""
     options, launch, epoch = run.options, run.launch, position.epoch
-    run.hang_watch.expect(f"the order of epoch {epoch}", PATIENCE)
+    run.hang_watch.expect(PATIENCE)
     order = plan_epoch(run.dataset.table, run.order_options, epoch)
     total = order.num_steps * options.optim.epochs
     run.log.expect(min(total, options.run.max_steps or total))
@@ -250,7 +251,7 @@ def agree_on_step(run: Run, step: int, rows: Sequence[Mapping[str, Any]]) -> tup
 
 def log_step(run: Run, step: int, place: Mapping[str, float], grad_norm: torch.Tensor, fill: float) -> None:
     """Writes a line of figures over the steps since the last line, the only time that the host waits for the device."""
-    run.hang_watch.expect(f"what the device had to do up to step {step}")
+    run.hang_watch.expect()
     figures, ((norm,), guarded) = run.log.collect(grad_norm.reshape(1), run.guard.numbers())
     skipped, is_too_many = run.guard.read(guarded)
     line = {"step": step, **place, **figures, "grad_norm": norm, "skipped_steps": len(skipped)}
@@ -261,7 +262,7 @@ def log_step(run: Run, step: int, place: Mapping[str, float], grad_norm: torch.T
 
 def validate_step(run: Run, step: int, epoch: float) -> None:
     """Writes a line of the loss on the validation set, right after `log_step`."""
-    run.hang_watch.expect(f"validation after step {step}", PATIENCE)
+    run.hang_watch.expect(PATIENCE)
     settings = run.options.model.z_loss_weight, run.options.data.num_workers, run.stop_signal.waiting
     with run.log.paused():
         figures, bad_items = validate(run.model, run.val_rows, run.device, *settings)
@@ -272,14 +273,14 @@ def validate_step(run: Run, step: int, epoch: float) -> None:
 
 def sample_step(run: Run, step: int) -> None:
     """Answers the prompts of `--sample_prompts` with the current weights."""
-    run.hang_watch.expect(f"sampling after step {step}", PATIENCE)
+    run.hang_watch.expect(PATIENCE)
     with run.log.paused():
-        run.sampler.run(run.model, step, run.log.trackers.log_images if run.log.trackers else None)
+        run.log.log_images(step, run.sampler.run(run.model, step))
 
 
 def save(run: Run, position: Position, name: str) -> None:
     """Starts to save a checkpoint, which `finish` or the next one waits for. Raises SaveError, on all ranks."""
-    run.hang_watch.expect(f"the start of checkpoint {name}, or the end of the one before it", PATIENCE)
+    run.hang_watch.expect(PATIENCE)
     # The lines up to the checkpoint are on disk before it is complete.
     run.log.sync()
     state = dataclasses.replace(run.state, position=position, bad_items=run.bad_data.items)
@@ -289,7 +290,7 @@ def save(run: Run, position: Position, name: str) -> None:
 
 def finish(run: Run) -> None:
     """Waits for the last checkpoint and writes the page about the run."""
-    run.hang_watch.expect("the last checkpoint", PATIENCE)
+    run.hang_watch.expect(PATIENCE)
     run.saver.wait()
     run.hang_watch.rest()
     write_report(run)

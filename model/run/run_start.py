@@ -26,7 +26,7 @@ from model.run.run_log import RunLog
 from model.run.samples import Sampler
 from model.run.stop_signal import StopSignal
 from model.run.validation import validation_rows
-from model.run.watch import HangWatch, StepProfiler
+from model.run.watch import HangWatch
 from model.training.async_checkpoint import CheckpointSaver
 from model.training.checkpoint import Position, TrainerState, find_changes, find_start, load_checkpoint, read_state
 from model.training.distributed import from_main
@@ -57,7 +57,6 @@ class Run(Setup):
     sampler: Sampler | None
     bad_data: BadData
     log: RunLog
-    profiler: StepProfiler
     hang_watch: HangWatch
     stop_signal: StopSignal
 
@@ -151,7 +150,6 @@ def build_run(setup: Setup, folder: Path | None, state: TrainerState, hang_watch
         sampler=sampler,
         bad_data=BadData(setup, state.bad_items),
         log=RunLog(setup, step, peak),
-        profiler=StepProfiler(options.watch.profiled_steps, checkpoint.output_dir, launch.rank, setup.say),
         hang_watch=hang_watch,
         stop_signal=StopSignal(),
     )

@@ -11,7 +11,7 @@ import torch
 from model.run import run_log
 from model.run.checks import Setup
 from model.run.flops import mean_document_len, peak_flops
-from model.run.metrics import SUMMED_FIELDS, MetricsFile, MetricSums, flatten, read_metrics, summarize
+from model.run.metrics import SUMMED_FIELDS, MetricSums, read_metrics, summarize
 from model.run.options import Options, build_parser
 from model.run.run_log import RunLog
 from model.training.distributed import Launch, process_group
@@ -50,26 +50,6 @@ def test_summarize_gives_the_loss_of_each_type():
     assert line["loss"] == pytest.approx(8 / 4 + 0.1 * 40 / 4), "over all types"
 
 
-def test_flatten_gives_trackers_plain_numbers():
-    line = {"step": 3, "loss": 1.5, "mfu": None, "note": "x", "loss_by_type": {"a": 1.0, "b": None}}
-    assert flatten(line) == {"step": 3, "loss": 1.5, "loss_by_type/a": 1.0}
-
-
-def test_metrics_file_drops_later_steps_and_damaged_lines(tmp_path):
-    path, printed = tmp_path / "metrics.jsonl", []
-    lines = [json.dumps({"step": step}).encode() + b"\n" for step in range(1, 8)]
-    path.write_bytes(b"".join([*lines[:3], b"\0\0\n", lines[3], b'{"step": 5, "lo\n', b"[1]\n", *lines[4:], b'{"st']))
-    file = MetricsFile(tmp_path, 5, printed.append)
-    file.append({"step": 6, "loss": float("nan"), "loss_by_type": {"a": float("inf")}})
-    file.sync()
-    file.close()
-    *kept, appended = read_metrics(path)
-    assert kept == [{"step": step} for step in range(1, 6)] and file.last_step == 7
-    assert appended == {"step": 6, "loss": None, "loss_by_type": {"a": None}}
-    assert len(path.read_text().splitlines()) == 6 and [entry.name for entry in tmp_path.iterdir()] == [path.name]
-    assert printed == [f"3 lines of {path} cannot be read: 4, 6, 7; these lines are dropped"]
-
-
 # The log of a run
 
 LINE = {"step": 3, "epoch": 0.25, "loss": 2.5, "lr": 1e-3, "tokens_per_s": 1234.0}
@@ -87,6 +67,21 @@ def make_log(folder, rank=0) -> RunLog:
     log = RunLog(setup, resume_step=2)
     log.expect(12)
     return log
+
+
+def test_a_log_drops_later_steps_and_damaged_lines(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step}).encode() + b"\n" for step in range(1, 5)]
+    path.write_bytes(b"".join([*lines[:2], b"\0\0\n", b'{"step": 5, "lo\n', b"[1]\n", *lines[2:], b'{"st']))
+    log = make_log(tmp_path)
+    log.write(LINE | {"loss": None, "ce": float("nan"), "loss_by_type": {"a": float("inf")}})
+    log.sync()
+    log.close()
+    *kept, appended = read_metrics(path)
+    assert kept == [{"step": 1}, {"step": 2}]
+    assert appended == LINE | {"loss": None, "ce": None, "loss_by_type": {"a": None}}
+    assert len(path.read_text().splitlines()) == 3 and [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    assert f"3 lines of {path} cannot be read: 3, 4, 5; these lines are dropped\n" in capsys.readouterr().out
 
 
 def test_lines_are_printed_on_rank_0_with_the_time_left(tmp_path, capsys):

@@ -17,7 +17,7 @@ from model.generation.loop import generate_batch
 from model.generation.root_forward import RootForward
 from model.generation.sampling import SamplingOptions
 from model.run.sample_prompts import SampleOptions, SamplePrompt, load_prompts
-from model.run.samples_format import drop_samples_after, read_samples, write_samples
+from model.run.samples import drop_samples_after, read_samples, write_samples
 from model.training.distributed import Launch, process_group
 from model.training.parallelize import ParallelOptions, build_mesh, evaluating, parallelize
 from model.vqgan.vqgan import VQGAN, save_vqgan

@@ -65,13 +65,15 @@ def test_a_run_that_waits_for_rows_ends_by_sigterm(small_task, tmp_path, monkeyp
 
 
 def test_a_run_on_slurm_requeues_itself(tmp_path, monkeypatch):
-    assert requeue_on_slurm({}) is None
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert requeue_on_slurm() is None
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/called\nexit $(cat {tmp_path}/code)\n')
     scontrol.chmod(0o755)
     (tmp_path / "code").write_text("0")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert requeue_on_slurm({"SLURM_JOB_ID": "17"}) == "job 17 is requeued"
+    assert requeue_on_slurm() == "job 17 is requeued"
     assert (tmp_path / "called").read_text() == "requeue 17\n"
     (tmp_path / "code").write_text("1")
-    assert requeue_on_slurm({"SLURM_JOB_ID": "17"}) == "job 17 could not be requeued: exit code 1"
+    assert requeue_on_slurm() == "job 17 could not be requeued: exit code 1"

@@ -30,31 +30,28 @@ def test_profile_of_steps_that_never_come_is_reported(small_task, tmp_path, caps
 
 @pytest.mark.parametrize("value", ["3", "0:2", "5:3", "a:b", "1:2:3", ""])
 def test_bad_values_are_problems(value):
-    profile, hang_timeout = WatchOptions(profile=value, hang_timeout_s=-1).problems()
-    assert profile.startswith("--profile must be START:END") and f"got {value!r}; for example 10:12" in profile
-    assert hang_timeout == "--hang_timeout_s must not be negative, got -1"
+    (problem,) = WatchOptions(profile=value).problems()
+    assert problem.startswith("--profile must be START:END") and f"got {value!r}; for example 10:12" in problem
     assert list(WatchOptions("3:5").profiled_steps) == [3, 4, 5]
 
 
-def test_only_a_late_step_writes_stacks(tmp_path, capfd):
+def test_only_a_late_step_writes_stacks(tmp_path):
     watch = HangWatch(0.4, tmp_path, rank=3)
-    for number in range(1, 6):
-        watch.expect(f"step {number}")
+    for _ in range(5):
+        watch.expect()
         time.sleep(0.1)
     watch.rest()
     time.sleep(0.6)
     watch.close()
     assert not any(tmp_path.iterdir())
     watch = HangWatch(0.4, tmp_path, rank=3)
-    watch.expect("step 6")
+    watch.expect()
     time.sleep(0.8)
-    watch.expect("step 7")
     watch.close()
     written = (tmp_path / "hang-rank3.txt").read_text()
-    assert written.count("most recent call first") >= 1 and "test_only_a_late_step_writes_stacks" in written
-    line = f"rank 3: step 6 took more than 0.4 s; its stacks are in {tmp_path / 'hang-rank3.txt'}\n"
-    assert capfd.readouterr().err == line and written.count(line) == 1
-    HangWatch(0, tmp_path / "absent", rank=0).expect("a timeout of 0 opens no file")
+    assert "most recent call first" in written and "test_only_a_late_step_writes_stacks" in written
+    HangWatch(0, tmp_path / "absent", rank=0).expect()
+    assert not (tmp_path / "absent").exists()
 
 
 def test_stacks_show_where_a_run_hangs(small_task, tmp_path, monkeypatch):
