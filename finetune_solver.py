@@ -124,7 +124,7 @@ def train(setup: Setup) -> int:
         return 0
     place = options.checkpoint.output_dir, launch.rank
     with closing(HangWatch(options.watch.hang_timeout_s, *place)) as hang_watch:
-        hang_watch.expect(PATIENCE)
+        hang_watch.restart(PATIENCE)
         run = build_run(setup, folder, state, hang_watch)
         profiled = options.watch.profiled_steps, state.position.global_step, *place, run.say
         with run.stop_signal, closing(run.log), profiling(*profiled) as profile_step:
@@ -156,7 +156,7 @@ def train_epochs(run: Run, profile_step: Callable[[], None]) -> tuple[Position, 
         loader = run.stop_signal.waiting(loader)
         for done in range(position.step + 1, num_steps + 1):
             lr = lr_at(epoch + (done - 1) / num_steps, options.optim)
-            run.hang_watch.expect()
+            run.hang_watch.restart()
             step_rows: list[Mapping[str, Any]] = []
             with run.log.waiting(), contextlib.suppress(NoRowsError):
                 step_rows = list(itertools.islice(loader, rows.micro_steps))
@@ -182,7 +182,7 @@ def train_epochs(run: Run, profile_step: Callable[[], None]) -> tuple[Position, 
             if checkpoint:
                 # Last: a kill would lose what comes after it.
                 save(run, position, checkpoint)
-            run.hang_watch.rest()
+            run.hang_watch.stop()
             if is_last:
                 break
     return position, stopped_by
@@ -191,7 +191,7 @@ def train_epochs(run: Run, profile_step: Callable[[], None]) -> tuple[Position, 
 def open_epoch(run: Run, position: Position) -> EpochRows:
     """This rank's rows of the epoch at `position`."""
     options, launch, epoch = run.options, run.launch, position.epoch
-    run.hang_watch.expect(PATIENCE)
+    run.hang_watch.restart(PATIENCE)
     order = plan_epoch(run.dataset.table, run.order_options, epoch)
     total = order.num_steps * options.optim.epochs
     run.log.expect(min(total, options.run.max_steps or total))
@@ -251,7 +251,7 @@ def agree_on_step(run: Run, step: int, rows: Sequence[Mapping[str, Any]]) -> tup
 
 def log_step(run: Run, step: int, place: Mapping[str, float], grad_norm: torch.Tensor, fill: float) -> None:
     """Writes a line of figures over the steps since the last line, the only time that the host waits for the device."""
-    run.hang_watch.expect()
+    run.hang_watch.restart()
     figures, ((norm,), guarded) = run.log.collect(grad_norm.reshape(1), run.guard.numbers())
     skipped, is_too_many = run.guard.read(guarded)
     line = {"step": step, **place, **figures, "grad_norm": norm, "skipped_steps": len(skipped)}
@@ -262,7 +262,7 @@ def log_step(run: Run, step: int, place: Mapping[str, float], grad_norm: torch.T
 
 def validate_step(run: Run, step: int, epoch: float) -> None:
     """Writes a line of the loss on the validation set, right after `log_step`."""
-    run.hang_watch.expect(PATIENCE)
+    run.hang_watch.restart(PATIENCE)
     settings = run.options.model.z_loss_weight, run.options.data.num_workers, run.stop_signal.waiting
     with run.log.paused():
         figures, bad_items = validate(run.model, run.val_rows, run.device, *settings)
@@ -273,14 +273,14 @@ def validate_step(run: Run, step: int, epoch: float) -> None:
 
 def sample_step(run: Run, step: int) -> None:
     """Answers the prompts of `--sample_prompts` with the current weights."""
-    run.hang_watch.expect(PATIENCE)
+    run.hang_watch.restart(PATIENCE)
     with run.log.paused():
         run.log.log_images(step, run.sampler.run(run.model, step))
 
 
 def save(run: Run, position: Position, name: str) -> None:
     """Starts to save a checkpoint, which `finish` or the next one waits for. Raises SaveError, on all ranks."""
-    run.hang_watch.expect(PATIENCE)
+    run.hang_watch.restart(PATIENCE)
     # The lines up to the checkpoint are on disk before it is complete.
     run.log.sync()
     state = dataclasses.replace(run.state, position=position, bad_items=run.bad_data.items)
@@ -290,9 +290,9 @@ def save(run: Run, position: Position, name: str) -> None:
 
 def finish(run: Run) -> None:
     """Waits for the last checkpoint and writes the page about the run."""
-    run.hang_watch.expect(PATIENCE)
+    run.hang_watch.restart(PATIENCE)
     run.saver.wait()
-    run.hang_watch.rest()
+    run.hang_watch.stop()
     write_report(run)
 
 

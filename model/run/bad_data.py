@@ -1,9 +1,7 @@
-"""What a run could not use: items that cannot be read, and steps whose gradient was not finite or too large.
+"""Items that cannot be read, and steps whose gradient was not finite or too large; too many of them end the run.
 
-Both are written to `output_dir`, and end the run (`RunError`) if there are too many.
-
-    {"step": 3, "place": "/data/files/5.pkl", "reason": "..."}      a line of bad_items.jsonl
-    {"step": 3, "items": ["/data/files/5.pkl"]}                     a line of bad_steps.jsonl
+{"step": 3, "place": "/data/files/5.pkl", "reason": "..."}      a line of bad_items.jsonl
+{"step": 3, "items": ["/data/files/5.pkl"]}                     a line of bad_steps.jsonl
 """
 
 import json

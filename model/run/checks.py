@@ -3,8 +3,7 @@
 finetune_solver.py calls `prepare` on every rank. All problems are raised as one error. No weights are loaded.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,23 +51,32 @@ def prepare(options: Options, launch: Launch) -> tuple[TokenDataset, TokenDatase
 
     Raises one ValueError that lists every problem.
     """
-    eval_only = options.validation.eval_only
     problems = options.problems(launch.world_size, launch.local_world_size)
-    start = _find_start(options, problems)
-    with _collecting(problems):
-        choose_device(options.run.device, launch)
-    dataset = _open_dataset("data_config", options, launch, problems)
-    val_dataset = None
-    if eval_only or options.validation.val_data_config is not None:
-        val_dataset = _open_dataset("val_data_config", options, launch, problems)
+
+    def attempt(check: Callable[..., Any], *args: Any, prefix: str = "") -> Any:
+        try:
+            return check(*args)
+        except (ValueError, OSError, ImportError) as error:
+            problems.append(f"{prefix}{error}")
+
+    eval_only, start, val_dataset = options.validation.eval_only, None, None
+    # These name a --resume_path that cannot be read.
+    start_problems = [] if eval_only else options.checkpoint.problems()
+    problems += start_problems
+    if not start_problems:
+        start = attempt(_find_start, options)
+    attempt(choose_device, options.run.device, launch)
+    dataset = attempt(_open_dataset, options, options.data.data_config, launch, prefix="--data_config: ")
+    val_config = options.validation.val_data_config
+    if eval_only or val_config is not None:
+        val_dataset = attempt(_open_dataset, options, val_config, launch, prefix="--val_data_config: ")
     datasets = [found for found in (dataset, val_dataset) if found is not None]
-    with _collecting(problems):
-        _check_model(options, start, datasets, problems)
+    attempt(_check_model, options, start, datasets, problems)
     if dataset is not None and options.data.context_dropout and not dataset.has_images:
         problems.append("--context_dropout: no item of the records ends in a generated image (image_len)")
-    problems += _find_mask_problems(options, datasets)
+    attempt(_check_mask, options, datasets)
     if not problems and not eval_only:
-        problems += _find_resume_problems(options, dataset.fingerprint)
+        attempt(_check_changes, options, dataset.fingerprint)
     if problems:
         raise ValueError("\n  - ".join(["training cannot start:", *problems]))
     if launch.is_main:
@@ -82,60 +90,44 @@ def settle_codebook(dataset: TokenDataset, start: str | None) -> str | None:
     return start if not named else named.pop() if len(named) == 1 else None
 
 
-@contextlib.contextmanager
-def _collecting(problems: list[str], prefix: str = "") -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, OSError, ImportError) as error:
-        problems.append(f"{prefix}{error}")
+def _find_start(options: Options) -> str | None:
+    """The checkpoint that the run resumes from or evaluates, None without one. Raises ValueError."""
+    start, _ = find_start(options.start_options)
+    if start is not None:
+        read_state(start)
+        return str(start)
+    if options.validation.eval_only and options.model.init_from is None:
+        where = f"--init_from, --resume_path, or a checkpoint in {options.checkpoint.output_dir}"
+        raise ValueError(f"--eval_only needs weights: {where}")
+    return None
 
 
-def _open_dataset(name: str, options: Options, launch: Launch, problems: list[str]) -> TokenDataset | None:
-    if options.resolved[name] is None:
-        problems.append(f"--{name} is missing: the YAML that lists the records")
-        return None
+def _open_dataset(options: Options, config: Path | None, launch: Launch) -> TokenDataset:
+    """The items of a data config. Raises ValueError or OSError."""
+    if config is None:
+        raise ValueError("give the YAML that lists the records")
     # An evaluation writes nothing to the output folder.
     is_kept = options.data.cache_ann_on_disk and not options.validation.eval_only
     cache_dir = options.checkpoint.output_dir / INDEX_DIR if is_kept else None
     say = print if launch.is_main else lambda message: None
     max_seq_len, overlong = options.data.max_seq_len, options.data.overlong
-    with _collecting(problems, f"--{name}: "):
-        dataset = TokenDataset(load_data_config(options.resolved[name]), max_seq_len, overlong, cache_dir, say)
-        if dataset.num_overlong:
-            done = {"drop": "dropped", "truncate": "cut"}[overlong]
-            say(f"{dataset.num_overlong} items of --{name} above --max_seq_len {max_seq_len} are {done}")
-        return dataset
+    dataset = TokenDataset(load_data_config(config), max_seq_len, overlong, cache_dir, say)
+    if dataset.num_overlong:
+        done = {"drop": "dropped", "truncate": "cut"}[overlong]
+        say(f"{dataset.num_overlong} items of {config} above --max_seq_len {max_seq_len} are {done}")
+    return dataset
 
 
-def _find_start(options: Options, problems: list[str]) -> str | None:
-    """The checkpoint that the run resumes from or evaluates, None without one."""
-    eval_only, checkpoint = options.validation.eval_only, options.checkpoint
-    # These name a --resume_path that cannot be read, too.
-    problems += [] if eval_only else checkpoint.problems()
-    start, _ = find_start(options.start_options)
-    if start is not None:
-        found: list[str] = []
-        with _collecting(found):
-            read_state(start)
-            return str(start)
-        problems += [f"--resume_path: {found[0]}; to validate weights alone use --init_from"] if eval_only else []
-    elif eval_only and options.model.init_from is None:
-        where = f"--init_from, --resume_path, or a checkpoint in {checkpoint.output_dir}"
-        problems.append(f"--eval_only needs weights: {where}")
-    return None
-
-
-def _find_resume_problems(options: Options, fingerprint: str) -> list[str]:
-    """What has changed since the checkpoint to resume from, one sentence."""
+def _check_changes(options: Options, fingerprint: str) -> None:
+    """Raises ValueError that names what has changed since the checkpoint to resume from."""
     another_run = "or start another run with --init_from the checkpoint and another --output_dir"
     fixed = find_fixed_changes(options.checkpoint, options.resolved)
     if fixed:
-        return [f"the checkpoint cannot be resumed: {'; '.join(fixed)}. Restore the old values, {another_run}"]
+        raise ValueError(f"the checkpoint cannot be resumed: {'; '.join(fixed)}. Restore the old values, {another_run}")
     changes = find_changes(options.checkpoint, options.resolved, fingerprint)
     if changes and not options.checkpoint.resume_anyway:
         way = f"Restore the old values, add --resume_anyway if the change is intended, {another_run}"
-        return [f"the run to resume has changed: {'; '.join(changes)}. {way}"]
-    return []
+        raise ValueError(f"the run to resume has changed: {'; '.join(changes)}. {way}")
 
 
 def _check_model(options: Options, start: str | None, datasets: Sequence[TokenDataset], problems: list[str]) -> None:
@@ -151,8 +143,7 @@ def _check_model(options: Options, start: str | None, datasets: Sequence[TokenDa
     manifests = [pair for dataset in datasets for pair in dataset.manifests]
     codebooks = {config.codebook_sha256: f"the checkpoint {weights}"} if config else {}
     problems += _find_foreign_records(options, manifests, loaded, codebooks)
-    with _collecting(problems):
-        _check_trainable(options, config or build_config(model.model_size, loaded))
+    _check_trainable(options, config or build_config(model.model_size, loaded))
     problems += options.samples.problems(vocab, model.mask_image_logits)
     num_rows = config.vocab_size if config else vocab.vocab_size
     if vocab.vocab_size > num_rows:
@@ -162,17 +153,16 @@ def _check_model(options: Options, start: str | None, datasets: Sequence[TokenDa
         dataset.check_first_items(options.data.max_bad_items)
 
 
-def _find_mask_problems(options: Options, datasets: Sequence[TokenDataset]) -> list[str]:
-    """Why `--mask_image_logits` cannot be used: the loss of a masked image token would be infinite."""
+def _check_mask(options: Options, datasets: Sequence[TokenDataset]) -> None:
+    """Raises ValueError if `--mask_image_logits` meets an image to learn: the loss of a masked token is infinite."""
     if not options.model.mask_image_logits:
-        return []
+        return
     way = "train without --mask_image_logits (--unmask_image_logits, the default)"
     if options.trainable.trains_image_rows:
-        return [f"--mask_image_logits with --train_only {IMAGE_HEAD}: its rows would learn nothing; {way}"]
+        raise ValueError(f"--mask_image_logits with --train_only {IMAGE_HEAD}: its rows would learn nothing; {way}")
     if any(dataset.has_images for dataset in datasets):
         have = "the records have items that end in an image to learn (image_len)"
-        return [f"--mask_image_logits: {have}; {way}, or use records of text answers alone"]
-    return []
+        raise ValueError(f"--mask_image_logits: {have}; {way}, or use records of text answers alone")
 
 
 def _check_trainable(options: Options, config: ChameleonXLLMXConfig) -> None:

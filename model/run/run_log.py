@@ -48,11 +48,8 @@ class RunLog:
             self._trackers = Trackers(options.trackers, path.parent, resume_step, options.resolved, setup.say)
         is_terminal = self._is_main and sys.stderr.isatty()
         self._bar = tqdm(desc="train", unit="step", initial=resume_step, dynamic_ncols=True, disable=not is_terminal)
-        self._num_done, self._created = 0, time.perf_counter()
-        self._restart()
-
-    def _restart(self) -> None:
-        self._started, self._waited, self._num_steps = time.perf_counter(), 0.0, 0
+        self._num_done, self._num_steps, self._waited = 0, 0, 0.0
+        self._created = self._started = time.perf_counter()
 
     def expect(self, num_steps: int) -> None:
         """Sets the number of steps of the whole run; a later epoch may correct it."""
@@ -88,8 +85,8 @@ class RunLog:
         on_host = torch.cat([part.double().to(self._device) for part in parts]).cpu()
         totals, largest, *numbers = on_host.split([len(part) for part in parts])
         waited, allocated, reserved = largest.tolist()
-        seconds, num_steps = max(time.perf_counter() - self._started, 1e-9), max(self._num_steps, 1)
-        self._restart()
+        seconds, num_steps = time.perf_counter() - self._started, self._num_steps
+        self._started, self._waited, self._num_steps = time.perf_counter(), 0.0, 0
         rows = totals.view(sums.shape).tolist()
         tokens_per_s = sum(row[-1] for row in rows) / seconds
         figures = summarize(rows, self._setup.options.model.z_loss_weight, self._types) | {
@@ -105,7 +102,7 @@ class RunLog:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Writes a line of training: the figures of `collect` with `step`, `epoch` and `lr`."""
-        seconds_per_step = (time.perf_counter() - self._created) / max(self._num_done, 1)
+        seconds_per_step = (time.perf_counter() - self._created) / self._num_done
         eta = tqdm.format_interval(max(self._total - line["step"], 0) * seconds_per_step)
         loss = math.nan if line["loss"] is None else line["loss"]
         figures = f"loss {loss:.4f} lr {line['lr']:.2e} {line['tokens_per_s']:,.0f} tokens/s"

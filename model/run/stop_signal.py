@@ -22,10 +22,9 @@ class NoRowsError(Exception):
 
     def __init__(self, number: int) -> None:
         self.number = number
-        super().__init__(
-            f"ended by {signal.Signals(number).name} without saving: no row came within {ROWS_GRACE_S:g} s (a disk may "
-            "hang); the same command resumes from the last checkpoint"
-        )
+        cause = f"no row came within {ROWS_GRACE_S:g} s (a disk may hang)"
+        end = f"ended by {signal.Signals(number).name} without saving"
+        super().__init__(f"{end}: {cause}; the same command resumes from the last checkpoint")
 
 
 class StopSignal:
@@ -33,13 +32,11 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.number: int | None = None
-        self._noted_at = 0.0
-        self._previous: dict[int, object] = {}
         self._is_waiting = False
 
     def __enter__(self) -> "StopSignal":
-        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
-        self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._end_waiting)
+        handlers = dict.fromkeys(SIGNALS, self._note) | {signal.SIGALRM: self._end_waiting}
+        self._previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -5,11 +5,10 @@ run continues its curves: TensorBoard hides what was written after the resumed s
 run by an id kept in `output_dir`.
 """
 
-import contextlib
 import importlib.util
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,50 +88,46 @@ class Trackers:
         }
         for name in options.names:
             project, settings = arguments[name]
-            with self._watched(name):
-                tracker = LOGGER_TYPE_TO_CLASS[name](project, **settings)
-                tracker.start()
-                self._trackers[name] = tracker
+            self._trackers[name] = LOGGER_TYPE_TO_CLASS[name](project, **settings)
+        self._each(lambda name, tracker: tracker.start())
 
     def log(self, step: int, line: Mapping[str, Any]) -> None:
         """Sends the numbers of a line of metrics.jsonl, nested ones as `loss_by_type/captions`; None is left out."""
         nested = {key: part for key, part in line.items() if isinstance(part, Mapping)}
         numbers = dict(line) | {f"{key}/{name}": value for key, part in nested.items() for name, value in part.items()}
         numbers = {key: value for key, value in numbers.items() if isinstance(value, int | float) and key != "step"}
-        for name, tracker in list(self._trackers.items()):
-            with self._watched(name):
-                tracker.log(numbers, step=step)
+        self._each(lambda name, tracker: tracker.log(numbers, step=step))
 
     def log_images(self, step: int, images: Mapping[str, Image.Image]) -> None:
         """Sends images of an optimizer step by name."""
-        for name, tracker in list(self._trackers.items()):
-            with self._watched(name):
-                if name == "tensorboard":
-                    arrays = {key: np.asarray(image.convert("RGB"))[None] for key, image in images.items()}
-                    tracker.log_images(arrays, step=step, dataformats="NHWC")
-                elif name == "wandb":
-                    tracker.log_images({key: [image] for key, image in images.items()}, step=step)
-                else:
-                    # accelerate sends no images to trackio.
-                    import trackio
 
-                    tracker.log({key: trackio.Image(image) for key, image in images.items()}, step=step)
+        def send(name: str, tracker: Any) -> None:
+            if name == "tensorboard":
+                arrays = {key: np.asarray(image.convert("RGB"))[None] for key, image in images.items()}
+                tracker.log_images(arrays, step=step, dataformats="NHWC")
+            elif name == "wandb":
+                tracker.log_images({key: [image] for key, image in images.items()}, step=step)
+            else:
+                # accelerate sends no images to trackio.
+                import trackio
+
+                tracker.log({key: trackio.Image(image) for key, image in images.items()}, step=step)
+
+        self._each(send)
 
     def close(self) -> None:
         """Waits until everything was sent."""
-        for name, tracker in list(self._trackers.items()):
-            with self._watched(name):
-                tracker.finish()
+        self._each(lambda name, tracker: tracker.finish())
 
-    @contextlib.contextmanager
-    def _watched(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            # Whatever a package or the network does must not end hours of training.
-            self._trackers.pop(name, None)
-            reason = f"{type(error).__name__}: {error}"
-            self._say(f"--log_with {name} is off from here on: {reason}; metrics.jsonl continues")
+    def _each(self, send: Callable[[str, Any], None]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            try:
+                send(name, tracker)
+            except Exception as error:
+                # Whatever a package or the network does must not end hours of training.
+                del self._trackers[name]
+                reason = f"{type(error).__name__}: {error}"
+                self._say(f"--log_with {name} is off from here on: {reason}; metrics.jsonl continues")
 
 
 def find_run_id(output_dir: Path) -> str:

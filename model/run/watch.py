@@ -47,12 +47,9 @@ def profiling(
 
     Writes `output_dir/profile/rank{R}-steps{START}-{END}.json.gz`, for https://ui.perfetto.dev.
     """
-    if not steps:
-        yield lambda: None
-        return
-    path = output_dir / PROFILE_DIR / f"rank{rank}-steps{steps[0]}-{steps[-1]}.json.gz"
-    first = max(steps[0], resume_step + 1)
-    num_before, num_profiled = first - 1 - resume_step, steps[-1] + 1 - first
+    path = output_dir / PROFILE_DIR / f"rank{rank}-steps{steps.start}-{steps.stop - 1}.json.gz"
+    first = max(steps.start, resume_step + 1)
+    num_before, num_profiled = first - 1 - resume_step, steps.stop - first
 
     def write(profiler: torch.profiler.profile) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,14 +60,12 @@ def profiling(
         yield lambda: None
     else:
         # Starting the profiler makes a step slow, so the step before the first is recorded too and thrown away.
-        num_warmup = min(num_before, 1)
-        schedule = torch.profiler.schedule(
-            wait=num_before - num_warmup, warmup=num_warmup, active=num_profiled, repeat=1
-        )
-        with torch.profiler.profile(schedule=schedule, on_trace_ready=write, record_shapes=True) as profiler:
+        warmup = min(num_before, 1)
+        plan = torch.profiler.schedule(wait=num_before - warmup, warmup=warmup, active=num_profiled, repeat=1)
+        with torch.profiler.profile(schedule=plan, on_trace_ready=write, record_shapes=True) as profiler:
             yield profiler.step
-    if not path.exists():
-        say(f"no profile: this run took no step from {steps[0]} to {steps[-1]}")
+    if steps and not path.exists():
+        say(f"no profile: this run took no step from {steps.start} to {steps.stop - 1}")
 
 
 class HangWatch:
@@ -87,18 +82,18 @@ class HangWatch:
             output_dir.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a")
 
-    def expect(self, patience: float = 1.0) -> None:
+    def restart(self, patience: float = 1.0) -> None:
         """What begins now, such as a step, should end within `patience` times the timeout."""
         if self._timeout_s:
             faulthandler.dump_traceback_later(patience * self._timeout_s, file=self._file)
 
-    def rest(self) -> None:
+    def stop(self) -> None:
         """What comes now may take any time."""
         faulthandler.cancel_dump_traceback_later()
 
     def close(self) -> None:
         """Ends the watch, and removes a file without stacks."""
-        self.rest()
+        self.stop()
         if self._timeout_s:
             self._file.close()
             if not self._path.stat().st_size:

@@ -94,7 +94,7 @@ def test_context_dropout_trains_on_images_alone_and_resumes_the_same(task, tmp_p
 def test_overlong_items_and_filler_are_reported(task, tmp_path, capsys):
     assert call_main(solver_args(task, tmp_path / "out", max_seq_len=20, overlong="drop", max_steps=2)) == (0, "")
     printed = capsys.readouterr().out
-    assert "items of --data_config above --max_seq_len 20 are dropped" in printed and "% filled" in printed
+    assert f"items of {task / 'data.yaml'} above --max_seq_len 20 are dropped" in printed and "% filled" in printed
     assert all(0.3 < line["fill"] <= 1 for line in read_lines(tmp_path / "out"))
 
 

@@ -84,7 +84,7 @@ def test_all_problems_are_listed_once_and_nothing_is_written(small_task, tmp_pat
         ({"epochs": "two"}, "argument --epochs: invalid int value: 'two'"),
         ({"batch_sise": 2}, "unrecognized arguments: --batch_sise 2; did you mean --batch_size?"),
         ({"optim": "adamw_bf16_states"}, "adamw_bf16_states is gone: use adamw, which resumes its checkpoints"),
-        ({"data_config": None}, "--data_config is missing"),
+        ({"data_config": None}, "--data_config: give the YAML"),
     ],
 )
 def test_errors_of_the_command_line_are_one_message(small_task, tmp_path, changes, problem):
@@ -100,7 +100,7 @@ def test_errors_of_the_command_line_are_one_message(small_task, tmp_path, change
         ({"init_from": "no/such/folder"}, "the checkpoint no/such/folder is not a folder"),
         ({"init_from": None, "model_size": "tiny"}, "needs --tokenizer DIR"),
         ({"tokenizer": "no/such/tokenizer/here"}, "--tokenizer no/such/tokenizer/here is not a folder"),
-        ({"eval_only": True, "val_data_config": None}, "--val_data_config is missing"),
+        ({"eval_only": True, "val_data_config": None}, "--val_data_config: give the YAML"),
         ({"eval_only": True, "init_from": None}, "--eval_only needs weights: --init_from, --resume_path, or a"),
         ({"eval_only": True, "resume_path": "nowhere"}, "there is no checkpoint folder nowhere"),
         ({"mask_image_logits": True}, "--mask_image_logits: the records have items that end in an image"),

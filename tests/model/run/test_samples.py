@@ -176,7 +176,7 @@ def test_prompts_that_cannot_be_used_are_all_named(tmp_path):
         '{"prompt": "<|image|>a"}': "the text has 1 <|image|>, but there are 0 images",
         '{"prompt": "a", "image": "absent.png"}': "absent.png does not exist",
         '{"prompt": "<img>a", "image": "tests/golden/images/color.png"}': "<img> but no <|image|>: did you mean",
-        '{"qas": [["a", null], ["b", null]]}': "turns must be [question, answer] pairs",
+        '{"qas": [["a", null], ["b", null]]}': "qas must be [question, answer] pairs",
     }
     path.write_text(f"[{', '.join(entries)}]")
     with pytest.raises(ValueError) as error:

@@ -38,19 +38,19 @@ def test_bad_values_are_problems(value):
 def test_only_a_late_step_writes_stacks(tmp_path):
     watch = HangWatch(0.4, tmp_path, rank=3)
     for _ in range(5):
-        watch.expect()
+        watch.restart()
         time.sleep(0.1)
-    watch.rest()
+    watch.stop()
     time.sleep(0.6)
     watch.close()
     assert not any(tmp_path.iterdir())
     watch = HangWatch(0.4, tmp_path, rank=3)
-    watch.expect()
+    watch.restart()
     time.sleep(0.8)
     watch.close()
     written = (tmp_path / "hang-rank3.txt").read_text()
     assert "most recent call first" in written and "test_only_a_late_step_writes_stacks" in written
-    HangWatch(0, tmp_path / "absent", rank=0).expect()
+    HangWatch(0, tmp_path / "absent", rank=0).restart()
     assert not (tmp_path / "absent").exists()
 
 
