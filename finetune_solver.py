@@ -192,7 +192,7 @@ def open_epoch(run: Run, position: Position) -> EpochRows:
     """This rank's rows of the epoch at `position`."""
     options, launch, epoch = run.options, run.launch, position.epoch
     run.hang_watch.restart(PATIENCE)
-    order = plan_epoch(run.dataset.table, run.order_options, epoch)
+    order = plan_epoch(run.dataset.table, options.order_options(run.state.units_per_step), epoch)
     total = order.num_steps * options.optim.epochs
     run.log.expect(min(total, options.run.max_steps or total))
     size = f"{len(order.items)} items, {order.num_steps} steps of {order.units_per_step} rows, {order.fill:.1%} filled"

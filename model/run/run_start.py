@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from data.epoch.packing import OrderOptions
 from data.epoch.rows import EpochRows
 from data.items.item_processor import load_text_tokenizer
 from data.items.vocab import ChameleonVocab
@@ -46,7 +45,6 @@ class Run(Setup):
 
     # At the start of the run, which a checkpoint repeats with another position.
     state: TrainerState
-    order_options: OrderOptions
     pad_id: int
     val_rows: EpochRows | None
     model: nn.Module
@@ -121,9 +119,9 @@ def build_run(setup: Setup, folder: Path | None, state: TrainerState, hang_watch
     optimizer = build_optimizer(model, options.optim)
     adapted = _fill_model(setup, folder, weights, model, optimizer)
     model.train()
-    pad_id = ChameleonVocab.from_tokenizer(tokenizer).pad_id
-    order, val_rows = options.order_options(state.units_per_step), None
+    pad_id, val_rows = ChameleonVocab.from_tokenizer(tokenizer).pad_id, None
     if setup.val_dataset is not None:
+        order = options.order_options(state.units_per_step)
         val_rows = validation_rows(setup.val_dataset, order, launch.rank, launch.world_size, pad_id)
     peak = peak_tokens_per_s(model, setup.dataset.table.lengths, setup.device, launch.world_size)
     # The tokenizer is written from memory: the folder that it came from may be gone.
@@ -131,7 +129,6 @@ def build_run(setup: Setup, folder: Path | None, state: TrainerState, hang_watch
     return Run(
         **vars(setup),
         state=state,
-        order_options=order,
         pad_id=pad_id,
         val_rows=val_rows,
         model=model,

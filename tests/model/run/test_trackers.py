@@ -19,31 +19,36 @@ def curves(output_dir):
     return events, {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_tensorboard_has_every_figure_of_metrics_jsonl(two_types, tmp_path):
-    out = tmp_path / "out"
-    assert call_main(solver_args(two_types, out, epochs=1, log_with="tensorboard")) == (0, "")
-    _, found = curves(out)
-    lines = read_lines(out)
-    for key in ("loss", "text_loss", "lr", "grad_norm", "tokens_per_s", "data_wait_ms", "memory_gib", "epoch"):
-        expected = [(line["step"], pytest.approx(line[key], rel=1e-6)) for line in lines if line[key] is not None]
-        assert found[key] == expected, key
-    by_type = [(line["step"], line["loss_by_type"]["text"]) for line in lines if "text" in line["loss_by_type"]]
-    assert found["loss_by_type/text"] == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in by_type]
-    assert "step" not in found and "mfu" not in found
+FIGURES = {
+    *("step", "epoch", "lr", "loss", "ce", "z_loss", "text_loss", "image_loss", "num_valid_tokens", "grad_norm"),
+    *("tokens_per_s", "mfu", "step_ms", "data_wait_ms", "data_wait", "memory_gib", "memory_reserved_gib", "fill"),
+    *("skipped_steps", "bad_items", "loss_by_type"),
+}
 
 
-@pytest.mark.slow
-def test_a_run_cut_off_resumes_in_the_same_curve(small_task, tmp_path):
+def test_metrics_and_tensorboard_have_every_figure_of_every_step_of_a_resumed_run(two_types, tmp_path):
     """Step 5 is logged, the last checkpoint is of step 3: no step is missing, none is there twice."""
     out = tmp_path / "out"
-    changes = {"save_iteration_interval": 3, "epochs": 1, "log_with": "tensorboard"}
-    assert call_main(solver_args(small_task, out, max_steps=5, **changes)) == (0, "")
+    changes = {"save_iteration_interval": 3, "log_with": "tensorboard"}
+    assert call_main(solver_args(two_types, out, max_steps=5, **changes)) == (0, "")
     shutil.rmtree(out / "epoch0-iter5")
-    assert call_main(solver_args(small_task, out, **changes)) == (0, "")
-    _, found = curves(out)
-    lines = read_lines(out)
-    assert [step for step, _ in found["loss"]] == [line["step"] for line in lines] == list(range(1, 13))
-    assert [loss for _, loss in found["loss"]] == pytest.approx([line["loss"] for line in lines], rel=1e-6)
+    assert call_main(solver_args(two_types, out, max_steps=7, **changes)) == (0, "")
+    lines, (_, found) = read_lines(out), curves(out)
+    assert [line["step"] for line in lines] == list(range(1, 8))
+    for line in lines:
+        assert line.keys() == FIGURES and line["mfu"] is None, "the peak of a CPU is not known"
+        assert 0.05 < line["memory_gib"] < 50 and 0 < line["fill"] <= 1
+        assert 0 <= line["data_wait"] < 1 and 0 < line["data_wait_ms"] < line["step_ms"]
+        ((kind, loss),) = line["loss_by_type"].items()
+        assert loss == pytest.approx(line["loss"]), "all rows of a step are of one type"
+        assert (line["image_loss"] is None) == (kind == "text")
+    for key in FIGURES - {"step", "mfu", "loss_by_type"}:
+        expected = [(line["step"], pytest.approx(line[key], rel=1e-6)) for line in lines if line[key] is not None]
+        assert found[key] == expected, key
+    for kind in ("text", "images"):
+        by_type = [(line["step"], line["loss_by_type"][kind]) for line in lines if kind in line["loss_by_type"]]
+        assert found[f"loss_by_type/{kind}"] == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in by_type]
+    assert "step" not in found and "mfu" not in found
 
 
 def test_images_reach_tensorboard(tmp_path):
