@@ -52,7 +52,7 @@ from model.training.optim import lr_at, set_lr
 from model.training.step import micro_step, optimizer_step
 from model.weights.load import load_checkpoint_weights
 
-# The start, validation, sampling and saving may take so many times --hang_timeout_s.
+# The start, and what follows a step (log, validation, samples, checkpoint), may take so many times --hang_timeout_s.
 PATIENCE = 4
 
 
@@ -89,11 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return end_alone(launch, f"finetune_solver.py: rank {launch.rank}: {error}", 128 + error.number)
         except KeyboardInterrupt:
             return end_alone(launch, "interrupted; the same command resumes from the last checkpoint", 130)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            advice = "perhaps of too little memory; the same command resumes, with fewer --num_workers if it dies again"
-            return end_alone(launch, f"a loader worker of rank {launch.rank} died ({error}), {advice}", 1)
 
 
 def evaluate(setup: Setup) -> int:
@@ -165,6 +160,7 @@ def train_epochs(run: Run, profile_step: Callable[[], None]) -> tuple[Position, 
             step = position.global_step + 1
             position = Position(epoch, done, step) if done < num_steps else Position(epoch + 1, 0, step)
 
+            run.hang_watch.restart(PATIENCE)
             is_end = is_finished(options, position)
             is_last = is_end or bool(stopped_by)
             place = epoch, done, num_steps, rows.micro_steps
@@ -172,16 +168,18 @@ def train_epochs(run: Run, profile_step: Callable[[], None]) -> tuple[Position, 
             # After a signal only seconds remain: no validation and no samples.
             validates = not stopped_by and options.validation.is_due(step, is_end)
             samples = not stopped_by and options.samples.is_due(step, is_end)
-            # These three do not count as training time, so a line of the log comes before them.
+            line = {"step": step, "epoch": round(epoch + done / num_steps, 6)}
             if step % options.run.log_interval == 0 or checkpoint or validates or samples:
-                log_step(run, step, {"epoch": round(epoch + done / num_steps, 6), "lr": lr}, grad_norm, rows.order.fill)
-            if validates:
-                validate_step(run, step, round(epoch + done / num_steps, 6))
-            if samples:
-                sample_step(run, step)
-            if checkpoint:
+                log_step(run, line | {"lr": lr}, grad_norm, rows.order.fill)
+            # Not counted as training time, which is why a line of the log comes before it.
+            with run.log.paused():
+                if validates:
+                    validate_step(run, line)
+                if samples:
+                    run.log.log_images(step, run.sampler.run(run.model, step))
                 # Last: a kill would lose what comes after it.
-                save(run, position, checkpoint)
+                if checkpoint:
+                    save(run, position, checkpoint)
             run.hang_watch.stop()
             if is_last:
                 break
@@ -215,11 +213,18 @@ def train_step(run: Run, position: Position, rows: Sequence[Mapping[str, Any]], 
     step = position.global_step + 1
     num_valid, stopped_by = agree_on_step(run, step, rows)
     for index, row in enumerate(rows):
-        is_last, divisor = index == len(rows) - 1, num_valid
+        divisor = num_valid
         if run.options.run.loss_norm == "micro_batch":
             divisor = row["num_valid_tokens"] * len(rows) * run.launch.world_size
-        settings = {"is_last": is_last, "max_seqlen": run.dataset.max_seq_len, "divisor": divisor}
-        output = micro_step(run.model, row, run.device, run.options.parallel, **settings)
+        output = micro_step(
+            run.model,
+            row,
+            run.device,
+            run.options.parallel,
+            is_last=index == len(rows) - 1,
+            max_seqlen=run.dataset.max_seq_len,
+            divisor=divisor,
+        )
         run.log.sums.add(output, row["num_tokens"], row["type_id"])
     set_lr(run.optimizer, lr)
     items = [item for row in rows for item in row["item_indices"]]
@@ -249,43 +254,33 @@ def agree_on_step(run: Run, step: int, rows: Sequence[Mapping[str, Any]]) -> tup
     return num_valid, stopped_by
 
 
-def log_step(run: Run, step: int, place: Mapping[str, float], grad_norm: torch.Tensor, fill: float) -> None:
-    """Writes a line of figures over the steps since the last line, the only time that the host waits for the device."""
-    run.hang_watch.restart()
+def log_step(run: Run, line: Mapping[str, Any], grad_norm: torch.Tensor, fill: float) -> None:
+    """Writes a line of figures over the steps since the last line, the only time that the host waits for the device.
+
+    `line` has the step, the epoch and the learning rate.
+    """
     figures, ((norm,), guarded) = run.log.collect(grad_norm.reshape(1), run.guard.numbers())
     skipped, is_too_many = run.guard.read(guarded)
-    line = {"step": step, **place, **figures, "grad_norm": norm, "skipped_steps": len(skipped)}
-    run.log.write(line | {"fill": round(fill, 4), "bad_items": len(run.bad_data.items)})
+    line = {**line, **figures, "grad_norm": norm, "skipped_steps": len(skipped), "fill": round(fill, 4)}
+    run.log.write(line | {"bad_items": len(run.bad_data.items)})
     if skipped:
         run.bad_data.skip_steps(skipped, is_too_many)
 
 
-def validate_step(run: Run, step: int, epoch: float) -> None:
-    """Writes a line of the loss on the validation set, right after `log_step`."""
-    run.hang_watch.restart(PATIENCE)
+def validate_step(run: Run, line: Mapping[str, Any]) -> None:
+    """Writes a line of the loss on the validation set; `line` has the step and the epoch."""
     settings = run.options.model.z_loss_weight, run.options.data.num_workers, run.stop_signal.waiting
-    with run.log.paused():
-        figures, bad_items = validate(run.model, run.val_rows, run.device, *settings)
-    run.log.write_validation({"step": step, "epoch": epoch, **figures})
+    figures, bad_items = validate(run.model, run.val_rows, run.device, *settings)
+    run.log.write_validation({**line, **figures})
     if bad_items:
-        run.bad_data.skip_items(bad_items, step)
-
-
-def sample_step(run: Run, step: int) -> None:
-    """Answers the prompts of `--sample_prompts` with the current weights."""
-    run.hang_watch.restart(PATIENCE)
-    with run.log.paused():
-        run.log.log_images(step, run.sampler.run(run.model, step))
+        run.bad_data.skip_items(bad_items, line["step"])
 
 
 def save(run: Run, position: Position, name: str) -> None:
     """Starts to save a checkpoint, which `finish` or the next one waits for. Raises SaveError, on all ranks."""
-    run.hang_watch.restart(PATIENCE)
     # The lines up to the checkpoint are on disk before it is complete.
     run.log.sync()
-    state = dataclasses.replace(run.state, position=position, bad_items=run.bad_data.items)
-    with run.log.paused():
-        run.saver.save(name, state)
+    run.saver.save(name, dataclasses.replace(run.state, position=position, bad_items=run.bad_data.items))
 
 
 def finish(run: Run) -> None:

@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-import torch
 
 from data.formats.record import RecordEntry, write_merged
 from data.formats.token_file import save_token_file
@@ -180,13 +179,3 @@ def test_changes_of_a_resumed_run_are_rejected(trained, small_task, tmp_path):
     assert find_problems(small_task, tmp_path / "out", **changes, resume_anyway=True) == ""
     problems = find_problems(small_task, tmp_path / "out", **changes, train_only="image_head", resume_anyway=True)
     assert "cannot be resumed: --train_only was None and is ['image_head']" in problems
-
-
-def test_two_ranks_on_one_gpu_are_rejected_before_they_wait(small_task, tmp_path, monkeypatch):
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    code, message = call_main(solver_args(small_task, tmp_path / "out", device="auto"))
-    assert code == 2 and message.count("2 ranks share 1 GPU: start one rank per GPU, or give --device cpu") == 1

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from data.epoch.dataset import TokenDataset
 from data.epoch.packing import OrderOptions
 from data.formats.data_config import load_data_config
-from model.run.validation import ValidationOptions, validate, validation_rows
+from model.run.validation import validate, validation_rows
 from model.training.distributed import Launch, process_group
 from model.training.parallelize import ParallelOptions, build_mesh, parallelize
 from model.weights.load import load_pretrained
@@ -72,13 +72,6 @@ def test_rows_are_the_same_on_any_number_of_ranks(two_types, world_size):
     expected = rows_of(OrderOptions(batch_size=5, max_seq_len=64, units_per_step=1), 1)
     assert rows_of(options, world_size) == expected
     assert sorted(item for items in expected for item in items) == list(range(24))
-
-
-def test_due_at_its_interval_and_at_the_end():
-    options = ValidationOptions("val.yaml", val_interval=3)
-    assert [step for step in range(1, 9) if options.is_due(step, is_finished=step == 8)] == [3, 6, 8]
-    assert [step for step in range(1, 9) if ValidationOptions("v", 0).is_due(step, step == 8)] == [8]
-    assert not ValidationOptions(None, 1).is_due(1, True)
 
 
 def test_training_does_not_change(small_task, undisturbed, tmp_path, capsys):
