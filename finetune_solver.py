@@ -14,7 +14,7 @@ import json
 import signal
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -34,7 +34,7 @@ from model.run.run_log import describe_losses
 from model.run.run_start import Run, build_model, build_run, find_run_start
 from model.run.stop_signal import SIGNALS, NoRowsError, requeue_on_slurm
 from model.run.validation import validate, validation_rows
-from model.run.watch import HangWatch
+from model.run.watch import HangWatch, profiling
 from model.training.async_checkpoint import SaveError
 from model.training.checkpoint import Position, due_checkpoint, lock_output_dir
 from model.training.cpu_memory import keep_freed_memory
@@ -52,7 +52,7 @@ from model.training.optim import lr_at, set_lr
 from model.training.step import micro_step, optimizer_step
 from model.weights.load import load_checkpoint_weights
 
-# The start, validation, sampling and saving may take so many times --hang_timeout_s.
+# The start, and what follows a step (log, validation, samples, checkpoint), may take so many times --hang_timeout_s.
 PATIENCE = 4
 
 
@@ -89,11 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return end_alone(launch, f"finetune_solver.py: rank {launch.rank}: {error}", 128 + error.number)
         except KeyboardInterrupt:
             return end_alone(launch, "interrupted; the same command resumes from the last checkpoint", 130)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            advice = "perhaps of too little memory; the same command resumes, with fewer --num_workers if it dies again"
-            return end_alone(launch, f"a loader worker of rank {launch.rank} died ({error}), {advice}", 1)
 
 
 def evaluate(setup: Setup) -> int:
@@ -122,13 +117,14 @@ def train(setup: Setup) -> int:
         setup.say(f"nothing left to train: step {state.position.global_step} is the end of this run")
         write_report(setup)
         return 0
-    hang_watch = HangWatch(options.watch.hang_timeout_s, options.checkpoint.output_dir, launch.rank)
-    with closing(hang_watch):
-        hang_watch.expect("building the model and loading its weights", PATIENCE)
+    place = options.checkpoint.output_dir, launch.rank
+    with closing(HangWatch(options.watch.hang_timeout_s, *place)) as hang_watch:
+        hang_watch.restart(PATIENCE)
         run = build_run(setup, folder, state, hang_watch)
-        with run.stop_signal, closing(run.log), closing(run.profiler):
+        profiled = options.watch.profiled_steps, state.position.global_step, *place, run.say
+        with run.stop_signal, closing(run.log), profiling(*profiled) as profile_step:
             try:
-                position, stopped_by = train_epochs(run)
+                position, stopped_by = train_epochs(run, profile_step)
             except RunError:
                 # All ranks raise it at the same place, so the save in the background can still be completed.
                 finish(run)
@@ -141,7 +137,7 @@ def train(setup: Setup) -> int:
     return 0
 
 
-def train_epochs(run: Run) -> tuple[Position, int]:
+def train_epochs(run: Run, profile_step: Callable[[], None]) -> tuple[Position, int]:
     """Trains to the end of the run or until a signal. Returns (position, signal or 0)."""
     options, position, stopped_by = run.options, run.state.position, 0
     while not is_finished(options, position) and not stopped_by:
@@ -155,15 +151,16 @@ def train_epochs(run: Run) -> tuple[Position, int]:
         loader = run.stop_signal.waiting(loader)
         for done in range(position.step + 1, num_steps + 1):
             lr = lr_at(epoch + (done - 1) / num_steps, options.optim)
-            run.hang_watch.expect(f"step {position.global_step + 1}")
-            with run.profiler.step(position.global_step + 1):
-                step_rows: list[Mapping[str, Any]] = []
-                with run.log.waiting(), contextlib.suppress(NoRowsError):
-                    step_rows = list(itertools.islice(loader, rows.micro_steps))
-                grad_norm, stopped_by = train_step(run, position, step_rows, lr)
+            run.hang_watch.restart()
+            step_rows: list[Mapping[str, Any]] = []
+            with run.log.waiting(), contextlib.suppress(NoRowsError):
+                step_rows = list(itertools.islice(loader, rows.micro_steps))
+            grad_norm, stopped_by = train_step(run, position, step_rows, lr)
+            profile_step()
             step = position.global_step + 1
             position = Position(epoch, done, step) if done < num_steps else Position(epoch + 1, 0, step)
 
+            run.hang_watch.restart(PATIENCE)
             is_end = is_finished(options, position)
             is_last = is_end or bool(stopped_by)
             place = epoch, done, num_steps, rows.micro_steps
@@ -171,17 +168,19 @@ def train_epochs(run: Run) -> tuple[Position, int]:
             # After a signal only seconds remain: no validation and no samples.
             validates = not stopped_by and options.validation.is_due(step, is_end)
             samples = not stopped_by and options.samples.is_due(step, is_end)
-            # These three do not count as training time, so a line of the log comes before them.
+            line = {"step": step, "epoch": round(epoch + done / num_steps, 6)}
             if step % options.run.log_interval == 0 or checkpoint or validates or samples:
-                log_step(run, step, {"epoch": round(epoch + done / num_steps, 6), "lr": lr}, grad_norm, rows.order.fill)
-            if validates:
-                validate_step(run, step, round(epoch + done / num_steps, 6))
-            if samples:
-                sample_step(run, step)
-            if checkpoint:
+                log_step(run, line | {"lr": lr}, grad_norm, rows.order.fill)
+            # Not counted as training time, which is why a line of the log comes before it.
+            with run.log.paused():
+                if validates:
+                    validate_step(run, line)
+                if samples:
+                    run.log.log_images(step, run.sampler.run(run.model, step))
                 # Last: a kill would lose what comes after it.
-                save(run, position, checkpoint)
-            run.hang_watch.rest()
+                if checkpoint:
+                    save(run, position, checkpoint)
+            run.hang_watch.stop()
             if is_last:
                 break
     return position, stopped_by
@@ -190,8 +189,8 @@ def train_epochs(run: Run) -> tuple[Position, int]:
 def open_epoch(run: Run, position: Position) -> EpochRows:
     """This rank's rows of the epoch at `position`."""
     options, launch, epoch = run.options, run.launch, position.epoch
-    run.hang_watch.expect(f"the order of epoch {epoch}", PATIENCE)
-    order = plan_epoch(run.dataset.table, run.order_options, epoch)
+    run.hang_watch.restart(PATIENCE)
+    order = plan_epoch(run.dataset.table, options.order_options(run.state.units_per_step), epoch)
     total = order.num_steps * options.optim.epochs
     run.log.expect(min(total, options.run.max_steps or total))
     size = f"{len(order.items)} items, {order.num_steps} steps of {order.units_per_step} rows, {order.fill:.1%} filled"
@@ -214,11 +213,18 @@ def train_step(run: Run, position: Position, rows: Sequence[Mapping[str, Any]], 
     step = position.global_step + 1
     num_valid, stopped_by = agree_on_step(run, step, rows)
     for index, row in enumerate(rows):
-        is_last, divisor = index == len(rows) - 1, num_valid
+        divisor = num_valid
         if run.options.run.loss_norm == "micro_batch":
             divisor = row["num_valid_tokens"] * len(rows) * run.launch.world_size
-        settings = {"is_last": is_last, "max_seqlen": run.dataset.max_seq_len, "divisor": divisor}
-        output = micro_step(run.model, row, run.device, run.options.parallel, **settings)
+        output = micro_step(
+            run.model,
+            row,
+            run.device,
+            run.options.parallel,
+            is_last=index == len(rows) - 1,
+            max_seqlen=run.dataset.max_seq_len,
+            divisor=divisor,
+        )
         run.log.sums.add(output, row["num_tokens"], row["type_id"])
     set_lr(run.optimizer, lr)
     items = [item for row in rows for item in row["item_indices"]]
@@ -248,50 +254,40 @@ def agree_on_step(run: Run, step: int, rows: Sequence[Mapping[str, Any]]) -> tup
     return num_valid, stopped_by
 
 
-def log_step(run: Run, step: int, place: Mapping[str, float], grad_norm: torch.Tensor, fill: float) -> None:
-    """Writes a line of figures over the steps since the last line, the only time that the host waits for the device."""
-    run.hang_watch.expect(f"what the device had to do up to step {step}")
+def log_step(run: Run, line: Mapping[str, Any], grad_norm: torch.Tensor, fill: float) -> None:
+    """Writes a line of figures over the steps since the last line, the only time that the host waits for the device.
+
+    `line` has the step, the epoch and the learning rate.
+    """
     figures, ((norm,), guarded) = run.log.collect(grad_norm.reshape(1), run.guard.numbers())
     skipped, is_too_many = run.guard.read(guarded)
-    line = {"step": step, **place, **figures, "grad_norm": norm, "skipped_steps": len(skipped)}
-    run.log.write(line | {"fill": round(fill, 4), "bad_items": len(run.bad_data.items)})
+    line = {**line, **figures, "grad_norm": norm, "skipped_steps": len(skipped), "fill": round(fill, 4)}
+    run.log.write(line | {"bad_items": len(run.bad_data.items)})
     if skipped:
         run.bad_data.skip_steps(skipped, is_too_many)
 
 
-def validate_step(run: Run, step: int, epoch: float) -> None:
-    """Writes a line of the loss on the validation set, right after `log_step`."""
-    run.hang_watch.expect(f"validation after step {step}", PATIENCE)
+def validate_step(run: Run, line: Mapping[str, Any]) -> None:
+    """Writes a line of the loss on the validation set; `line` has the step and the epoch."""
     settings = run.options.model.z_loss_weight, run.options.data.num_workers, run.stop_signal.waiting
-    with run.log.paused():
-        figures, bad_items = validate(run.model, run.val_rows, run.device, *settings)
-    run.log.write_validation({"step": step, "epoch": epoch, **figures})
+    figures, bad_items = validate(run.model, run.val_rows, run.device, *settings)
+    run.log.write_validation({**line, **figures})
     if bad_items:
-        run.bad_data.skip_items(bad_items, step)
-
-
-def sample_step(run: Run, step: int) -> None:
-    """Answers the prompts of `--sample_prompts` with the current weights."""
-    run.hang_watch.expect(f"sampling after step {step}", PATIENCE)
-    with run.log.paused():
-        run.sampler.run(run.model, step, run.log.trackers.log_images if run.log.trackers else None)
+        run.bad_data.skip_items(bad_items, line["step"])
 
 
 def save(run: Run, position: Position, name: str) -> None:
     """Starts to save a checkpoint, which `finish` or the next one waits for. Raises SaveError, on all ranks."""
-    run.hang_watch.expect(f"the start of checkpoint {name}, or the end of the one before it", PATIENCE)
     # The lines up to the checkpoint are on disk before it is complete.
     run.log.sync()
-    state = dataclasses.replace(run.state, position=position, bad_items=run.bad_data.items)
-    with run.log.paused():
-        run.saver.save(name, state)
+    run.saver.save(name, dataclasses.replace(run.state, position=position, bad_items=run.bad_data.items))
 
 
 def finish(run: Run) -> None:
     """Waits for the last checkpoint and writes the page about the run."""
-    run.hang_watch.expect("the last checkpoint", PATIENCE)
+    run.hang_watch.restart(PATIENCE)
     run.saver.wait()
-    run.hang_watch.rest()
+    run.hang_watch.stop()
     write_report(run)
 
 

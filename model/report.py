@@ -27,7 +27,7 @@ from model.pages.report_page import Curve, build_page  # noqa: E402
 from model.run.bad_data import BAD_ITEMS_NAME, BAD_STEPS_NAME  # noqa: E402
 from model.run.metrics import METRICS_NAME, describe_damage, has_step, read_metrics  # noqa: E402
 from model.run.options import Options, build_parser  # noqa: E402
-from model.run.samples_format import SAMPLES_DIR_NAME, SampleStep, read_samples  # noqa: E402
+from model.run.samples import SAMPLES_DIR_NAME, SampleStep, read_samples  # noqa: E402
 from model.training.checkpoint import LOCK_NAME, STATE_NAME, TrainerState, find_newest, read_state  # noqa: E402
 
 REPORT_NAME = "report.html"

@@ -59,6 +59,14 @@ def trained(small_task, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def undisturbed(small_task, tmp_path_factory):
+    """The output folder of 14 steps with dropout, into the second epoch, which no test may change."""
+    output_dir = tmp_path_factory.mktemp("undisturbed")
+    assert call_main(solver_args(small_task, output_dir, max_steps=14, dropout=0.1)) == (0, "")
+    return output_dir
+
+
+@pytest.fixture(scope="session")
 def browser(tmp_path_factory):
     driver = start_browser(tmp_path_factory.mktemp("profile"))
     yield driver

@@ -97,7 +97,7 @@ class RequestCodec:
         images: Sequence[Image.Image | str | Path] | Image.Image | str | Path | None = (),
     ) -> list[int]:
         """Token ids of a conversation whose last answer is open. Raises ValueError for anything else."""
-        _check_turns(qas)
+        check_turns(qas)
         images = [] if images is None else [images] if isinstance(images, Image.Image | str | Path) else images
         opened = [image if isinstance(image, Image.Image) else open_image(image) for image in images]
         texts = [text for qa in qas for text in qa if text is not None]
@@ -193,7 +193,7 @@ def check_image_symbols(texts: Iterable[str | None], num_images: int) -> None:
         )
 
 
-def _check_turns(qas: Any) -> None:
+def check_turns(qas: Any) -> None:
     """Raises ValueError unless `qas` is [question, answer] pairs of texts; the last answer may be None."""
     is_good = isinstance(qas, list | tuple) and qas and all(isinstance(qa, list | tuple) and len(qa) == 2 for qa in qas)
     if is_good:

@@ -16,7 +16,7 @@ from data.items.vocab import IMAGE_SYMBOL
 from data.messages import one_line
 from model.pages.assets import PAGES_DIR, data_uri, render
 from model.pages.charts import MIN_TO_SMOOTH, Chart, Series, draw_curves, smooth
-from model.run.samples_format import Sample, SampleStep
+from model.run.samples import Sample, SampleStep
 
 # Columns of samples; more are thinned evenly, the first and the last stay.
 MAX_SAMPLE_STEPS = 8

@@ -1,9 +1,9 @@
-"""What a run could not use: items that cannot be read, and steps whose gradient was not finite or too large.
+"""What a run skips: items that cannot be read, and steps whose gradient is not finite or too large.
 
-Both are written to `output_dir`, and end the run (`RunError`) if there are too many.
+Lines of `bad_items.jsonl` and of `bad_steps.jsonl`:
 
-    {"step": 3, "place": "/data/files/5.pkl", "reason": "..."}      a line of bad_items.jsonl
-    {"step": 3, "items": ["/data/files/5.pkl"]}                     a line of bad_steps.jsonl
+    {"step": 3, "place": "/data/files/5.pkl", "reason": "..."}
+    {"step": 3, "items": ["/data/files/5.pkl"]}
 """
 
 import json
@@ -43,11 +43,9 @@ class BadData:
                 self._setup.say(f"skipped item: {bad.reason}")
         most = self._options.data.max_bad_items
         if len(self.items) > most:
-            raise RunError(
-                f"{len(self.items)} items cannot be read (--max_bad_items {most}), the last: "
-                f"{list(self.items.values())[-1]}. Repair them, or raise --max_bad_items to train without them",
-                exit_code=3,
-            )
+            count = f"{len(self.items)} items cannot be read (--max_bad_items {most}), the last"
+            way = "Repair them, or raise --max_bad_items to train without them"
+            raise RunError(f"{count}: {list(self.items.values())[-1]}. {way}", exit_code=3)
 
     def skip_steps(self, skipped: Sequence[tuple[int, list[int]]], is_too_many: bool) -> None:
         """Notes the items of skipped steps. Raises RunError if there were too many steps in a row."""

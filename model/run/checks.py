@@ -3,7 +3,7 @@
 finetune_solver.py calls `prepare` on every rank. All problems are raised as one error. No weights are loaded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,41 +51,37 @@ def prepare(options: Options, launch: Launch) -> tuple[TokenDataset, TokenDatase
 
     Raises one ValueError that lists every problem.
     """
-    eval_only = options.validation.eval_only
     problems = options.problems(launch.world_size, launch.local_world_size)
-    start = _find_start(options, problems)
-    try:
-        choose_device(options.run.device, launch)
-    except ValueError as error:
-        problems.append(str(error))
-    dataset = _open_dataset("data_config", options, launch, problems)
-    val_dataset = None
-    if eval_only or options.validation.val_data_config is not None:
-        val_dataset = _open_dataset("val_data_config", options, launch, problems)
+
+    def attempt(check: Callable[..., Any], *args: Any, prefix: str = "") -> Any:
+        try:
+            return check(*args)
+        except (ValueError, OSError, ImportError) as error:
+            problems.append(f"{prefix}{error}")
+
+    eval_only, start, val_dataset = options.validation.eval_only, None, None
+    # These name a --resume_path that cannot be read.
+    start_problems = [] if eval_only else options.checkpoint.problems()
+    problems += start_problems
+    if not start_problems:
+        start = attempt(_find_start, options)
+    attempt(choose_device, options.run.device, launch)
+    dataset = attempt(_open_dataset, options, options.data.data_config, launch, prefix="--data_config: ")
+    val_config = options.validation.val_data_config
+    if eval_only or val_config is not None:
+        val_dataset = attempt(_open_dataset, options, val_config, launch, prefix="--val_data_config: ")
     datasets = [found for found in (dataset, val_dataset) if found is not None]
-    problems += _find_model_problems(options, start, datasets)
+    attempt(_check_model, options, start, datasets, problems)
     if dataset is not None and options.data.context_dropout and not dataset.has_images:
         problems.append("--context_dropout: no item of the records ends in a generated image (image_len)")
-    problems += _find_mask_problems(options, datasets)
+    attempt(_check_mask, options, datasets)
     if not problems and not eval_only:
-        problems += _find_resume_problems(options, dataset.fingerprint)
+        attempt(_check_changes, options, dataset.fingerprint)
     if problems:
         raise ValueError("\n  - ".join(["training cannot start:", *problems]))
     if launch.is_main:
         _print_unnamed([pair for found in datasets for pair in found.manifests])
     return dataset, val_dataset
-
-
-def _print_unnamed(manifests: Manifests) -> None:
-    """Prints which records cannot be compared: without a manifest, or with a manifest that names no codebook."""
-    without = [path for path, manifest in manifests if manifest is None]
-    if without:
-        print(f"{len(without)} of {len(manifests)} records have no {MANIFEST_NAME}, the first: {without[0]}")
-    paths = {fields["vqgan_sha256"]: path for path, fields in manifests if fields and fields.get("vqgan_sha256")}
-    named = {fields.get("vqgan_sha256") for _, fields in manifests if fields and fields.get("codebook_sha256")}
-    if len(paths) > 1 and paths.keys() - named:
-        first, second, *_ = paths.values()
-        print(f"warning: {first} and {second} were made with different VQGAN files, perhaps different VQGANs")
 
 
 def settle_codebook(dataset: TokenDataset, start: str | None) -> str | None:
@@ -94,124 +90,96 @@ def settle_codebook(dataset: TokenDataset, start: str | None) -> str | None:
     return start if not named else named.pop() if len(named) == 1 else None
 
 
-def _open_dataset(name: str, options: Options, launch: Launch, problems: list[str]) -> TokenDataset | None:
-    """The items of `--{name}`; what is wrong with the items is added to `problems`."""
-    if options.resolved[name] is None:
-        problems.append(f"--{name} is missing: the YAML that lists the records")
-        return None
-    try:
-        sources = load_data_config(options.resolved[name])
-        # An evaluation writes nothing to the output folder.
-        is_kept = options.data.cache_ann_on_disk and not options.validation.eval_only
-        cache_dir = options.checkpoint.output_dir / INDEX_DIR if is_kept else None
-        say = print if launch.is_main else lambda message: None
-        max_seq_len, overlong = options.data.max_seq_len, options.data.overlong
-        dataset = TokenDataset(sources, max_seq_len, overlong, cache_dir, say)
-        if dataset.num_overlong:
-            done = {"drop": "dropped", "truncate": "cut"}[overlong]
-            say(f"{dataset.num_overlong} items of --{name} above --max_seq_len {max_seq_len} are {done}")
-        return dataset
-    except (ValueError, OSError) as error:
-        problems.append(f"--{name}: {error}")
-        return None
-
-
-def _find_start(options: Options, problems: list[str]) -> str | None:
-    """The checkpoint that the run resumes from or evaluates, None without one; what is wrong goes to `problems`."""
-    eval_only, checkpoint = options.validation.eval_only, options.checkpoint
-    if not eval_only:
-        problems += checkpoint.problems()
+def _find_start(options: Options) -> str | None:
+    """The checkpoint that the run resumes from or evaluates, None without one. Raises ValueError."""
     start, _ = find_start(options.start_options)
-    try:
-        if start is not None:
-            read_state(start)
-            return str(start)
-    except ValueError as error:
-        if eval_only:
-            problems.append(f"--resume_path: {error}; to validate weights alone use --init_from")
-        return None
-    if eval_only and options.model.init_from is None:
-        where = f"--init_from, --resume_path, or a checkpoint in {checkpoint.output_dir}"
-        problems.append(f"--eval_only needs weights: {where}")
+    if start is not None:
+        read_state(start)
+        return str(start)
+    if options.validation.eval_only and options.model.init_from is None:
+        where = f"--init_from, --resume_path, or a checkpoint in {options.checkpoint.output_dir}"
+        raise ValueError(f"--eval_only needs weights: {where}")
     return None
 
 
-def _find_resume_problems(options: Options, fingerprint: str) -> list[str]:
-    """What has changed since the checkpoint to resume from, one sentence."""
+def _open_dataset(options: Options, config: Path | None, launch: Launch) -> TokenDataset:
+    """The items of a data config. Raises ValueError or OSError."""
+    if config is None:
+        raise ValueError("give the YAML that lists the records")
+    # An evaluation writes nothing to the output folder.
+    is_kept = options.data.cache_ann_on_disk and not options.validation.eval_only
+    cache_dir = options.checkpoint.output_dir / INDEX_DIR if is_kept else None
+    say = print if launch.is_main else lambda message: None
+    max_seq_len, overlong = options.data.max_seq_len, options.data.overlong
+    dataset = TokenDataset(load_data_config(config), max_seq_len, overlong, cache_dir, say)
+    if dataset.num_overlong:
+        done = {"drop": "dropped", "truncate": "cut"}[overlong]
+        say(f"{dataset.num_overlong} items of {config} above --max_seq_len {max_seq_len} are {done}")
+    return dataset
+
+
+def _check_changes(options: Options, fingerprint: str) -> None:
+    """Raises ValueError that names what has changed since the checkpoint to resume from."""
     another_run = "or start another run with --init_from the checkpoint and another --output_dir"
     fixed, changes = find_changes(options.checkpoint, options.resolved, fingerprint)
     if fixed:
-        return [f"the checkpoint cannot be resumed: {'; '.join(fixed)}. Restore the old values, {another_run}"]
+        raise ValueError(f"the checkpoint cannot be resumed: {'; '.join(fixed)}. Restore the old values, {another_run}")
     if changes and not options.checkpoint.resume_anyway:
-        return [
-            f"the run to resume has changed: {'; '.join(changes)}. Restore the old values, add --resume_anyway if the "
-            f"change is intended, {another_run}"
-        ]
-    return []
+        way = f"Restore the old values, add --resume_anyway if the change is intended, {another_run}"
+        raise ValueError(f"the run to resume has changed: {'; '.join(changes)}. {way}")
 
 
-def _find_model_problems(options: Options, start: str | None, datasets: Sequence[TokenDataset]) -> list[str]:
-    """What is wrong with the weights and the tokenizer, or with the data for them, one sentence each."""
-    found, model = [], options.model
+def _check_model(options: Options, start: str | None, datasets: Sequence[TokenDataset], problems: list[str]) -> None:
+    """What is wrong with the weights and the tokenizer, or with the data for them. Raises ValueError or OSError."""
+    model = options.model
     # A resumed run does not need the weights that it once started from: they may be gone.
     weights, tokenizer = (start, start) if start else resolve_model(model)
     if tokenizer is None:
-        return [f"--model_size {model.model_size} without --init_from has no vocabulary: it needs --tokenizer DIR"]
-    try:
-        config = check_weights(weights, "keep" if start else model.start_head_init) if weights else None
-        loaded = load_text_tokenizer(tokenizer)
-        vocab = ChameleonVocab.from_tokenizer(loaded)
-        manifests = [pair for dataset in datasets for pair in dataset.manifests]
-        codebooks = {config.codebook_sha256: f"the checkpoint {weights}"} if config else {}
-        found += _find_foreign_records(options, manifests, loaded, codebooks)
-        found += _find_trainable_problems(options, config or build_config(model.model_size, loaded))
-        found += options.samples.problems(vocab, model.mask_image_logits)
-        num_rows = config.vocab_size if config else vocab.vocab_size
-        for dataset in datasets:
-            dataset.use_vocabulary(num_rows, vocab.begin_image_id)
-            dataset.check_first_items(options.data.max_bad_items)
-    except (ValueError, OSError) as error:
-        return [*found, str(error)]
+        raise ValueError(f"--model_size {model.model_size} without --init_from needs --tokenizer DIR: no vocabulary")
+    config = check_weights(weights, "keep" if start else model.start_head_init) if weights else None
+    loaded = load_text_tokenizer(tokenizer)
+    vocab = ChameleonVocab.from_tokenizer(loaded)
+    manifests = [pair for dataset in datasets for pair in dataset.manifests]
+    codebooks = {config.codebook_sha256: f"the checkpoint {weights}"} if config else {}
+    problems += _find_foreign_records(options, manifests, loaded, codebooks)
+    _check_trainable(options, config or build_config(model.model_size, loaded))
+    problems += options.samples.problems(vocab, model.mask_image_logits)
+    num_rows = config.vocab_size if config else vocab.vocab_size
     if vocab.vocab_size > num_rows:
-        found.append(f"the tokenizer {tokenizer} has {vocab.vocab_size} ids, the weights in {weights} only {num_rows}")
-    return found
+        raise ValueError(f"the tokenizer {tokenizer} has {vocab.vocab_size} ids, the weights in {weights} {num_rows}")
+    for dataset in datasets:
+        dataset.use_vocabulary(num_rows, vocab.begin_image_id)
+        dataset.check_first_items(options.data.max_bad_items)
 
 
-def _find_mask_problems(options: Options, datasets: Sequence[TokenDataset]) -> list[str]:
-    """Why `--mask_image_logits` cannot be used: the loss of a masked image token would be infinite."""
+def _check_mask(options: Options, datasets: Sequence[TokenDataset]) -> None:
+    """Raises ValueError if `--mask_image_logits` meets an image to learn: the loss of a masked token is infinite."""
     if not options.model.mask_image_logits:
-        return []
+        return
     way = "train without --mask_image_logits (--unmask_image_logits, the default)"
     if options.trainable.trains_image_rows:
-        return [f"--mask_image_logits with --train_only {IMAGE_HEAD}: its rows would learn nothing; {way}"]
+        raise ValueError(f"--mask_image_logits with --train_only {IMAGE_HEAD}: its rows would learn nothing; {way}")
     if any(dataset.has_images for dataset in datasets):
-        return [
-            f"--mask_image_logits: the records have items that end in an image to learn (image_len); {way}, or use "
-            "records of text answers alone"
-        ]
-    return []
+        have = "the records have items that end in an image to learn (image_len)"
+        raise ValueError(f"--mask_image_logits: {have}; {way}, or use records of text answers alone")
 
 
-def _find_trainable_problems(options: Options, config: ChameleonXLLMXConfig) -> list[str]:
-    """Why what is to be trained cannot be trained, one sentence; `config` is the model's."""
+def _check_trainable(options: Options, config: ChameleonXLLMXConfig) -> None:
+    """Raises ValueError or ImportError if what is to be trained cannot be trained; `config` is the model's."""
     trainable = options.trainable
     if not trainable.is_partial or trainable.problems():
-        return []
-    try:
-        # On the meta device: no memory is taken.
-        model = choose_trainable(build_model(config), trainable)
-    except (ValueError, ImportError) as error:
-        return [str(error)]
+        return
+    # On the meta device: no memory is taken.
+    model = choose_trainable(build_model(config), trainable)
     if resolve_model(options.model)[0] is None:
-        return ["--lora_rank and --train_only need weights to start from: give --init_from"]
+        raise ValueError("--lora_rank and --train_only need weights to start from: give --init_from")
     is_head_trained = any(p.requires_grad for name, p in model.named_parameters() if name.startswith("lm_head."))
     init = options.model.start_head_init
     if init != "keep" and not is_head_trained and not options.model.mask_image_logits:
-        return [
+        raise ValueError(
             f"--image_head_init {init} reinitializes rows of lm_head of image tokens, and they are frozen: no image "
             "could be learned. Add --train_only image_head, or start from a model that writes images (--init_from)"
-        ]
-    return []
+        )
 
 
 def _find_foreign_records(
@@ -235,3 +203,15 @@ def _find_foreign_records(
             "the same codes mean other images. Pre-tokenize again with one VQGAN, or add --mix_vqgans if intended"
         )
     return found
+
+
+def _print_unnamed(manifests: Manifests) -> None:
+    """Prints which records cannot be compared: without a manifest, or with a manifest that names no codebook."""
+    without = [path for path, manifest in manifests if manifest is None]
+    if without:
+        print(f"{len(without)} of {len(manifests)} records have no {MANIFEST_NAME}, the first: {without[0]}")
+    paths = {fields["vqgan_sha256"]: path for path, fields in manifests if fields and fields.get("vqgan_sha256")}
+    named = {fields.get("vqgan_sha256") for _, fields in manifests if fields and fields.get("codebook_sha256")}
+    if len(paths) > 1 and paths.keys() - named:
+        first, second, *_ = paths.values()
+        print(f"warning: {first} and {second} were made with different VQGAN files, perhaps different VQGANs")

@@ -30,13 +30,10 @@ PEAK_FLOPS = (
     (r"RTX A6000", 155e12),
     (r"A40\b", 150e12),
 )
-# Of longer data sets only so many items are looked at.
-MAX_LENGTHS = 100_000
 
 
 def trained_flops_per_token(model: nn.Module, seq_len: float) -> float:
-    """
-    FLOPs per token, forward and backward, of training the weights of a decoder that require a gradient.
+    """FLOPs per token, forward and backward, of training the weights of a decoder that require a gradient.
 
     For a full training 6 N + 6 L T D: N weights of all matrices (projections and head, not the embedding), L layers,
     T = `seq_len` tokens of a document, D the width of attention (heads x head_dim). A frozen matrix has no gradient of
@@ -47,9 +44,8 @@ def trained_flops_per_token(model: nn.Module, seq_len: float) -> float:
         seq_len: tokens of a document.
     """
     config, total, is_below_trained = model.config, 0.0, False
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     # The forward of one layer, causal.
-    attention = 2.0 * seq_len * config.num_attention_heads * head_dim
+    attention = 2.0 * seq_len * config.hidden_size
     backward_layers: set[str] = set()
     for name, parameter in model.named_parameters():
         # Trained rows of the head have a gradient, but their forward is in that of the whole head.
@@ -80,5 +76,4 @@ def peak_tokens_per_s(model: nn.Module, lengths: np.ndarray, device: torch.devic
 
 def mean_document_len(lengths: np.ndarray) -> float:
     """The mean over tokens of the length of their document: long documents have more tokens."""
-    some = np.asarray(lengths[:: -(-len(lengths) // MAX_LENGTHS)], np.float64)
-    return float((some**2).sum() / some.sum())
+    return float(np.square(lengths, dtype=np.float64).sum() / lengths.sum())

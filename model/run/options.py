@@ -58,9 +58,7 @@ class ModelOptions:
         "weights, else keep",
         choices=IMAGE_HEAD_INITS,
     )
-    dropout: float = flag(
-        0.0, "probability after attention and MLP; the recipe's scripts pass 0.05", least=0, most=0.99
-    )
+    dropout: float = flag(0.0, "probability after attention and MLP; the recipe's is 0.05", least=0, most=0.99)
     z_loss_weight: float = flag(0.0, "weight of the squared log-normalizer; the recipe's scripts pass 1e-5", least=0)
     mask_image_logits: bool = flag(
         False, "mask the logits of image tokens; rejected if there are images to learn", off="unmask_image_logits"
@@ -105,9 +103,7 @@ class RunOptions:
     max_steps: int | None = flag(None, "number of optimizer steps after which the run ends with a checkpoint", least=1)
     log_interval: int = flag(10, "optimizer steps between lines of metrics.jsonl", least=1)
     loss_norm: str = flag(
-        "global",
-        "mean over all targets of the step, or of the means of micro-batches",
-        choices=("global", "micro_batch"),
+        "global", "mean over the targets of a step, or of the means of micro-batches", choices=("global", "micro_batch")
     )
     device: str = flag("auto", "device of every rank; auto: CUDA where there is one", choices=("auto", "cuda", "cpu"))
     dist_timeout_s: float = flag(1800.0, "seconds that a rank waits for the others", least=1)
@@ -124,7 +120,7 @@ class PlanningOptions:
 
 @dataclass(frozen=True)
 class Options:
-    """All options of a run; `resolved` holds the values by the names of the flags, for the checkpoint."""
+    """All options of a run; `resolved`: the values by the names of the flags, for the checkpoint."""
 
     model: ModelOptions
     trainable: TrainableOptions
@@ -144,12 +140,11 @@ class Options:
 
     @classmethod
     def from_namespace(cls, args: argparse.Namespace) -> "Options":
-        values = vars(args)
         parts = {
-            name: part(**{field.name: values[field.name] for field in dataclasses.fields(part)})
+            name: part(**{field.name: getattr(args, field.name) for field in dataclasses.fields(part)})
             for name, part in option_classes().items()
         }
-        return cls(**parts, resolved=values)
+        return cls(**parts, resolved=vars(args))
 
     def problems(self, world_size: int, local_world_size: int, is_plan: bool = False) -> list[str]:
         """What is wrong with the options by themselves, one sentence each; files are not looked at.
@@ -165,15 +160,8 @@ class Options:
 
     def order_options(self, units_per_step: int) -> OrderOptions:
         """What decides the order of an epoch beside the data."""
-        return OrderOptions(
-            batch_size=self.data.batch_size,
-            max_seq_len=self.data.max_seq_len,
-            units_per_step=units_per_step,
-            packing=self.data.packing,
-            length_clustering=self.data.length_clustering,
-            seed=self.run.seed,
-            context_dropout=self.data.context_dropout,
-        )
+        names = ("batch_size", "max_seq_len", "packing", "length_clustering", "seed", "context_dropout")
+        return OrderOptions(units_per_step=units_per_step, **{name: self.resolved[name] for name in names})
 
     @property
     def start_options(self) -> CheckpointOptions:
@@ -230,6 +218,7 @@ def flag_table() -> str:
 
 
 def main() -> None:
+    """Writes the table into TRAIN.md."""
     table = f"{TABLE_BEGIN}{flag_table()}{TABLE_END}"
     MANUAL.write_text(re.sub(f"{TABLE_BEGIN}.*{TABLE_END}", lambda _: table, MANUAL.read_text(), flags=re.DOTALL))
 

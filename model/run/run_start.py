@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from data.epoch.packing import OrderOptions
 from data.epoch.rows import EpochRows
 from data.items.item_processor import load_text_tokenizer
 from data.items.vocab import ChameleonVocab
@@ -26,7 +25,7 @@ from model.run.run_log import RunLog
 from model.run.samples import Sampler
 from model.run.stop_signal import StopSignal
 from model.run.validation import validation_rows
-from model.run.watch import HangWatch, StepProfiler
+from model.run.watch import HangWatch
 from model.training.async_checkpoint import CheckpointSaver
 from model.training.checkpoint import Position, TrainerState, find_changes, find_start, load_checkpoint, read_state
 from model.training.distributed import from_main
@@ -46,7 +45,6 @@ class Run(Setup):
 
     # At the start of the run, which a checkpoint repeats with another position.
     state: TrainerState
-    order_options: OrderOptions
     pad_id: int
     val_rows: EpochRows | None
     model: nn.Module
@@ -57,7 +55,6 @@ class Run(Setup):
     sampler: Sampler | None
     bad_data: BadData
     log: RunLog
-    profiler: StepProfiler
     hang_watch: HangWatch
     stop_signal: StopSignal
 
@@ -71,23 +68,21 @@ def find_run_start(setup: Setup) -> tuple[Path | None, TrainerState]:
         folder, notes = find_start(options.start_options)
         found = folder, notes, read_state(folder) if folder else None
     folder, notes, saved = from_main(found)
-    num_units = options.data.accum_iter * launch.world_size
-    fingerprint, resolved = setup.dataset.fingerprint, dict(options.resolved)
-    state = TrainerState(Position(), num_units, launch.world_size, resolved, fingerprint)
+    num_units, fingerprint = options.data.accum_iter * launch.world_size, setup.dataset.fingerprint
+    state = TrainerState(Position(), num_units, launch.world_size, dict(options.resolved), fingerprint)
     if saved is not None:
         state = dataclasses.replace(state, position=saved.position, bad_items=saved.bad_items)
     if saved is not None and not options.validation.eval_only:
         notes.append(f"resuming from {folder} after step {saved.position.global_step}")
-        if saved.units_per_step != num_units and options.checkpoint.new_global_batch:
-            step = saved.position.step * saved.units_per_step // num_units
+        before = saved.units_per_step
+        if before != num_units and options.checkpoint.new_global_batch:
+            step = saved.position.step * before // num_units
             state = dataclasses.replace(state, position=dataclasses.replace(saved.position, step=step))
-            notes.append(
-                f"a step now has {num_units} rows, not {saved.units_per_step}: the epoch continues at step {step}"
-            )
-        elif saved.units_per_step != num_units:
-            state = dataclasses.replace(state, units_per_step=saved.units_per_step)
-            kept = f"a step keeps its {saved.units_per_step} rows"
-            notes.append(f"{kept}, not accum_iter x ranks = {num_units} (see --new_global_batch)")
+            notes.append(f"a step now has {num_units} rows, not {before}: the epoch continues at step {step}")
+        elif before != num_units:
+            state = dataclasses.replace(state, units_per_step=before)
+            ours = f"accum_iter x ranks = {num_units}"
+            notes.append(f"a step keeps its {before} rows, not {ours} (see --new_global_batch)")
         if launch.is_main:
             _, changes = find_changes(options.checkpoint, options.resolved, fingerprint)
             notes += [f"warning: {change}" for change in changes]
@@ -103,12 +98,9 @@ def build_model(setup: Setup, folder: Path | None) -> tuple[nn.Module, DeviceMes
     weights, tokenizer = (str(folder), str(folder)) if folder else resolve_model(options.model)
     tokenizer = load_text_tokenizer(tokenizer)
     changes = {name: getattr(options.model, name) for name in ("dropout", "z_loss_weight", "mask_image_logits")}
-    if weights is None:
-        config = build_config(options.model.model_size, tokenizer, **changes)
-    else:
-        config = load_config(weights, **changes)
-    grown = grow_positions(config, options.data.max_seq_len)
-    if grown:
+    size = options.model.model_size
+    config = load_config(weights, **changes) if weights else build_config(size, tokenizer, **changes)
+    if grown := grow_positions(config, options.data.max_seq_len):
         setup.say(f"{grown} (--max_seq_len)")
     config.codebook_sha256 = settle_codebook(setup.dataset, config.codebook_sha256)
     mesh = build_mesh(options.parallel, setup.device.type, setup.launch.local_world_size)
@@ -124,37 +116,32 @@ def build_model(setup: Setup, folder: Path | None) -> tuple[nn.Module, DeviceMes
 
 def build_run(setup: Setup, folder: Path | None, state: TrainerState, hang_watch: HangWatch) -> Run:
     """Builds all that a run needs, filled from a checkpoint or a start. Raises RunError, on all ranks."""
-    options, launch, dataset = setup.options, setup.launch, setup.dataset
+    options, launch, step = setup.options, setup.launch, state.position.global_step
     model, mesh, tokenizer, weights = build_model(setup, folder)
-    step, sampler = state.position.global_step, None
-    if options.samples.sample_interval:
-        sampler = Sampler(setup, model.config, tokenizer, step)
+    sampler = Sampler(setup, model.config, tokenizer, step) if options.samples.sample_interval else None
     optimizer = build_optimizer(model, options.optim)
     adapted = _fill_model(setup, folder, weights, model, optimizer)
     model.train()
-    pad_id = ChameleonVocab.from_tokenizer(tokenizer).pad_id
-    order, val_rows = options.order_options(state.units_per_step), None
+    pad_id, val_rows = ChameleonVocab.from_tokenizer(tokenizer).pad_id, None
     if setup.val_dataset is not None:
+        order = options.order_options(state.units_per_step)
         val_rows = validation_rows(setup.val_dataset, order, launch.rank, launch.world_size, pad_id)
-    peak = peak_tokens_per_s(model, dataset.table.lengths, setup.device, launch.world_size)
+    peak = peak_tokens_per_s(model, setup.dataset.table.lengths, setup.device, launch.world_size)
     # The tokenizer is written from memory: the folder that it came from may be gone.
-    write_tokenizer = tokenizer.save_pretrained
-    checkpoint = options.checkpoint
+    parts = model, optimizer, model.config, tokenizer.save_pretrained, setup.say, adapted
     return Run(
         **vars(setup),
         state=state,
-        order_options=order,
         pad_id=pad_id,
         val_rows=val_rows,
         model=model,
         mesh=mesh,
         optimizer=optimizer,
         guard=StepGuard(options.guard),
-        saver=CheckpointSaver(checkpoint, model, optimizer, model.config, write_tokenizer, setup.say, adapted),
+        saver=CheckpointSaver(options.checkpoint, *parts),
         sampler=sampler,
         bad_data=BadData(setup, state.bad_items),
         log=RunLog(setup, step, peak),
-        profiler=StepProfiler(options.watch.profiled_steps, checkpoint.output_dir, launch.rank, setup.say),
         hang_watch=hang_watch,
         stop_signal=StopSignal(),
     )
@@ -164,9 +151,8 @@ def _fill_model(
     setup: Setup, folder: Path | None, weights: str | None, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> AdapterWriter | None:
     """Gives a model and its optimizer their values; returns what writes adapters, None if all weights are trained."""
-    options, seed, adapted = setup.options, setup.options.run.seed, None
-    if options.trainable.is_partial:
-        adapted = _note_frozen_weights(setup, folder, weights)
+    options, seed = setup.options, setup.options.run.seed
+    adapted = _note_frozen_weights(setup, folder, weights) if options.trainable.is_partial else None
     if folder is not None:
         if adapted is not None:
             load_checkpoint_weights(model, adapted.base.source, adapted.base.image_head_init, adapted.base.seed)

@@ -8,7 +8,7 @@ A text file has one prompt per line. A JSON or YAML file is a list of texts and 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,9 @@ from data.hub import DEFAULT_VQGAN_DIR, find_vqgan_problems
 from data.items.image_transform import crop_sizes, open_image
 from data.items.vocab import ChameleonVocab
 from data.messages import brief, one_line
-from model.generation.requests import check_image_symbols, parse_size
+from model.generation.requests import check_image_symbols, check_turns, parse_size
 from model.generation.sampling import SamplingOptions
 
-# The same in every step, so that images differ by the weights alone.
-SEED = 0
 KEYS = ("prompt", "qas", "image", "images", "size")
 
 
@@ -47,7 +45,8 @@ class SampleOptions:
 
     def build_sampling(self) -> SamplingOptions:
         """How tokens are drawn, with the top-k of `inference_solver.py`. Raises ValueError."""
-        return SamplingOptions(temperature=self.sample_temperature, cfg=self.sample_cfg, seed=SEED)
+        # The same seed in every step, so that images differ by the weights alone.
+        return SamplingOptions(temperature=self.sample_temperature, cfg=self.sample_cfg, seed=0)
 
     def problems(self, vocab: ChameleonVocab, mask_image_logits: bool) -> list[str]:
         """What is wrong with these options and with the file of prompts, one sentence each."""
@@ -96,10 +95,8 @@ def load_prompts(path: Path) -> list[SamplePrompt]:
     try:
         # Editors on Windows put a mark before the first character.
         text = path.read_text(encoding="utf-8-sig")
-        if path.suffix.lower() == ".json":
-            entries = json.loads(text)
-        elif path.suffix.lower() in (".yaml", ".yml"):
-            entries = yaml.safe_load(text)
+        if path.suffix.lower() in (".json", ".yaml", ".yml"):
+            entries = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
         else:
             entries = [line.strip() for line in text.splitlines() if line.strip()]
     except (ValueError, yaml.YAMLError) as error:
@@ -124,27 +121,16 @@ def _parse(entry: Any, folder: Path) -> SamplePrompt:
     unknown = [one_line(key) for key in entry if key not in KEYS]
     if unknown:
         raise ValueError(f"{', '.join(unknown)} is unknown; an entry may have {', '.join(KEYS)}")
-    qas = _parse_turns([[entry["prompt"], None]] if "prompt" in entry else entry["qas"])
-    images = _parse_images(entry.get("images", entry.get("image")), folder)
-    check_image_symbols((text for qa in qas for text in qa), len(images))
-    size = entry.get("size")
-    return SamplePrompt(qas, images, parse_size(str(size)) if size is not None else None)
-
-
-def _parse_turns(raw: Any) -> tuple[tuple[str, str | None], ...]:
-    is_list = isinstance(raw, list) and raw and all(isinstance(qa, list) and len(qa) == 2 for qa in raw)
-    *texts, last = [text for qa in raw for text in qa] if is_list else [None, None]
-    if not all(isinstance(text, str) for text in texts) or not isinstance(last, str | None):
-        raise ValueError(f"turns must be [question, answer] pairs of texts, the last answer may be null: {brief(raw)}")
-    return tuple((question, answer) for question, answer in raw)
-
-
-def _parse_images(raw: Any, folder: Path) -> tuple[Path, ...]:
-    names: Sequence[Any] = [] if raw is None else [raw] if isinstance(raw, str) else raw
+    qas = [[entry["prompt"], None]] if "prompt" in entry else entry["qas"]
+    check_turns(qas)
+    names = entry.get("images", entry.get("image")) or []
+    names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"`image` must be a path or a list of paths, got {brief(raw)}")
+        raise ValueError(f"`image` must be a path or a list of paths, got {brief(names)}")
     # Beside the file, else in the working directory.
-    paths = [next((path for path in (folder / name, Path(name)) if path.is_file()), folder / name) for name in names]
-    for path in paths:
+    images = [next((path for path in (folder / name, Path(name)) if path.is_file()), folder / name) for name in names]
+    for path in images:
         open_image(path)
-    return tuple(paths)
+    check_image_symbols((text for qa in qas for text in qa), len(images))
+    size = parse_size(str(entry["size"])) if entry.get("size") is not None else None
+    return SamplePrompt(tuple(map(tuple, qas)), tuple(images), size)

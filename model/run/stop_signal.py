@@ -5,9 +5,8 @@ import os
 import shutil
 import signal
 import subprocess
-import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -23,10 +22,9 @@ class NoRowsError(Exception):
 
     def __init__(self, number: int) -> None:
         self.number = number
-        super().__init__(
-            f"ended by {signal.Signals(number).name} without saving: no row came within {ROWS_GRACE_S:g} s (a disk may "
-            "hang); the same command resumes from the last checkpoint"
-        )
+        cause = f"no row came within {ROWS_GRACE_S:g} s (a disk may hang)"
+        end = f"ended by {signal.Signals(number).name} without saving"
+        super().__init__(f"{end}: {cause}; the same command resumes from the last checkpoint")
 
 
 class StopSignal:
@@ -34,20 +32,15 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.number: int | None = None
-        self._noted_at = 0.0
-        self._previous: dict[int, object] = {}
         self._is_waiting = False
 
     def __enter__(self) -> "StopSignal":
-        # Other threads cannot set a handler.
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
-            self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._end_waiting)
+        handlers = dict.fromkeys(SIGNALS, self._note) | {signal.SIGALRM: self._end_waiting}
+        self._previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._previous:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -86,10 +79,9 @@ class StopSignal:
             os.kill(os.getpid(), number)
 
 
-def requeue_on_slurm(environment: Mapping[str, str] | None = None) -> str | None:
+def requeue_on_slurm() -> str | None:
     """Requeues the SLURM job of this process. Returns a line about the result, None outside of SLURM."""
-    job = (os.environ if environment is None else environment).get("SLURM_JOB_ID")
-    scontrol = shutil.which("scontrol")
+    job, scontrol = os.environ.get("SLURM_JOB_ID"), shutil.which("scontrol")
     if job is None or scontrol is None:
         return None
     done = subprocess.run([scontrol, "requeue", job], capture_output=True, text=True, check=False)

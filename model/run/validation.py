@@ -1,7 +1,7 @@
 """Validation: the loss on items that are not trained on, over the same rows each time, without dropout.
 
-The rows depend on the data alone and are dealt out to the ranks, and sums are taken in fp64. So the figures are the
-same on any number of ranks, up to rounding. Training does not change: each of its steps seeds its own dropout.
+The rows depend on the data alone and are dealt out to the ranks: the figures are the same on any number of ranks, up to
+rounding. Training does not change: each of its steps seeds its own dropout.
 """
 
 import dataclasses
@@ -50,16 +50,14 @@ def validate(
     num_workers: int = 0,
     waiting: Callable[[Iterable[dict]], Iterable[dict]] = iter,
 ) -> tuple[dict[str, Any], list[BadItem]]:
-    """(`val_loss`, `val_text_loss`, `val_image_loss`, with several types `val_loss_by_type`, `val_num_valid_tokens` and
-    `val_s`; items that cannot be read), both over all ranks.
+    """(`val_loss`, `val_text_loss`, ... and `val_s`, as metrics.jsonl has them; items that cannot be read), over ranks.
 
     Args:
         model: sharded; it returns to its mode (training or not), its parameters sharded.
         rows: those of this rank, by `validation_rows`.
         waiting: wraps the loader and may end the wait for a row by an exception.
     """
-    started, was_training = time.perf_counter(), model.training
-    dataset, bad_items = rows.dataset, []
+    started, was_training, dataset, bad_items = time.perf_counter(), model.training, rows.dataset, []
     sums = MetricSums(device, len(dataset.types))
     model.eval()
     for row in waiting(build_loader(rows, num_workers)):
@@ -84,10 +82,9 @@ def validation_rows(
     ratio below 1 the sample is the same each time.
     """
     alone = dataclasses.replace(order_options, units_per_step=1, seed=0, context_dropout=0.0)
-    plan = plan_epoch(dataset.table, alone, epoch=0)
-    dealt = dataclasses.replace(
-        plan,
-        step_offsets=np.append(np.arange(0, plan.num_units, world_size), plan.num_units),
-        options=dataclasses.replace(alone, units_per_step=world_size),
+    order = plan_epoch(dataset.table, alone, epoch=0)
+    offsets = np.append(np.arange(0, order.num_units, world_size), order.num_units)
+    options = dataclasses.replace(alone, units_per_step=world_size)
+    return EpochRows(
+        dataset, dataclasses.replace(order, step_offsets=offsets, options=options), rank, world_size, pad_id
     )
-    return EpochRows(dataset, dealt, rank, world_size, pad_id)

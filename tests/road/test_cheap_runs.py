@@ -134,33 +134,26 @@ def test_export_is_the_start_with_what_was_trained(finished, task, tmp_path, cap
 
 
 def test_a_run_with_reinitialized_image_rows_is_that_from_a_start_on_disk(task, tmp_path):
+    """Also once its base was moved: the same command, whose --init_from names the old place, resumes by the note."""
+    out, base, elsewhere = tmp_path / "new", tmp_path / "base", tmp_path / "elsewhere"
     changes = {"image_head_init": "normal", "seed": 3, "precision": "fp32"}
     start = convert_checkpoint(task / "start", tmp_path / "start", image_head_init="normal", seed=3)
     on_disk = changes | {"init_from": start, "image_head_init": "keep"}
     assert call_main(run_args(task, tmp_path / "old", "image_head", max_steps=4, **on_disk)) == (0, "")
-    for max_steps in (2, 4):
-        assert call_main(run_args(task, tmp_path / "new", "image_head", max_steps=max_steps, **changes)) == (0, "")
-    assert losses(tmp_path / "old") == losses(tmp_path / "new") and sorted(losses(tmp_path / "new")) == [1, 2, 3, 4]
-    note = json.loads((tmp_path / "new" / "epoch0-iter4" / "base_weights.json").read_text())
-    assert (note["source"], note["image_head_init"], note["seed"]) == (str(task / "start"), "normal", 3)
-    code, message = call_main(run_args(task, tmp_path / "new", "lora", max_steps=6, resume_anyway=True, **changes))
-    assert code == 2 and "cannot be resumed: --lora_rank was 0 and is 64" in message
-
-
-def test_a_run_resumes_once_its_note_says_where_its_base_was_moved(task, tmp_path):
-    """By the same command, whose --init_from names the old place."""
-    out, base, elsewhere = tmp_path / "out", tmp_path / "base", tmp_path / "elsewhere"
     shutil.copytree(task / "start", base)
-    assert call_main(run_args(task, out, "image_head", init_from=base, max_steps=2)) == (0, "")
+    changes |= {"init_from": base}
+    assert call_main(run_args(task, out, "image_head", max_steps=2, **changes)) == (0, "")
     base.rename(elsewhere)
-    args = run_args(task, out, "image_head", init_from=base, max_steps=4)
+    args, path = run_args(task, out, "image_head", max_steps=4, **changes), out / "epoch0-iter2" / "base_weights.json"
     code, message = call_main(args)
-    note = out / "epoch0-iter2" / "base_weights.json"
-    assert code == 2 and message.count("\n") == 2 and f"write where it is now as `source` into {note}" in message
-    note.write_text(json.dumps(json.loads(note.read_text()) | {"source": str(elsewhere)}))
+    assert code == 2 and message.count("\n") == 2 and f"write where it is now as `source` into {path}" in message
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"source": str(elsewhere)}))
     assert call_main(args) == (0, "")
-    assert sorted(losses(out)) == [1, 2, 3, 4]
-    assert json.loads((out / "epoch0-iter4" / "base_weights.json").read_text())["source"] == str(elsewhere)
+    assert losses(tmp_path / "old") == losses(out) and sorted(losses(out)) == [1, 2, 3, 4]
+    note = json.loads((out / "epoch0-iter4" / "base_weights.json").read_text())
+    assert (note["source"], note["image_head_init"], note["seed"]) == (str(elsewhere), "normal", 3)
+    code, message = call_main(run_args(task, out, "lora", max_steps=6, resume_anyway=True, **changes))
+    assert code == 2 and "cannot be resumed: --lora_rank was 0 and is 64" in message
 
 
 def test_moments_in_8_bits_stay_with_their_optimizer_and_their_blocks(task, tmp_path):

@@ -1,6 +1,9 @@
 """Positions grow with --max_seq_len: longer sequences than the start's can be trained, saved, exported and drawn."""
 
+import contextlib
+import io
 import json
+import shutil
 
 import pytest
 import torch
@@ -69,18 +72,26 @@ def positions(folder) -> int:
     return json.loads((folder / "config.json").read_text())["max_position_embeddings"]
 
 
-def test_two_images_beyond_the_start_s_positions_are_trained_and_drawn(task, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def out(task, tmp_path_factory):
+    """The output folder of a step on the edits, with a sample."""
+    folder = tmp_path_factory.mktemp("positions") / "out"
     flags = {"sample_interval": 1, "sample_prompts": task / "prompts.json", "vqgan_dir": task / "vqgan"}
-    arguments = edit_args(task, tmp_path / "out", target_size=SIZE[0], **flags)
+    arguments = edit_args(task, folder, target_size=SIZE[0], **flags)
     assert find_config(Options.from_namespace(build_parser().parse_args(arguments))).max_position_embeddings == 128
-    assert call_main(arguments)[0] == 0
-    said = capsys.readouterr().out
-    assert said.count("max_position_embeddings grows from 64 to 128 (--max_seq_len)") == 1
-    assert read_lines(tmp_path / "out")[0]["loss"] > 0
-    checkpoint = tmp_path / "out" / "epoch0"
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert call_main(arguments)[0] == 0
+    assert said.getvalue().count("max_position_embeddings grows from 64 to 128 (--max_seq_len)") == 1
+    return folder
+
+
+def test_two_images_beyond_the_start_s_positions_are_trained_and_drawn(task, out, tmp_path):
+    assert read_lines(out)[0]["loss"] > 0
+    checkpoint = out / "epoch0"
     assert [image.size for image in draw(task, checkpoint)] == [SIZE]
     # The one given and the one drawn.
-    assert len(list((tmp_path / "out" / "samples").rglob("*.png"))) == 2
+    assert len(list((out / "samples").rglob("*.png"))) == 2
     convert_checkpoint(checkpoint, tmp_path / "hf", shape="hf", vqgan_dir=task / "vqgan")
     convert_checkpoint(tmp_path / "hf", tmp_path / "back")
     assert [positions(folder) for folder in (checkpoint, tmp_path / "hf", tmp_path / "back")] == [MAX_SEQ_LEN] * 3
@@ -99,15 +110,15 @@ def test_adapters_have_the_positions_that_they_were_trained_with(task, tmp_path)
 
 
 @pytest.mark.parametrize(("saved", "expected"), [(" 64", 128), ("999", 999)])
-def test_a_resumed_run_has_the_larger_of_the_checkpoint_s_positions_and_max_seq_len(task, tmp_path, saved, expected):
-    out = tmp_path / "out"
-    assert call_main(edit_args(task, out))[0] == 0
-    path = out / "epoch0" / "config.json"
+def test_a_resumed_run_has_the_larger_of_the_checkpoint_s_positions_and_max_seq_len(
+    task, out, tmp_path, saved, expected
+):
+    shutil.copytree(out, tmp_path / "out")
+    path = tmp_path / "out" / "epoch0" / "config.json"
     path.write_text(path.read_text().replace('embeddings": 128', f'embeddings": {saved}'))
     assert positions(path.parent) == int(saved)
-    code, message = call_main(edit_args(task, out, max_steps=2))
-    assert code == 0, message
-    assert positions(out / "epoch1") == expected
+    assert call_main(edit_args(task, tmp_path / "out", max_steps=2)) == (0, "")
+    assert positions(tmp_path / "out" / "epoch1") == expected
 
 
 def test_a_fresh_model_has_the_positions_of_its_data_and_positions_never_shrink(task):

@@ -53,8 +53,8 @@ def test_every_step_has_a_dropout_seed_of_its_own(task, tmp_path, monkeypatch):
     """A function of seed, epoch, step and rank, so that a resumed run drops the same."""
     seeds, set_seed = [], torch.manual_seed
     monkeypatch.setattr(torch, "manual_seed", lambda seed: (seeds.append(seed), set_seed(seed))[1])
-    train_here(task, tmp_path, max_steps=14, seed=5)
-    places = [[5, 0, step, 0] for step in range(12)] + [[5, 1, step, 0] for step in range(2)]
+    train_here(task, tmp_path, batch_size=12, max_steps=3, seed=5)
+    places = [[5, 0, 0, 0], [5, 0, 1, 0], [5, 1, 0, 0]]
     expected = [int(np.random.SeedSequence(place).generate_state(1)[0]) for place in places]
     assert [seed for seed in seeds if seed in expected] == expected
 
@@ -74,38 +74,18 @@ def test_ways_of_computing_agree(task, trained, tmp_path, changes, tolerance):
     assert found == pytest.approx(expected, rel=tolerance, abs=0)
 
 
-def test_max_steps_ends_with_a_checkpoint_and_more_steps_resume(task, tmp_path, capsys):
+def test_max_steps_ends_with_a_checkpoint_and_more_steps_resume(task, undisturbed, tmp_path, capsys):
     """Into the second epoch, with dropout: the losses and weights are those of an undisturbed run, bit for bit."""
-    whole = train_here(task, tmp_path / "whole", max_steps=14, dropout=0.1)
-    parts = train_here(task, tmp_path / "parts", max_steps=5, dropout=0.1)
-    assert list(parts) == [1, 2, 3, 4, 5] and (tmp_path / "parts" / "epoch0-iter5").is_dir()
+    parts = train_here(task, tmp_path, max_steps=5, dropout=0.1)
+    assert list(parts) == [1, 2, 3, 4, 5] and (tmp_path / "epoch0-iter5").is_dir()
     capsys.readouterr()
-    assert train_here(task, tmp_path / "parts", max_steps=14, dropout=0.1) == whole
-    assert f"resuming from {tmp_path / 'parts' / 'epoch0-iter5'} after step 5\n" in capsys.readouterr().out
-    assert weights(tmp_path / "parts" / "epoch1-iter2") == weights(tmp_path / "whole" / "epoch1-iter2")
-    before = (tmp_path / "parts" / "metrics.jsonl").read_bytes()
-    train_here(task, tmp_path / "parts", max_steps=14, dropout=0.1)
+    assert train_here(task, tmp_path, max_steps=14, dropout=0.1) == losses(undisturbed)
+    assert f"resuming from {tmp_path / 'epoch0-iter5'} after step 5\n" in capsys.readouterr().out
+    assert weights(tmp_path / "epoch1-iter2") == weights(undisturbed / "epoch1-iter2")
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    train_here(task, tmp_path, max_steps=14, dropout=0.1)
     assert "nothing left to train: step 14" in capsys.readouterr().out
-    assert (tmp_path / "parts" / "metrics.jsonl").read_bytes() == before
-
-
-def test_log_interval_averages_over_targets(task, trained, tmp_path):
-    every = read_lines(trained)[:6]
-    train_here(task, tmp_path, max_steps=6, log_interval=3)
-    third = read_lines(tmp_path)
-    # The first step is saved, and a line is written before every checkpoint.
-    assert [line["step"] for line in third] == [1, 3, 6]
-    targets = [line["num_valid_tokens"] for line in every[3:]]
-    total = sum(line["loss"] * count for line, count in zip(every[3:], targets, strict=True))
-    assert third[2]["num_valid_tokens"] == sum(targets)
-    assert third[2]["loss"] == pytest.approx(total / sum(targets))
-
-
-@pytest.mark.slow
-def test_packing_trains_the_same_items(task, trained, tmp_path):
-    train_here(task, tmp_path, epochs=1, packing=True)
-    plain = sum(line["num_valid_tokens"] for line in read_lines(trained) if line["epoch"] <= 1)
-    assert sum(line["num_valid_tokens"] for line in read_lines(tmp_path)) == plain
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.slow
@@ -133,27 +113,24 @@ def test_resume_skips_a_damaged_checkpoint_and_needs_no_start(task, tmp_path, ca
 
 
 @pytest.mark.slow
-def test_resume_path_from_elsewhere_and_changed_options(task, tmp_path, capsys):
-    whole = train_here(task, tmp_path / "out", max_steps=6, save_iteration_interval=4)
-    start = tmp_path / "out" / "epoch0-iter4"
-    found = train_here(task, tmp_path / "new", max_steps=6, resume_path=start)
-    assert found == {step: loss for step, loss in whole.items() if step > 4}
+def test_resume_path_from_elsewhere_and_changed_options(task, trained, tmp_path, capsys):
+    start = {"resume_path": trained / "epoch0"}
+    found = train_here(task, tmp_path / "new", max_steps=14, **start)
+    assert found == {step: loss for step, loss in losses(trained).items() if 12 < step <= 14}
     capsys.readouterr()
-    changed = {"max_steps": 5, "resume_path": start, "accum_iter": 3, "seed": 1}
-    train_here(task, tmp_path / "newer", **changed, resume_anyway=True)
+    train_here(task, tmp_path / "newer", max_steps=13, accum_iter=3, seed=1, resume_anyway=True, **start)
     printed = capsys.readouterr().out
     assert "a step keeps its 1 rows, not accum_iter x ranks = 3" in printed
     assert "warning: --seed was 0 and is 1" in printed
 
 
 @pytest.mark.slow
-def test_new_global_batch_continues_the_epoch(task, tmp_path, capsys):
-    train_here(task, tmp_path, max_steps=6)
-    train_here(task, tmp_path, accum_iter=3, new_global_batch=True, epochs=1)
-    assert "a step now has 3 rows, not 1: the epoch continues at step 2" in capsys.readouterr().out
-    lines = read_lines(tmp_path)
-    # 6 steps of one row, then the steps from 2 to 12 / 3.
-    assert [line["step"] for line in lines] == list(range(1, 9)) and lines[-1]["epoch"] == 1.0
+def test_new_global_batch_continues_the_epoch(task, undisturbed, tmp_path, capsys):
+    start = {"resume_path": undisturbed / "epoch1-iter2", "dropout": 0.1}
+    train_here(task, tmp_path, max_steps=16, accum_iter=2, new_global_batch=True, **start)
+    assert "a step now has 2 rows, not 1: the epoch continues at step 1" in capsys.readouterr().out
+    # Steps 2 and 3 of 12 / 2.
+    assert [(line["step"], line["epoch"]) for line in read_lines(tmp_path)] == [(15, 1.333333), (16, 1.5)]
 
 
 def test_a_checkpoint_with_moments_in_bf16_resumes_under_adamw(task, tmp_path):
@@ -174,33 +151,28 @@ def test_a_checkpoint_with_moments_in_bf16_resumes_under_adamw(task, tmp_path):
 @pytest.mark.slow
 def test_fresh_model_of_a_named_size_on_a_machine_without_cuda(task, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    fresh = {"init_from": None, "model_size": "tiny", "tokenizer": task / "init", "device": None, "precision": None}
+    fresh = {
+        "init_from": None,
+        "model_size": "tiny",
+        "tokenizer": task / "init",
+        "device": None,
+        "precision": None,
+    }
     assert len(train_here(task, tmp_path / "out", max_steps=1, **fresh)) == 1
     assert load_pretrained(tmp_path / "out" / "epoch0-iter1").config.hidden_size == 256
     assert capsys.readouterr().out.count("torch sees no CUDA GPU: this run is on the CPU") == 1
 
 
-def first_weights(out):
-    """(image rows, other rows) of the head after the first step, which warm-up takes with a learning rate of 0."""
-    model = load_pretrained(out / "epoch0-iter1")
-    ids = model.image_token_ids(torch.device("cpu"))
-    others = torch.ones(len(model.lm_head.weight), dtype=torch.bool).index_fill(0, ids, False)
-    return model.lm_head.weight[ids], model.lm_head.weight[others]
-
-
 @pytest.mark.slow
-def test_image_head_init_reaches_the_start(task, tmp_path, monkeypatch):
-    """Kept with --init_from; zeroed in the recipe's start, for which a small folder stands here, or drawn."""
+def test_the_recipe_s_start_has_zeroed_image_rows(task, tmp_path, monkeypatch):
+    """A small folder stands for it. Warm-up takes the first step with a learning rate of 0."""
     monkeypatch.setitem(DEFAULT_STARTS, "7B", str(task / "init"))
     monkeypatch.setattr("model.run.options.DEFAULT_TOKENIZER", str(task / "tokenizer"))
-    train_here(task, tmp_path / "kept", max_steps=1)
-    train_here(task, tmp_path / "zero", max_steps=1, init_from=None)
-    train_here(task, tmp_path / "drawn", max_steps=1, init_from=None, image_head_init="normal")
-    heads = {name: first_weights(tmp_path / name) for name in ("kept", "zero", "drawn")}
-    assert all(torch.equal(others, heads["kept"][1]) for _, others in heads.values())
-    assert heads["kept"][0].any() and not heads["zero"][0].any()
-    start = load_pretrained(convert_checkpoint(task / "init", tmp_path / "start", image_head_init="normal", seed=0))
-    assert torch.equal(heads["drawn"][0], start.lm_head.weight[start.image_token_ids(torch.device("cpu"))])
+    train_here(task, tmp_path, max_steps=1, init_from=None)
+    start, model = load_pretrained(task / "init"), load_pretrained(tmp_path / "epoch0-iter1")
+    ids = model.image_token_ids(torch.device("cpu"))
+    assert start.lm_head.weight[ids].all() and not model.lm_head.weight[ids].any()
+    assert torch.equal(model.lm_head.weight, start.lm_head.weight.index_fill(0, ids, 0.0))
 
 
 @pytest.mark.slow
@@ -224,12 +196,19 @@ def test_the_vqgan_is_in_every_checkpoint(task, tmp_path):
 
 
 @pytest.mark.slow
-def test_resume_on_other_numbers_of_ranks(task, tmp_path):
-    """Four steps on 2 ranks, more on 3 and on 1, into the second epoch: the losses of one rank that takes them all."""
-    changes = {"batch_size": 1, "epochs": 3}
-    whole = train_here(task, tmp_path / "whole", accum_iter=2, max_steps=14, **changes)
-    train(2, solver_args(task, tmp_path / "out", max_steps=4, **changes))
-    printed = train(3, solver_args(task, tmp_path / "out", max_steps=10, **changes))
+def test_resume_on_other_numbers_of_ranks(two_types, tmp_path):
+    """Four steps on 2 ranks, more on 3 and on 1, into the second epoch: the figures of one rank that takes them all."""
+    changes, out = {"batch_size": 1, "epochs": 3}, tmp_path / "out"
+    whole = train_here(two_types, tmp_path / "whole", accum_iter=2, max_steps=14, **changes)
+    train(2, solver_args(two_types, out, max_steps=4, **changes))
+    printed = train(3, solver_args(two_types, out, max_steps=10, log_interval=3, **changes))
     assert "a step keeps its 2 rows" in printed
-    train_here(task, tmp_path / "out", max_steps=14, **changes)
-    assert len(whole) == 14 and losses(tmp_path / "out") == pytest.approx(whole, rel=1e-4)
+    train_here(two_types, out, max_steps=14, **changes)
+    lines, expected = read_lines(out), read_lines(tmp_path / "whole")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 6, 9, 10, 11, 12, 13, 14] and len(whole) == 14
+    for before, line in zip([{"step": 0}, *lines], lines, strict=False):
+        steps = expected[before["step"] : line["step"]]
+        num_valid = sum(one["num_valid_tokens"] for one in steps)
+        loss = sum(one["loss"] * one["num_valid_tokens"] for one in steps) / num_valid
+        assert (line["num_valid_tokens"], line["loss"]) == (num_valid, pytest.approx(loss, rel=1e-4))
+        assert line["loss_by_type"].keys() == {name for one in steps for name in one["loss_by_type"]}

@@ -45,13 +45,8 @@ def test_bad_items_are_skipped_logged_and_counted_once(task, tmp_path):
     # No other item took the place of a skipped one.
     assert call_main(solver_args(task, tmp_path / "calm", data_config=write_config(task, without=(5, 12)))) == (0, "")
     assert targets(out) == targets(tmp_path / "calm")
-
-
-def test_one_bad_item_too_many_ends_the_run(task, tmp_path):
-    damage(task, 5, 12)
-    code, message = call_main(solver_args(task, tmp_path / "out", max_bad_items=1))
-    assert code == 3 and "Traceback" not in message
-    assert "2 items cannot be read (--max_bad_items 1)" in message and ".pkl" in message
+    code, message = call_main(solver_args(task, tmp_path / "fewer", max_bad_items=1))
+    assert code == 3 and "2 items cannot be read (--max_bad_items 1)" in message and "Traceback" not in message
 
 
 @pytest.mark.slow
@@ -81,12 +76,12 @@ def test_other_items_are_rejected_unless_intended(task, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_context_dropout_trains_on_images_alone_and_resumes_the_same(task, tmp_path):
-    changes = {"context_dropout": 0.7, "packing": True}
+    changes = {"context_dropout": 0.7, "packing": True, "epochs": 1}
     assert call_main(solver_args(task, tmp_path / "once", **changes)) == (0, "")
-    assert call_main(solver_args(task, tmp_path / "twice", max_steps=2, **changes)) == (0, "")
-    assert call_main(solver_args(task, tmp_path / "twice", **changes)) == (0, "")
+    for max_steps in (2, None):
+        assert call_main(solver_args(task, tmp_path / "twice", max_steps=max_steps, **changes)) == (0, "")
     assert losses(tmp_path / "once") == losses(tmp_path / "twice")
-    assert call_main(solver_args(task, tmp_path / "plain", packing=True)) == (0, "")
+    assert call_main(solver_args(task, tmp_path / "plain", packing=True, epochs=1)) == (0, "")
     # A begin-image token that begins its document is no target.
     assert targets(tmp_path / "once") < targets(tmp_path / "plain")
 
@@ -94,7 +89,7 @@ def test_context_dropout_trains_on_images_alone_and_resumes_the_same(task, tmp_p
 def test_overlong_items_and_filler_are_reported(task, tmp_path, capsys):
     assert call_main(solver_args(task, tmp_path / "out", max_seq_len=20, overlong="drop", max_steps=2)) == (0, "")
     printed = capsys.readouterr().out
-    assert "items of --data_config above --max_seq_len 20 are dropped" in printed and "% filled" in printed
+    assert f"items of {task / 'data.yaml'} above --max_seq_len 20 are dropped" in printed and "% filled" in printed
     assert all(0.3 < line["fill"] <= 1 for line in read_lines(tmp_path / "out"))
 
 

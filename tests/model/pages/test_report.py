@@ -20,7 +20,7 @@ from model.pages.charts import MAX_POINTS, log_ticks, nice_ticks, smooth, thin, 
 from model.pages.report_page import build_charts
 from model.report import command_to_resume, main, report_at_end, write_report
 from model.run.options import build_parser
-from model.run.samples_format import read_samples, write_samples
+from model.run.samples import read_samples, write_samples
 from model.training.checkpoint import find_newest, lock_output_dir, read_state
 from tests.helpers.browser_helpers import needs_browser, seen_by_probe, show
 

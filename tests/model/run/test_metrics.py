@@ -11,11 +11,11 @@ import torch
 from model.run import run_log
 from model.run.checks import Setup
 from model.run.flops import mean_document_len, peak_flops
-from model.run.metrics import SUMMED_FIELDS, MetricsFile, MetricSums, flatten, read_metrics, summarize
+from model.run.metrics import SUMMED_FIELDS, MetricSums, read_metrics, summarize
 from model.run.options import Options, build_parser
 from model.run.run_log import RunLog
 from model.training.distributed import Launch, process_group
-from tests.helpers.small_run import call_main, read_lines, solver_args, train
+from tests.helpers.small_run import read_lines
 
 CPU = torch.device("cpu")
 # In the order of SUMMED_FIELDS: ce, z, targets, text ce, text targets, image ce, image targets.
@@ -24,50 +24,22 @@ SECOND = SimpleNamespace(**dict(zip(SUMMED_FIELDS, map(torch.tensor, (2.0, 10.0,
 
 
 def test_summarize_gives_means_over_targets_not_over_steps():
-    sums = MetricSums(CPU)
-    sums.add(FIRST, num_tokens=10)
-    sums.add(SECOND, num_tokens=30)
-    (numbers,) = sums.take().tolist()
-    assert summarize([numbers], z_loss_weight=0.1) == {
+    sums = MetricSums(CPU, num_types=3)
+    sums.add(FIRST, num_tokens=10, type_id=0)
+    sums.add(SECOND, num_tokens=30, type_id=2)
+    numbers = sums.take()
+    assert numbers[:, -1].tolist() == [10, 0, 30], "tokens processed"
+    assert summarize(numbers.tolist(), 0.1, ["captions", "edits", "text"]) == {
         "loss": pytest.approx(8 / 4 + 0.1 * 40 / 4),
         "ce": 2.0,
         "z_loss": 10.0,
         "text_loss": 2.0,
         "image_loss": 2.0,
+        "loss_by_type": {"captions": pytest.approx(2 + 0.1 * 10), "text": pytest.approx(2 + 0.1 * 10)},
         "num_valid_tokens": 4,
     }
-    assert numbers[-1] == 40, "tokens processed"
     line = summarize(sums.take().tolist(), z_loss_weight=1e-5)
     assert line["num_valid_tokens"] == 0 and line["loss"] is None and line["text_loss"] is None
-
-
-def test_summarize_gives_the_loss_of_each_type():
-    sums = MetricSums(CPU, num_types=3)
-    sums.add(FIRST, num_tokens=10, type_id=0)
-    sums.add(SECOND, num_tokens=30, type_id=2)
-    line = summarize(sums.take().tolist(), 0.1, ["captions", "edits", "text"])
-    assert line["loss_by_type"] == {"captions": pytest.approx(2 + 0.1 * 10), "text": pytest.approx(2 + 0.1 * 10)}
-    assert line["loss"] == pytest.approx(8 / 4 + 0.1 * 40 / 4), "over all types"
-
-
-def test_flatten_gives_trackers_plain_numbers():
-    line = {"step": 3, "loss": 1.5, "mfu": None, "note": "x", "loss_by_type": {"a": 1.0, "b": None}}
-    assert flatten(line) == {"step": 3, "loss": 1.5, "loss_by_type/a": 1.0}
-
-
-def test_metrics_file_drops_later_steps_and_damaged_lines(tmp_path):
-    path, printed = tmp_path / "metrics.jsonl", []
-    lines = [json.dumps({"step": step}).encode() + b"\n" for step in range(1, 8)]
-    path.write_bytes(b"".join([*lines[:3], b"\0\0\n", lines[3], b'{"step": 5, "lo\n', b"[1]\n", *lines[4:], b'{"st']))
-    file = MetricsFile(tmp_path, 5, printed.append)
-    file.append({"step": 6, "loss": float("nan"), "loss_by_type": {"a": float("inf")}})
-    file.sync()
-    file.close()
-    *kept, appended = read_metrics(path)
-    assert kept == [{"step": step} for step in range(1, 6)] and file.last_step == 7
-    assert appended == {"step": 6, "loss": None, "loss_by_type": {"a": None}}
-    assert len(path.read_text().splitlines()) == 6 and [entry.name for entry in tmp_path.iterdir()] == [path.name]
-    assert printed == [f"3 lines of {path} cannot be read: 4, 6, 7; these lines are dropped"]
 
 
 # The log of a run
@@ -87,6 +59,22 @@ def make_log(folder, rank=0) -> RunLog:
     log = RunLog(setup, resume_step=2)
     log.expect(12)
     return log
+
+
+def test_a_log_drops_later_steps_and_damaged_lines(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step}).encode() + b"\n" for step in range(1, 5)]
+    path.write_bytes(b"".join([*lines[:2], b"\0\0\n", b'{"step": 5, "lo\n', b"[1]\n", *lines[2:], b'{"st']))
+    log = make_log(tmp_path)
+    log.advance()
+    log.write(LINE | {"loss": None, "ce": float("nan"), "loss_by_type": {"a": float("inf")}})
+    log.sync()
+    log.close()
+    *kept, appended = read_metrics(path)
+    assert kept == [{"step": 1}, {"step": 2}]
+    assert appended == LINE | {"loss": None, "ce": None, "loss_by_type": {"a": None}}
+    assert len(path.read_text().splitlines()) == 3 and [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    assert f"3 lines of {path} cannot be read: 3, 4, 5; these lines are dropped\n" in capsys.readouterr().out
 
 
 def test_lines_are_printed_on_rank_0_with_the_time_left(tmp_path, capsys):
@@ -117,42 +105,6 @@ def test_waiting_and_memory_are_those_of_the_rank_with_the_most(tmp_path, monkey
         log.close()
     assert figures["num_valid_tokens"] == 6 and figures["ce"] == 2.0 and extra == 5.0
     assert figures["data_wait_ms"] >= 7010 and figures["memory_gib"] > own_gib + 0.5
-
-
-FIGURES = {
-    *("step", "epoch", "lr", "loss", "ce", "z_loss", "text_loss", "image_loss", "num_valid_tokens", "grad_norm"),
-    *("tokens_per_s", "mfu", "step_ms", "data_wait_ms", "data_wait", "memory_gib", "memory_reserved_gib", "fill"),
-    *("skipped_steps", "bad_items", "loss_by_type"),
-}
-
-
-def test_a_line_of_a_run_holds_every_figure(two_types, tmp_path):
-    assert call_main(solver_args(two_types, tmp_path / "out", max_steps=6)) == (0, "")
-    lines = read_lines(tmp_path / "out")
-    assert all(line.keys() == FIGURES for line in lines)
-    for line in lines:
-        assert line["mfu"] is None, "the peak of a CPU is not known"
-        assert 0.05 < line["memory_gib"] < 50 and 0 < line["fill"] <= 1
-        assert 0 <= line["data_wait"] < 1 and 0 < line["data_wait_ms"] < line["step_ms"]
-        (by_type,) = line["loss_by_type"].values()
-        assert by_type == pytest.approx(line["loss"]), "all rows of a step are of one type"
-    assert {name for line in lines for name in line["loss_by_type"]} == {"text", "images"}
-    assert {line["image_loss"] is None for line in lines if "text" in line["loss_by_type"]} == {True}
-
-
-@pytest.mark.slow
-def test_figures_are_reduced_once_per_interval_and_over_ranks(two_types, tmp_path):
-    """One rank that takes two rows per step and logs all, against two ranks that log every third step."""
-    assert call_main(solver_args(two_types, tmp_path / "one", epochs=1, accum_iter=2)) == (0, "")
-    train(2, solver_args(two_types, tmp_path / "two", epochs=1, log_interval=3))
-    one, two = read_lines(tmp_path / "one"), read_lines(tmp_path / "two")
-    assert [line["step"] for line in two] == [1, 3, 6]
-    for line, steps in zip(two, ([1], [2, 3], [4, 5, 6]), strict=True):
-        mine = [other for other in one if other["step"] in steps]
-        assert line["num_valid_tokens"] == sum(other["num_valid_tokens"] for other in mine)
-        total = sum(other["loss"] * other["num_valid_tokens"] for other in mine)
-        assert line["loss"] == pytest.approx(total / line["num_valid_tokens"], rel=1e-4)
-        assert line["loss_by_type"].keys() == {name for other in mine for name in other["loss_by_type"]}
 
 
 def test_peak_flops_by_name():

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from model.run import trackers as trackers_module
-from model.run.trackers import RUN_ID_NAME, TENSORBOARD_DIR, TrackerOptions, Trackers, open_run
+from model.run.trackers import RUN_ID_NAME, TENSORBOARD_DIR, TrackerOptions, Trackers, find_run_id
 from tests.helpers.small_run import call_main, read_lines, solver_args
 
 
@@ -19,36 +19,41 @@ def curves(output_dir):
     return events, {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_tensorboard_has_every_figure_of_metrics_jsonl(two_types, tmp_path):
+FIGURES = {
+    *("step", "epoch", "lr", "loss", "ce", "z_loss", "text_loss", "image_loss", "num_valid_tokens", "grad_norm"),
+    *("tokens_per_s", "mfu", "step_ms", "data_wait_ms", "data_wait", "memory_gib", "memory_reserved_gib", "fill"),
+    *("skipped_steps", "bad_items", "loss_by_type"),
+}
+
+
+def test_metrics_and_tensorboard_have_every_figure_of_every_step_of_a_resumed_run(two_types, tmp_path):
+    """Step 5 is logged, the last checkpoint is of step 3: no step is missing, none is there twice."""
     out = tmp_path / "out"
-    assert call_main(solver_args(two_types, out, epochs=1, log_with="tensorboard")) == (0, "")
-    _, found = curves(out)
-    lines = read_lines(out)
-    for key in ("loss", "text_loss", "lr", "grad_norm", "tokens_per_s", "data_wait_ms", "memory_gib", "epoch"):
+    changes = {"save_iteration_interval": 3, "log_with": "tensorboard"}
+    assert call_main(solver_args(two_types, out, max_steps=5, **changes)) == (0, "")
+    shutil.rmtree(out / "epoch0-iter5")
+    assert call_main(solver_args(two_types, out, max_steps=7, **changes)) == (0, "")
+    lines, (_, found) = read_lines(out), curves(out)
+    assert [line["step"] for line in lines] == list(range(1, 8))
+    for line in lines:
+        assert line.keys() == FIGURES and line["mfu"] is None, "the peak of a CPU is not known"
+        assert 0.05 < line["memory_gib"] < 50 and 0 < line["fill"] <= 1
+        assert 0 <= line["data_wait"] < 1 and 0 < line["data_wait_ms"] < line["step_ms"]
+        ((kind, loss),) = line["loss_by_type"].items()
+        assert loss == pytest.approx(line["loss"]), "all rows of a step are of one type"
+        assert (line["image_loss"] is None) == (kind == "text")
+    for key in FIGURES - {"step", "mfu", "loss_by_type"}:
         expected = [(line["step"], pytest.approx(line[key], rel=1e-6)) for line in lines if line[key] is not None]
         assert found[key] == expected, key
-    by_type = [(line["step"], line["loss_by_type"]["text"]) for line in lines if "text" in line["loss_by_type"]]
-    assert found["loss_by_type/text"] == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in by_type]
+    for kind in ("text", "images"):
+        by_type = [(line["step"], line["loss_by_type"][kind]) for line in lines if kind in line["loss_by_type"]]
+        assert found[f"loss_by_type/{kind}"] == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in by_type]
     assert "step" not in found and "mfu" not in found
 
 
-@pytest.mark.slow
-def test_a_run_cut_off_resumes_in_the_same_curve(small_task, tmp_path):
-    """Step 5 is logged, the last checkpoint is of step 3: no step is missing, none is there twice."""
-    out = tmp_path / "out"
-    changes = {"save_iteration_interval": 3, "epochs": 1, "log_with": "tensorboard"}
-    assert call_main(solver_args(small_task, out, max_steps=5, **changes)) == (0, "")
-    shutil.rmtree(out / "epoch0-iter5")
-    assert call_main(solver_args(small_task, out, **changes)) == (0, "")
-    _, found = curves(out)
-    lines = read_lines(out)
-    assert [step for step, _ in found["loss"]] == [line["step"] for line in lines] == list(range(1, 13))
-    assert [loss for _, loss in found["loss"]] == pytest.approx([line["loss"] for line in lines], rel=1e-6)
-
-
 def test_images_reach_tensorboard(tmp_path):
-    trackers = Trackers(TrackerOptions("tensorboard"), tmp_path, 0, 0, {}, print)
-    trackers.log_images(7, {"samples": [Image.new("RGB", (8, 4), "red"), Image.new("L", (2, 2))]})
+    trackers = Trackers(TrackerOptions("tensorboard"), tmp_path, 0, {}, print)
+    trackers.log_images(7, {"samples/0": Image.new("RGB", (8, 4), "red"), "samples/1": Image.new("L", (2, 2))})
     trackers.close()
     events, _ = curves(tmp_path)
     assert events.Tags()["images"] == ["samples/0", "samples/1"]
@@ -60,10 +65,10 @@ def test_a_tracker_that_fails_is_reported_once_and_switched_off(tmp_path):
     """At the start: a file has the name of TensorBoard's folder. Later: what is sent is no image."""
     lines = []
     (tmp_path / TENSORBOARD_DIR).write_text("not a folder")
-    for folder, images in ((tmp_path, []), (tmp_path / "other", ["no image"])):
+    for folder in (tmp_path, tmp_path / "other"):
         folder.mkdir(exist_ok=True)
-        trackers = Trackers(TrackerOptions("tensorboard"), folder, 0, 0, {}, lines.append)
-        trackers.log_images(1, {"samples": images})
+        trackers = Trackers(TrackerOptions("tensorboard"), folder, 0, {}, lines.append)
+        trackers.log_images(1, {"samples/0": "no image"})
         trackers.log(2, {"loss": 1.0})
         trackers.close()
     assert len(lines) == 2 and "AttributeError" in lines[1]
@@ -71,7 +76,8 @@ def test_a_tracker_that_fails_is_reported_once_and_switched_off(tmp_path):
     assert all(line.endswith("metrics.jsonl continues") for line in lines)
 
 
-def test_other_trackers_get_each_step_once_under_one_id(tmp_path, monkeypatch):
+def test_a_resumed_run_continues_under_its_id(tmp_path, monkeypatch):
+    """The file of an older version has more than the id."""
     starts, sent = [], []
 
     class Recorder:
@@ -83,25 +89,21 @@ def test_other_trackers_get_each_step_once_under_one_id(tmp_path, monkeypatch):
         def finish(self) -> None: ...
 
         def log(self, figures: dict[str, float], step: int) -> None:
-            sent.append(step)
+            sent.append((step, figures))
 
     from accelerate import tracking
 
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Recorder)
-    for resume_step, last_step, end in ((0, 0, 5), (2, 5, 7)):
-        trackers = Trackers(TrackerOptions("wandb", "a_project"), tmp_path, resume_step, last_step, {}, pytest.fail)
-        for step in range(resume_step + 1, end + 1):
-            trackers.log(step, {"loss": 1.0 / step})
+    line = {"step": 1, "loss": 1.5, "mfu": None, "note": "x", "loss_by_type": {"a": 1.0, "b": None}}
+    for resume_step in (0, 2):
+        trackers = Trackers(TrackerOptions("wandb", "a_project"), tmp_path, resume_step, {}, pytest.fail)
+        trackers.log(resume_step + 1, line)
         trackers.close()
-    run_id = (tmp_path / RUN_ID_NAME).read_text().split()[0]
-    assert starts == [("a_project", run_id, "allow")] * 2 and sent == list(range(1, 8))
-
-
-def test_the_id_of_an_older_run_is_kept(tmp_path):
-    (tmp_path / RUN_ID_NAME).write_text("0a1b2c3d\nwandb 5\n")
-    assert open_run(tmp_path, 7)[0] == "0a1b2c3d"
-    (tmp_path / RUN_ID_NAME).write_text("")
-    assert len(open_run(tmp_path, 7)[0]) == 8 and open_run(tmp_path, 5)[1] == 7
+    run_id = (tmp_path / RUN_ID_NAME).read_text().strip()
+    assert len(run_id) == 8 and starts == [("a_project", run_id, "allow")] * 2
+    assert sent == [(1, {"loss": 1.5, "loss_by_type/a": 1.0}), (3, {"loss": 1.5, "loss_by_type/a": 1.0})]
+    (tmp_path / RUN_ID_NAME).write_text("0a1b2c3d\n5\n")
+    assert find_run_id(tmp_path) == "0a1b2c3d"
 
 
 def test_unknown_and_missing_trackers_are_problems(monkeypatch):
