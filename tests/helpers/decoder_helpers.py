@@ -67,10 +67,13 @@ def random_tokens(num: int, seed: int = 0) -> torch.Tensor:
 
 def write_small_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """A word-level tokenizer of the small vocabulary, written to a folder."""
-    vocabulary = small_vocabulary()
+    return write_word_tokenizer(small_vocabulary(), folder)
+
+
+def write_word_tokenizer(vocabulary: dict[str, int], folder: Path) -> PreTrainedTokenizerFast:
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    specials = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **specials)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **special)
     tokenizer.save_pretrained(folder)
     return tokenizer

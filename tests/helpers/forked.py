@@ -24,8 +24,10 @@ from unittest import mock
 import torch.multiprocessing
 
 ROOT = Path(__file__).parents[2]
-# The libraries that scripts import late are among them, our own modules are not.
+# The libraries that scripts import late are among them, our own modules are not, but for `data`, which keeps torchao
+# quiet.
 PRELOADED = [
+    "data",
     *("torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "accelerate", "safetensors.torch"),
     *("tokenizers", "transformers", "transformers.models.chameleon.modeling_chameleon"),
 ]

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from data.formats.record import RecordEntry, write_merged
 from data.formats.token_file import save_token_file
@@ -27,7 +25,7 @@ from model.weights.export import carried_vqgan, export_tensors
 from model.weights.hf_folder import copy_tokenizer_files
 from model.weights.load import clean_name
 from tests.helpers import forked
-from tests.helpers.decoder_helpers import code_name
+from tests.helpers.decoder_helpers import code_name, write_word_tokenizer
 from tests.helpers.forked import ROOT, environment
 
 
@@ -37,12 +35,7 @@ def write_small_task(folder: Path, num_items: int = 24, seed: int = 0) -> None:
     names = [*control, *(f"<reserved{8800 + n:05d}>" for n in range(1, 9))]
     names += map(code_name, range(64))
     names += [f"word{n}" for n in range(200 - len(names))]
-    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-    tokenizer.save_pretrained(folder / "tokenizer")
-
+    tokenizer = write_word_tokenizer({name: i for i, name in enumerate(names)}, folder / "tokenizer")
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 512}
     config = build_config("tiny", tokenizer, **shape)
     model = build_model(config, device="cpu")
