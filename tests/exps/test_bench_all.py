@@ -128,6 +128,27 @@ def test_the_peak_of_a_measurement_is_its_own():
     del large
 
 
+@pytest.mark.slow
+def test_the_bench_of_checkpoints_saves_both_ways_and_leaves_nothing(tmp_path):
+    summary = run_bench("checkpoint", "--gigabytes=0.15", "--num_tokens=16", "--repeats=1", f"--output_dir={tmp_path}")
+    ours, baseline = summary["ours"], summary["baseline"]
+    assert ours["gigabytes"] == pytest.approx(baseline["gigabytes"], rel=1e-3) and 0.1 < ours["gigabytes"] < 0.2
+    assert baseline["slowed_s"] == 0 and ours["lost_s"] == ours["stall_s"] + ours["slowed_s"]
+    assert not list(tmp_path.iterdir()), "nothing is left on the disk that was measured"
+
+
+@pytest.mark.slow
+def test_both_ways_of_the_data_bench_read_all_tokens_of_an_epoch_and_our_rows_are_fuller():
+    task = ("--num_items", 2000, "--num_rows", 1000, "--batch_size", 4, "--num_ranks", 1, "--num_workers", 0, 1)
+    summary = run_bench("data", *task, "--lengths", 30, 800, "--max_seq_len", 832, "--repeats", 1)
+    ours, baseline, ratio = summary["ours"], summary["baseline"], summary["ratio"]
+    assert len({count for way in (ours, baseline) for count in way["num_tokens"].values()}) == 1
+    assert ours["num_tokens"]["0"] == pytest.approx(2000 * (30 + 800) / 2, rel=0.05)
+    assert baseline["plan"]["fill"] < 0.8 < 0.95 < min(ours["plan"]["fill"], ours["packing"]["fill"]) <= 1
+    assert ratio["plan.fill"] == pytest.approx(ours["plan"]["fill"] / baseline["plan"]["fill"])
+    assert min(*ours["tokens_per_s"].values(), *baseline["tokens_per_s"].values()) > 0
+
+
 def test_a_table_has_each_way_and_the_ratios_of_what_both_have():
     ours = {"speed": 5, "ms": {"min": 2.0}, "only": 1}
     rows = [
