@@ -3,7 +3,7 @@
     python exps/plan_table.py
 
 A cell has the peak of a rank in GiB, and the smallest card that it fits, in GB as sold. No GPU and no weights are
-needed; a plan takes some seconds to a minute on one core.
+needed.
 """
 
 import argparse
@@ -33,19 +33,12 @@ METHODS = {
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model_sizes", nargs="+", default=["7B", "34B"], help="model sizes, rows of the table (7B 34B)"
-    )
-    parser.add_argument(
-        "--world_sizes",
-        nargs="+",
-        type=int,
-        default=[1, 2, 8, 32, 128],
-        help="numbers of ranks, columns of the table (1 2 8 32 128)",
-    )
-    parser.add_argument("--batch_size", type=int, default=8, help="items of a row (8)")
-    parser.add_argument("--max_seq_len", type=int, default=4096, help="tokens of an item (4096)")
-    parser.add_argument("--jobs", type=int, default=2, help="plans made at the same time (2)")
+    add, ranks = parser.add_argument, [1, 2, 8, 32, 128]
+    add("--model_sizes", nargs="+", default=["7B", "34B"], help="model sizes, rows of the table (7B 34B)")
+    add("--world_sizes", nargs="+", type=int, default=ranks, help="numbers of ranks, the columns (1 2 8 32 128)")
+    add("--batch_size", type=int, default=8, help="items of a row (8)")
+    add("--max_seq_len", type=int, default=4096, help="tokens of an item (4096)")
+    add("--jobs", type=int, default=2, help="plans made at the same time (2)")
     return parser
 
 
@@ -61,7 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         except RuntimeError as error:
             print(f"exps/plan_table.py: {error}", file=sys.stderr)
             return 1
-    print("\n".join(format_table(dict(zip(cells, plans, strict=True)), args.world_sizes)))
+    heads = ["trained", *(f"{number} rank{'s' if number > 1 else ''}" for number in args.world_sizes)]
+    print(f"| {' | '.join(heads)} |\n|---{'|---:' * len(args.world_sizes)}|")
+    for first in range(0, len(cells), len(args.world_sizes)):
+        size, method, _ = cells[first]
+        row = map(format_cell, plans[first : first + len(args.world_sizes)])
+        print(f"| {size}, {method} | {' | '.join(row)} |")
     return 0
 
 
@@ -78,16 +76,6 @@ def make_plan(cell: tuple[str, str, int], batch_size: int, max_seq_len: int) -> 
     if code:
         raise RuntimeError(f"finetune_solver.py {' '.join(args)} ended with {code}")
     return json.loads(out.getvalue().splitlines()[-1])
-
-
-def format_table(plans: dict[tuple[str, str, int], dict[str, Any]], world_sizes: Sequence[int]) -> list[str]:
-    """Lines of Markdown; `plans` are by (size, method, ranks)."""
-    heads = ["trained", *(f"{number} rank{'s' if number > 1 else ''}" for number in world_sizes)]
-    lines = [f"| {' | '.join(heads)} |", "|---" + "|---:" * len(world_sizes) + "|"]
-    for size, method in dict.fromkeys((size, method) for size, method, _ in plans):
-        row = [format_cell(plans[size, method, world_size]) for world_size in world_sizes]
-        lines.append(f"| {size}, {method} | {' | '.join(row)} |")
-    return lines
 
 
 def format_cell(plan: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ PYTHON=${PYTHON:-python}
 LIMIT_S=${LIMIT_S:-}
 ALL="train generate checkpoint pre_tokenize data"
 BENCHES=${BENCHES:-$ALL}
-SCALE=${SCALE:-$($PYTHON -c 'import torch; print("gpu" if torch.cuda.is_available() else "cpu")')}
+SCALE=${SCALE:-$("$PYTHON" -c 'import torch; print("gpu" if torch.cuda.is_available() else "cpu")')}
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 for name in $BENCHES; do
   if [[ " $ALL " != *" $name "* ]]; then
@@ -35,6 +35,7 @@ esac
 failed=0
 mkdir -p "$OUT"
 date +%F > "$OUT/table.md"
+# shellcheck disable=SC2154
 trap 'running=$(jobs -p); if [[ -n $running ]]; then kill $running; wait; fi' EXIT
 
 # bench SCRIPT FLAGS...: runs it if BENCHES names it. One that fails may have measured one of its ways: its object stays.
@@ -46,7 +47,7 @@ bench() {
   rm -f "$OUT/$name.json" "$OUT/$name.log"
   if [[ -n $total ]] && ((total - SECONDS < seconds)); then seconds=$((total - SECONDS)); fi
   if ((seconds > 0)); then
-    timeout --kill-after=10 "$seconds" $PYTHON -u "$@" > "$OUT/$name.log" 2> "$OUT/$name.err" &
+    timeout --kill-after=10 "$seconds" "$PYTHON" -u "$@" > "$OUT/$name.log" 2> "$OUT/$name.err" &
     wait $! || code=$?
     if [[ $(tail -n 1 "$OUT/$name.log") == "{"*"}" ]]; then
       tail -n 1 "$OUT/$name.log" > "$OUT/$name.json.part" && mv "$OUT/$name.json.part" "$OUT/$name.json"

@@ -2,9 +2,9 @@
 
     python exps/bench/checkpoint.py --gigabytes 0.5
 
-One process trains a decoder on random tokens and saves weights, both Adam moments and the Hugging Face files several
-times. With `--no_async_save`, training waits until the checkpoint is on disk. Our way only waits for a copy; steps that
-run while the thread writes are slower, which is measured too. The last line printed is one JSON object.
+One process trains a decoder on random tokens and saves several times. With `--no_async_save`, training waits until the
+checkpoint is on disk. Our way only waits for a copy; steps that run while the thread writes are slower, which is
+measured too. The last line printed is one JSON object.
 """
 
 import argparse
@@ -39,12 +39,8 @@ COLUMNS = ("gigabytes", "step_s", "stall_s", "slowed_s", "lost_s", "whole_s", "p
 def build_parser() -> argparse.ArgumentParser:
     parser = common.build_bench_parser(__doc__, repeats="saves to measure, after one to warm up")
     add = parser.add_argument
-    add(
-        "--gigabytes",
-        type=float,
-        default=0.5,
-        help="size of a checkpoint in GB, which gives the number of layers (default 0.5)",
-    )
+    size_help = "size of a checkpoint in GB, which gives the number of layers (default 0.5)"
+    add("--gigabytes", type=float, default=0.5, help=size_help)
     add("--num_tokens", type=common.positive, default=256, help="tokens of a training step (default 256)")
     add("--output_dir", type=Path, help="folder on the disk to measure (default: a temporary one)")
     return parser
@@ -54,11 +50,12 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     device = common.choose_device(args.device)
     task = {"gigabytes": args.gigabytes, "num_tokens": args.num_tokens, "repeats": args.repeats, "device": device}
-    results = []
-    for async_save in (False, True):
+
+    def run(async_save: bool) -> dict[str, float]:
         with tempfile.TemporaryDirectory(dir=args.output_dir) as folder:
-            results.append(common.run_alone("checkpoint:measure", async_save=async_save, folder=folder, **task))
-    baseline, ours = results
+            return common.run_alone("checkpoint:measure", async_save=async_save, folder=folder, **task)
+
+    baseline, ours = run(False), run(True)
     row = common.compare({"gigabytes": args.gigabytes}, ours, baseline, way="--no_async_save")
     return common.report("checkpoint", "A checkpoint, one process", device, [row], COLUMNS)
 
@@ -126,9 +123,8 @@ def measure_save(step: Callable[[], None], saver: CheckpointSaver, number: int) 
         slowed.append(timed(step) - plain)
     saver.wait()
     # The checkpoint is complete before the last step ends, half a step on average.
-    whole = time.perf_counter() - began - (plain / 2 if slowed else 0)
-    lost = stall + sum(slowed)
-    return {"step_s": plain, "stall_s": stall, "slowed_s": sum(slowed), "lost_s": lost, "whole_s": whole}
+    whole, slowed_s = time.perf_counter() - began - (plain / 2 if slowed else 0), sum(slowed)
+    return {"step_s": plain, "stall_s": stall, "slowed_s": slowed_s, "lost_s": stall + slowed_s, "whole_s": whole}
 
 
 def timed(work: Callable[[], None]) -> float:

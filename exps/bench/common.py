@@ -18,24 +18,21 @@ from typing import Any, NoReturn
 import torch
 import transformers
 
+# Keeps torchao quiet, if it comes before the models.
+import data  # noqa: F401
+
 ROOT = Path(__file__).resolve().parents[2]
 Row = Mapping[str, Any]
 
 
 def build_bench_parser(description: str | None, repeats: str | None = None) -> argparse.ArgumentParser:
     """A parser with `--device` and, if `repeats` says what is repeated, `--repeats`."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add(
-        "--device",
-        choices=("auto", "cuda", "cpu"),
-        default="auto",
-        help="device to measure (default auto: CUDA if there is a GPU)",
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=style, allow_abbrev=False)
+    device_help = "device to measure (default auto: CUDA if there is a GPU)"
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help=device_help)
     if repeats:
-        add("--repeats", type=positive, default=3, help=f"{repeats} (default 3)")
+        parser.add_argument("--repeats", type=positive, default=3, help=f"{repeats} (default 3)")
     return parser
 
 
@@ -87,8 +84,11 @@ def report(
     Returns the exit code, 1 if a way failed. `columns` are paths of figures ("ms.median"); columns without any figure
     are left out.
     """
-    summary = {"bench": bench, "device": device_name(device), "versions": versions(), **(main_row or rows[0])}
-    print(f"{title}, on {summary['device']}; {', '.join(map(' '.join, versions().items()))}\n")
+    name = device_name(device)
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions["transformers"] = transformers.__version__
+    summary = {"bench": bench, "device": name, "versions": versions, **(main_row or rows[0])}
+    print(f"{title}, on {name}; {', '.join(map(' '.join, versions.items()))}\n")
     print(format_table(rows, columns))
     print(json.dumps({**summary, "rows": rows}))
     return int(any("failed" in (row[way] or {}) for row in rows for way in ("ours", "baseline")))
@@ -106,12 +106,11 @@ def format_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
                 continue
             numbers = dict(flatten(figures))
             cells = [number(numbers[column]) if column in numbers else "-" for column in shown]
-            failed = f"failed: {figures['failed']}" if "failed" in figures else None
-            line = f"| {', '.join(map(str, row['case']))} | {way} | {failed or ' | '.join(cells)} |"
-            # Ours stands beside several baselines.
-            if line not in lines:
-                lines.append(line)
-    return "\n".join(lines)
+            if "failed" in figures:
+                cells = [f"failed: {figures['failed']}"]
+            lines.append(f"| {', '.join(map(str, row['case']))} | {way} | {' | '.join(cells)} |")
+    # Ours stands beside several baselines, with the same line.
+    return "\n".join(dict.fromkeys(lines))
 
 
 def flatten(values: Any, name: str = "") -> Iterator[tuple[str, float]]:
@@ -135,10 +134,6 @@ def choose_device(wanted: str) -> str:
 
 def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
-
-
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def resident_gib(field: str = "VmHWM") -> float:

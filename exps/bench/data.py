@@ -2,13 +2,12 @@
 
     python exps/bench/data.py --num_items 1000000 10000000
 
-The recipe's way, on each rank: the whole record by `json.load` as a list of dicts; items sorted by length, shuffled
-among 500 global batches of neighbours and cut into batches; one `pickle.load` per item in a torch DataLoader; lists
-padded to the longest of the batch. Our way: `open_index`, which the first process of a node builds, `plan_epoch` and
-`build_loader`; with packing (rows of `--max_seq_len` tokens) only time and fill are measured. Both read the same items
-as rank 0, out of the page cache. Memory is the growth to the peak, with pages that ranks share; `private_mib` is the
-growth at the end without these pages. The last line printed is one JSON object with the figures of the last
-`--num_items`.
+The recipe's way, on each rank: the record as a list of dicts; items sorted by length, shuffled among 500 global batches
+of neighbours and cut into batches; one `pickle.load` per item; lists padded to the longest of the batch. Our way:
+`open_index`, which the first process of a node builds, `plan_epoch` and `build_loader`; packing (rows of
+`--max_seq_len` tokens) is only planned. Both read the same items as rank 0, out of the page cache. Memory is the growth
+to the peak, with pages that ranks share; `private_mib` is the growth at the end without these pages. The last line
+printed is one JSON object with the figures of the last `--num_items`.
 """
 
 import argparse
@@ -34,14 +33,17 @@ from data.epoch.dataset import TokenDataset  # noqa: E402
 from data.epoch.packing import OrderOptions, plan_epoch  # noqa: E402
 from data.epoch.rows import EpochRows, build_loader  # noqa: E402
 from data.formats.data_config import DataSource  # noqa: E402
+from data.formats.record import RecordEntry, write_merged  # noqa: E402
 from data.formats.record_index import open_index  # noqa: E402
+from data.formats.token_file import save_token_file  # noqa: E402
 from data.items.vocab import IGNORE_INDEX  # noqa: E402
 from exps.bench import common  # noqa: E402
-from exps.bench.synthetic import VOCAB_SIZE, write_pool, write_record  # noqa: E402
+from exps.bench.synthetic import VOCAB_SIZE  # noqa: E402
 
 # The recipe shuffles items of similar length among so many global batches.
 NEIGHBOUR_BATCHES = 500
 WARMUP_ROWS = 20
+ITEMS_PER_FOLDER = 1000
 PARTS, COSTS = ("build", "open", "plan", "packing"), ("seconds", "extra_mib", "fill")
 COLUMNS = (*(f"{part}.{cost}" for part in PARTS for cost in COSTS), "private_mib")
 
@@ -49,33 +51,15 @@ COLUMNS = (*(f"{part}.{cost}" for part in PARTS for cost in COSTS), "private_mib
 def build_parser() -> argparse.ArgumentParser:
     parser = common.build_bench_parser(__doc__, repeats="passes of reading; the median counts")
     add = parser.add_argument
-    add(
-        "--num_items",
-        type=int,
-        nargs="+",
-        default=[1_000_000, 10_000_000],
-        help="sizes of the dataset (default 1000000 10000000)",
-    )
-    add(
-        "--num_rows",
-        type=common.positive,
-        default=200,
-        help=f"rows to read after {WARMUP_ROWS} to warm up (default 200)",
-    )
+    sizes = [1_000_000, 10_000_000]
+    add("--num_items", type=int, nargs="+", default=sizes, help="sizes of the dataset (default 1000000 10000000)")
+    add("--num_rows", type=common.positive, default=200, help="rows to read after the warm-up (default 200)")
     add("--num_workers", type=int, nargs="+", default=[0, 1, 2], help="processes of the loader (default 0 1 2)")
     add("--batch_size", type=common.positive, default=8, help="items per row (default 8, as in exps/7B.sh)")
-    add(
-        "--num_ranks", type=common.positive, default=8, help="ranks that share a step, without accumulation (default 8)"
-    )
+    add("--num_ranks", type=common.positive, default=8, help="ranks that share a step (default 8)")
     add("--max_seq_len", type=int, default=8192, help="tokens of a packed row (default 8192)")
-    add(
-        "--lengths",
-        type=int,
-        nargs=2,
-        default=[300, 8000],
-        metavar=("MIN", "MAX"),
-        help="tokens of an item (default 300 8000)",
-    )
+    length_help = "tokens of the shortest and the longest item (default 300 8000)"
+    add("--lengths", type=int, nargs=2, default=[300, 8000], metavar=("MIN", "MAX"), help=length_help)
     return parser
 
 
@@ -94,6 +78,26 @@ def main(argv: list[str] | None = None) -> int:
     title = f"Lengths {args.lengths[0]}-{args.lengths[1]}, {sizes}"
     rates = (f"tokens_per_s.{num_workers}" for num_workers in args.num_workers)
     return common.report("data", title, "cpu", rows, (*COLUMNS, *rates), main_row=rows[-1])
+
+
+def write_pool(folder: Path, min_len: int, max_len: int) -> None:
+    """A token file `{n}.pkl` of random tokens for each length n; the first half of an item has no targets."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for length in range(min_len, max_len + 1):
+        token = rng.integers(0, VOCAB_SIZE, length).tolist()
+        save_token_file(folder / f"{length}.pkl", token, [IGNORE_INDEX] * (length // 2) + token[length // 2 :], length)
+
+
+def write_record(folder: Path, pool: Path, min_len: int, max_len: int, num_items: int) -> Path:
+    """A `record.json` of items of random lengths; links to `pool` give nearly every item a path of its own."""
+    (folder / "files").mkdir()
+    for number in range(-(-num_items // ITEMS_PER_FOLDER)):
+        (folder / "files" / str(number)).symlink_to(pool.absolute(), target_is_directory=True)
+    lens = np.random.default_rng(1).integers(min_len, max_len + 1, num_items).tolist()
+    files = (f"files/{number // ITEMS_PER_FOLDER}/{length}.pkl" for number, length in enumerate(lens))
+    write_merged(map(RecordEntry, files, lens, range(num_items)), folder / "record.json")
+    return folder / "record.json"
 
 
 def measure_row(num_items: int, work_dir: Path, args: argparse.Namespace) -> dict:

@@ -27,6 +27,7 @@ for name in $STAGES; do
   fi
 done
 mkdir -p "$OUT"
+# shellcheck disable=SC2154
 trap 'running=$(jobs -p); if [[ -n $running ]]; then kill $running; wait; fi' EXIT
 
 # One core feeds the GPU, another writes token files.
@@ -50,21 +51,22 @@ stage() {
 {
   date +%F
   nvidia-smi --query-gpu=name,memory.total --format=csv,noheader 2> /dev/null || echo "no GPU"
-  $PYTHON -c 'import sys, torch, transformers; print(sys.version.split()[0], torch.__version__, transformers.__version__)'
+  "$PYTHON" -c 'import sys, torch, transformers; print(sys.version.split()[0], torch.__version__, transformers.__version__)'
 } | tee "$OUT/summary.txt"
 
-stage tests tests 120 $PYTHON -m pytest -o addopts=--import-mode=importlib -q -p no:cacheprovider \
-  --durations=5 -m gpu $(grep -rl --include='test_*.py' mark.gpu tests)
+mapfile -t gpu_tests < <(grep -rl --include='test_*.py' mark.gpu tests)
+stage tests tests 120 "$PYTHON" -m pytest -o addopts=--import-mode=importlib -q -p no:cacheprovider \
+  --durations=5 -m gpu "${gpu_tests[@]}"
 stage tiny tiny 90 env OUT="$OUT/tiny" ITEMS=800 STEPS=40 PROMPTS=8 PYTHON="$PYTHON" bash exps/tiny.sh
-stage pre_tokenize pre_tokenize 100 $PYTHON exps/bench/pre_tokenize.py --ways ours --num_images 768 --target_size 768 \
+stage pre_tokenize pre_tokenize 100 "$PYTHON" exps/bench/pre_tokenize.py --ways ours --num_images 768 --target_size 768 \
   --precision tf32 bf16 --num_workers "$loaders"
-stage train train_2rows 75 $PYTHON exps/bench/train.py --rows 2
-stage train train_4rows_selective 75 $PYTHON exps/bench/train.py --rows 4 --checkpointing_selective
-stage train train_8rows_checkpointing 75 $PYTHON exps/bench/train.py --rows 8 --checkpointing
-stage train train_4rows_split 75 $PYTHON exps/bench/train.py --rows 4 --checkpointing_selective --master_weights split
-stage train train_one_gpu 75 $PYTHON exps/bench/train.py --model_size 7B --rows 1 --checkpointing --accum_iter 2 \
+stage train train_2rows 75 "$PYTHON" exps/bench/train.py --rows 2
+stage train train_4rows_selective 75 "$PYTHON" exps/bench/train.py --rows 4 --checkpointing_selective
+stage train train_8rows_checkpointing 75 "$PYTHON" exps/bench/train.py --rows 8 --checkpointing
+stage train train_4rows_split 75 "$PYTHON" exps/bench/train.py --rows 4 --checkpointing_selective --master_weights split
+stage train train_one_gpu 75 "$PYTHON" exps/bench/train.py --model_size 7B --rows 1 --checkpointing --accum_iter 2 \
   --master_weights split --optim adamw_8bit
-stage generate generate 75 $PYTHON exps/bench/generate.py --model_size 7B --batch_sizes 1 --cfg 4 --num_tokens 2300 \
+stage generate generate 75 "$PYTHON" exps/bench/generate.py --model_size 7B --batch_sizes 1 --cfg 4 --num_tokens 2300 \
   --repeats 1 --ways ours
 
 ! grep -q '^## .*: exit code [1-9]' "$OUT/summary.txt"

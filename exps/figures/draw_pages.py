@@ -14,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 from selenium import webdriver
+from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.support.ui import WebDriverWait
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,14 +42,9 @@ def draw_browser_page(driver: webdriver.Chrome, tiny: Path) -> None:
     flags += ["--precision", "fp32", "--target_size", "64", "--cfg", "1", "--max_gen_len", "64", "--port", "7861"]
     server = subprocess.Popen([sys.executable, "inference_solver.py", "--serve", *map(str, flags)], cwd=ROOT)
     try:
-        for _ in range(60):
-            time.sleep(2)
-            try:
-                driver.get("http://127.0.0.1:7861")
-                break
-            except Exception:
-                continue
-        wait = WebDriverWait(driver, 60)
+        # The driver raises while no server listens.
+        wait = WebDriverWait(driver, 120, ignored_exceptions=[WebDriverException])
+        wait.until(lambda page: page.get("http://127.0.0.1:7861") is None)
         wait.until(lambda page: page.find_elements("css selector", "#prompt textarea"))[0].send_keys(PROMPT)
         driver.find_element("css selector", "#go").click()
         wait.until(lambda page: len(page.find_elements("css selector", "#drawn .grid-container img")) == 4)

@@ -31,10 +31,8 @@ def text(x: float, y: float, words: str, size: int = 12, style: str = "") -> str
 
 def image(path: Path, x: float, y: float, side: float) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
-    style = 'style="image-rendering: pixelated"'
-    return (
-        f'<image href="data:image/png;base64,{data}" x="{x:g}" y="{y:g}" width="{side:g}" height="{side:g}" {style}/>'
-    )
+    place = f'x="{x:g}" y="{y:g}" width="{side:g}" height="{side:g}" style="image-rendering: pixelated"'
+    return f'<image href="data:image/png;base64,{data}" {place}/>'
 
 
 def draw_item(item: dict, image_path: Path, x: float) -> str:
@@ -59,9 +57,8 @@ def draw_loss(metrics: list[dict], x: float) -> str:
     points = [(line["step"], line["image_loss"]) for line in metrics if line.get("image_loss")]
     width, top, bottom = PANEL - 30, 64, 216
     last, most = points[-1][0], max(loss for _, loss in points)
-    path = " ".join(
-        f"{x + width * step / last:.1f},{bottom - (bottom - top) * loss / most:.1f}" for step, loss in points
-    )
+    places = ((x + width * step / last, bottom - (bottom - top) * loss / most) for step, loss in points)
+    path = " ".join(f"{left:.1f},{height:.1f}" for left, height in places)
     axes = f'<path d="M{x},{top} V{bottom} H{x + width}" fill="none" stroke="#999"/>'
     curve = f'<polyline points="{path}" fill="none" stroke="#3b6fd4" stroke-width="1.5"/>'
     return axes + curve + text(x + 60, 84, "image_loss by step", 11, GREY)
@@ -102,10 +99,9 @@ def main() -> None:
     parts += [draw_tokens(tokens["token"], tokens["label"], lefts[1] + 14), draw_loss(metrics, lefts[2] + 14)]
     parts += [draw_samples(run / "samples", 1, lefts[3] + 16)]
     width = lefts[-1] + PANEL + 10
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT}" font-family="sans-serif" fill="#222">'
-    )
-    (HERE / "road.svg").write_text(head + "".join(parts) + "</svg>\n")
+    style = f'viewBox="0 0 {width} {HEIGHT}" font-family="sans-serif" fill="#222"'
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" {style}>{"".join(parts)}</svg>\n'
+    (HERE / "road.svg").write_text(svg)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ CAPTION_REQUEST = "Describe the image."
 KIND_WEIGHTS = {"text_to_image": 0.33, "image_to_text": 0.22, "edit": 0.3, "text_to_image_and_edit": 0.15}
 
 
-def build_item(kind: str, rng: random.Random) -> tuple[list[str], list[Scene]]:
-    """The turns, human first, and the scenes of their `<|image|>` symbols in order, for one item of a kind."""
+def build_item(rng: random.Random) -> tuple[list[str], list[Scene]]:
+    """The turns, human first, and the scenes of their `<|image|>` symbols in order; the kind by KIND_WEIGHTS."""
+    (kind,) = rng.choices(list(KIND_WEIGHTS), list(KIND_WEIGHTS.values()))
     scene = random_scene(rng)
     if kind == "text_to_image":
         return [caption(scene), "<|image|>"], [scene]
@@ -38,14 +39,12 @@ def build_item(kind: str, rng: random.Random) -> tuple[list[str], list[Scene]]:
 
 
 def build_items(num_items: int, seed: int, file_names: dict[Scene, str]) -> list[dict]:
-    """`num_items` items of the recipe's input format, kinds drawn by KIND_WEIGHTS."""
+    """`num_items` items of the recipe's input format."""
     rng = random.Random(seed)
     items = []
     for _ in range(num_items):
-        (kind,) = rng.choices(list(KIND_WEIGHTS), list(KIND_WEIGHTS.values()))
-        turns, scenes = build_item(kind, rng)
-        roles = ["human", "gpt"] * (len(turns) // 2)
-        conversations = [{"from": role, "value": text} for role, text in zip(roles, turns, strict=True)]
+        turns, scenes = build_item(rng)
+        conversations = [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(turns)]
         items.append({"conversations": conversations, "image": [file_names[scene] for scene in scenes]})
     return items
 
@@ -56,10 +55,8 @@ def build_samples(file_names: dict[Scene, str]) -> list[dict]:
     scenes = [random_scene(rng) for _ in range(3)] + rng.sample(all_scenes(held_out=True), 2)
     prompts = [{"prompt": caption(scene), "size": f"{SCENE_PIXELS}x{SCENE_PIXELS}"} for scene in scenes]
     described = random_scene(rng)
-    instruction, _ = random_edit(described, rng)
-    for text in (CAPTION_REQUEST, instruction):
-        prompts.append({"prompt": f"<|image|>{text}", "image": file_names[described]})
-    return prompts
+    requests = (CAPTION_REQUEST, random_edit(described, rng)[0])
+    return prompts + [{"prompt": f"<|image|>{text}", "image": file_names[described]} for text in requests]
 
 
 def write_data(out_dir: Path, num_items: int, num_val_items: int, seed: int) -> None:
@@ -71,7 +68,6 @@ def write_data(out_dir: Path, num_items: int, num_val_items: int, seed: int) -> 
             # Atomic, but not synced to disk: the images are many and can be drawn again.
             draw(scene).save(out_dir / f"{name}.partial", format="PNG")
             os.replace(out_dir / f"{name}.partial", out_dir / name)
-
     write_list(out_dir / "train.json", build_items(num_items, seed, file_names))
     write_list(out_dir / "val.json", build_items(num_val_items, seed + 1, file_names))
     write_list(out_dir / "samples.json", build_samples(file_names))
@@ -99,17 +95,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    for name in ("num_items", "num_val_items"):
-        if getattr(args, name) < 1:
-            print(f"--{name} must be at least 1, got {getattr(args, name)}", file=sys.stderr)
-            return 2
-
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if min(args.num_items, args.num_val_items) < 1:
+        parser.error("--num_items and --num_val_items must be at least 1")
     try:
         write_data(args.out_dir, args.num_items, args.num_val_items, args.seed)
     except OSError as error:
-        print(f"make_data.py: --out_dir {args.out_dir} cannot be written ({error}); choose another", file=sys.stderr)
-        return 2
+        parser.error(f"--out_dir {args.out_dir} cannot be written ({error}); choose another")
     return 0
 
 

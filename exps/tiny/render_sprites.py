@@ -4,7 +4,6 @@ apt-get install fonts-noto-color-emoji
 python exps/tiny/render_sprites.py
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -32,25 +31,14 @@ def render(emoji: str, font: ImageFont.FreeTypeFont) -> Image.Image:
     return square.resize((SPRITE_PIXELS, SPRITE_PIXELS), Image.Resampling.LANCZOS)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--font", type=Path, default=FONT_PATH, help="the colour font (default: %(default)s)")
-    parser.add_argument("--out_dir", type=Path, default=Path(__file__).parent / "sprites", help="folder of the PNGs")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    if not args.font.is_file():
-        print(f"{args.font} is missing: apt-get install fonts-noto-color-emoji, or pass --font", file=sys.stderr)
-        return 2
-    font = ImageFont.truetype(str(args.font), FONT_SIZE)
-    args.out_dir.mkdir(parents=True, exist_ok=True)
+def main() -> None:
+    if not FONT_PATH.is_file():
+        sys.exit(f"{FONT_PATH} is missing: apt-get install fonts-noto-color-emoji")
+    font = ImageFont.truetype(str(FONT_PATH), FONT_SIZE)
     for name, emoji in EMOJI.items():
-        render(emoji, font).save(args.out_dir / f"{name.replace(' ', '_')}.png", optimize=True)
-    print(f"{len(EMOJI)} sprites in {args.out_dir}")
-    return 0
+        path = Path(__file__).parent / "sprites" / f"{name.replace(' ', '_')}.png"
+        render(emoji, font).save(path, optimize=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,7 +1,6 @@
 """Scenes of emoji on coloured backgrounds: how to draw, describe, edit and read a scene.
 
-A scene is a layout, its objects and a background. Drawing is exact, and so is the nearest-template reader that scores
-generated images. Some unordered pairs of objects never stand side by side in the training data
+Drawing and reading are exact. Some unordered pairs of objects never stand side by side in the training data
 (`HELD_OUT_PAIRS`).
 """
 
@@ -48,20 +47,19 @@ class Scene:
         return frozenset(self.objects) in HELD_OUT_PAIRS
 
 
+_ALL_PAIRS = list(itertools.product(OBJECTS, repeat=2))
 _PAIRS = list(itertools.combinations(OBJECTS, 2))
 HELD_OUT_PAIRS = frozenset(map(frozenset, random.Random(1234).sample(_PAIRS, round(HELD_OUT_SHARE * len(_PAIRS)))))
 
 
 def all_scenes(held_out: bool = False) -> list[Scene]:
     """Every scene of the training world, or every one with a held-out pair, in a fixed order."""
-    scenes = []
-    for background in BACKGROUNDS:
-        for layout, slots in SLOTS.items():
-            if layout == "pair":
-                choices = list(itertools.product(OBJECTS, repeat=2))
-            else:
-                choices = [(name,) * len(slots) for name in OBJECTS]
-            scenes += [Scene(layout, objects, background) for objects in choices]
+    scenes = [
+        Scene(layout, objects, background)
+        for background in BACKGROUNDS
+        for layout, slots in SLOTS.items()
+        for objects in (_ALL_PAIRS if layout == "pair" else [(name,) * len(slots) for name in OBJECTS])
+    ]
     return [scene for scene in scenes if scene.is_held_out == held_out]
 
 
@@ -119,9 +117,8 @@ def random_edit(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
 def draw(scene: Scene) -> Image.Image:
     """The scene as an RGB image of SCENE_PIXELS."""
     image = Image.new("RGB", (SCENE_PIXELS, SCENE_PIXELS), BACKGROUNDS[scene.background])
-    for name, (left, top, side) in zip(scene.objects, SLOTS[scene.layout], strict=True):
-        sprite = _sprite(name, side - 2 * MARGIN)
-        image.paste(sprite, (left + MARGIN, top + MARGIN), sprite)
+    for name, slot in zip(scene.objects, SLOTS[scene.layout], strict=True):
+        _paste(image, name, *slot)
     return image
 
 
@@ -133,7 +130,10 @@ def read(image: Image.Image) -> Scene | None:
     if image.size != (SCENE_PIXELS, SCENE_PIXELS):
         return None
     pixels = np.asarray(image.convert("RGB"), np.float32)
-    background = _read_background(pixels)
+    # No sprite covers the frame of one pixel.
+    frame = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    distances = ((np.median(frame, 0) - np.float32(list(BACKGROUNDS.values()))) ** 2).sum(1)
+    background = list(BACKGROUNDS)[int(distances.argmin())]
     best_error, best_scene = np.inf, None
     for layout, slots in SLOTS.items():
         drawn = np.broadcast_to(np.float32(BACKGROUNDS[background]), pixels.shape).copy()
@@ -150,6 +150,11 @@ def read(image: Image.Image) -> Scene | None:
     return best_scene
 
 
+def _paste(image: Image.Image, name: str, left: int, top: int, side: int) -> None:
+    sprite = _sprite(name, side - 2 * MARGIN)
+    image.paste(sprite, (left + MARGIN, top + MARGIN), sprite)
+
+
 @cache
 def _sprite(name: str, side: int) -> Image.Image:
     with Image.open(SPRITE_DIR / f"{name.replace(' ', '_')}.png") as sprite:
@@ -159,18 +164,7 @@ def _sprite(name: str, side: int) -> Image.Image:
 @cache
 def _templates(side: int, background: str) -> np.ndarray:
     """[len(OBJECTS) + 1, side, side, 3]: each object in a slot, and last the empty slot."""
-    templates = []
-    for name in (*OBJECTS, None):
-        slot = Image.new("RGB", (side, side), BACKGROUNDS[background])
-        if name is not None:
-            sprite = _sprite(name, side - 2 * MARGIN)
-            slot.paste(sprite, (MARGIN, MARGIN), sprite)
-        templates.append(np.asarray(slot, np.float32))
-    return np.stack(templates)
-
-
-def _read_background(pixels: np.ndarray) -> str:
-    """The background whose colour is nearest to the median of the one-pixel frame, which no sprite covers."""
-    frame = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    distances = ((np.median(frame, 0) - np.float32(list(BACKGROUNDS.values()))) ** 2).sum(1)
-    return list(BACKGROUNDS)[int(distances.argmin())]
+    slots = [Image.new("RGB", (side, side), BACKGROUNDS[background]) for _ in range(len(OBJECTS) + 1)]
+    for name, slot in zip(OBJECTS, slots, strict=False):
+        _paste(slot, name, 0, 0, side)
+    return np.stack([np.asarray(slot, np.float32) for slot in slots])

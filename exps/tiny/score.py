@@ -2,27 +2,42 @@
 
     python exps/tiny/score.py --model_path output/tiny/checkpoints --out_dir output/tiny
 
-Four sets of prompts: scenes of the training data from text, scenes with a held-out pair from text, edits of given
-images, and captions of given images. The reader of `scenes.py` reads generated images; an answer is exact if layout,
-objects and background (or the whole caption) are right. `score.json` and `contact_sheet.png` are the results; they stay
-if they belong to this checkpoint and number of prompts.
+There are four sets of prompts (TITLES). `scenes.read` reads generated images; an answer is exact if layout, objects and
+background (or the whole caption) are right. `score.json` and `contact_sheet.png` are the results; they stay if they
+belong to this checkpoint and number of prompts.
 """
 
 import argparse
 import json
 import random
 import sys
+import textwrap
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.whole_file import open_whole  # noqa: E402
-from exps.tiny.contact_sheet import Tile, draw_contact_sheet  # noqa: E402
 from exps.tiny.make_data import CAPTION_REQUEST  # noqa: E402
 from exps.tiny.scenes import SCENE_PIXELS, Scene, all_scenes, caption, draw, random_edit, random_scene, read  # noqa: E402
+from inference_solver import FlexARInferenceSolver  # noqa: E402
+
+TITLES = {
+    "seen": "Scenes of the training data, from text",
+    "held_out_pairs": "Pairs of objects never seen together, from text",
+    "edits": "Edits: before and after",
+    "captions": "Captions of images",
+}
+# Of the contact sheet: images of 64 pixels are shown at twice their size.
+SIDE = 128
+GAP = 14
+FRAME = 4
+LINE_HEIGHT = 15
+TEXT_LINES = 4
+TITLE_HEIGHT = 40
+RIGHT, WRONG, INK, PAPER = (46, 139, 87), (205, 60, 50), (30, 30, 34), (252, 252, 250)
 
 
 @dataclass
@@ -35,25 +50,25 @@ class Prompt:
     wants_text: bool = False
 
 
-@dataclass
-class Scored:
-    """An answer and, by attribute, whether it is right."""
+@dataclass(frozen=True)
+class Tile:
+    """`images` side by side (None: an empty frame), the `text` under them, and whether the answer was `right`."""
 
-    prompt: Prompt
+    images: list[Image.Image | None]
     text: str
-    image: Image.Image | None
-    attributes: dict[str, bool] = field(default_factory=dict)
+    right: bool
 
     @property
-    def exact(self) -> bool:
-        return self.attributes["exact"]
+    def width(self) -> int:
+        return len(self.images) * (SIDE + FRAME) + FRAME
 
 
 def build_prompts(num_prompts: int, seed: int) -> dict[str, list[Prompt]]:
     """The four sets, `num_prompts` each, distinct scenes within a set where there are enough."""
     rng = random.Random(seed)
     seen, described = _distinct_scenes(num_prompts, rng), _distinct_scenes(num_prompts, rng)
-    held_out = rng.sample(all_scenes(held_out=True), min(num_prompts, len(all_scenes(held_out=True))))
+    held_out = all_scenes(held_out=True)
+    held_out = rng.sample(held_out, min(num_prompts, len(held_out)))
     edits = []
     for _ in range(num_prompts):
         scene = random_scene(rng)
@@ -75,107 +90,83 @@ def _distinct_scenes(count: int, rng: random.Random) -> list[Scene]:
     return list(scenes)
 
 
-def score_answer(prompt: Prompt, text: str, images: list[Image.Image]) -> Scored:
-    """What an answer got right; the last image counts."""
+def score_answer(prompt: Prompt, text: str, images: list[Image.Image]) -> tuple[dict[str, bool], Tile]:
+    """Whether an answer is right, by attribute, and its tile; the last image counts. Edits show both images."""
     if prompt.wants_text:
-        return Scored(prompt, text.strip(), None, {"exact": text.strip() == caption(prompt.target)})
+        attributes = {"exact": text.strip() == caption(prompt.target)}
+        return attributes, Tile([prompt.image], text.strip(), attributes["exact"])
     image = images[-1] if images else None
-    scene = read(image) if image is not None else None
-    attributes = {
-        name: scene is not None and getattr(scene, name) == getattr(prompt.target, name)
-        for name in ("layout", "objects", "background")
-    }
-    return Scored(prompt, text, image, {"exact": scene == prompt.target, **attributes})
+    scene = read(image) if image else None
+    attributes = {"exact": scene == prompt.target}
+    for name in ("layout", "objects", "background"):
+        attributes[name] = getattr(scene, name, None) == getattr(prompt.target, name)
+    return attributes, Tile([prompt.image, image] if prompt.image else [image], prompt.text, attributes["exact"])
 
 
-def answer_all(solver, prompts: dict[str, list[Prompt]], max_gen_len: int) -> dict[str, list[Scored]]:
-    """Greedy answers to every set, in batches. Guidance makes answers of so small a model worse."""
-    scored = {}
-    sampling = solver.create_logits_processor(cfg=1.0)
+def score_all(solver: FlexARInferenceSolver, prompts: dict[str, list[Prompt]]) -> tuple[dict, list]:
+    """Greedy answers: `{set}_{attribute}` in 0..1 and `{set}_prompts`; and the first tiles of each set with a title.
+
+    Guidance makes answers of so small a model worse.
+    """
+    figures, sections, sampling = {}, [], solver.create_logits_processor(cfg=1.0)
     for name, questions in prompts.items():
-        requests = [
-            {
-                "qas": [["<|image|>" * (prompt.image is not None) + prompt.text, None]],
-                "images": [prompt.image] if prompt.image is not None else [],
-            }
-            for prompt in questions
-        ]
-        answers = solver.generate_many(requests, max_gen_len, 0.0, sampling, desc=name)
-        scored[name] = [score_answer(p, *answer) for p, answer in zip(questions, answers, strict=True)]
-    return scored
+        requests = []
+        for prompt in questions:
+            images = [prompt.image] if prompt.image else []
+            requests.append({"qas": [["<|image|>" * len(images) + prompt.text, None]], "images": images})
+        answers = solver.generate_many(requests, 64, 0.0, sampling, desc=name)
+        scored = [score_answer(prompt, *answer) for prompt, answer in zip(questions, answers, strict=True)]
+        for attribute in scored[0][0]:
+            figures[f"{name}_{attribute}"] = round(sum(right[attribute] for right, _ in scored) / len(scored), 4)
+        figures[f"{name}_prompts"] = len(scored)
+        title = f"{TITLES[name]}: {figures[f'{name}_exact']:.0%} of {len(scored)} exact"
+        sections.append((title, [tile for _, tile in scored[: 8 if name in ("edits", "captions") else 16]]))
+    return figures, sections
 
 
-def summarize(scored: dict[str, list[Scored]]) -> dict[str, float]:
-    """`{set}_{attribute}` in 0..1 and `{set}_prompts`."""
-    figures = {}
-    for name, answers in scored.items():
-        for attribute in answers[0].attributes:
-            right = sum(answer.attributes[attribute] for answer in answers)
-            figures[f"{name}_{attribute}"] = round(right / len(answers), 4)
-        figures[f"{name}_prompts"] = len(answers)
-    return figures
+def draw_contact_sheet(sections: list[tuple[str, list[Tile]]], columns: int = 8) -> Image.Image:
+    """All sections, each a title and tiles, one under the other, `columns` single images wide."""
+    width = columns * (SIDE + 2 * FRAME) + (columns + 1) * GAP
+    tile_height = SIDE + 2 * FRAME + TEXT_LINES * LINE_HEIGHT + GAP
+    titles, places, top = [], [], GAP
+    for title, tiles in sections:
+        titles.append((top + 2, title))
+        left, top = GAP, top + TITLE_HEIGHT
+        for tile in tiles:
+            if left > GAP and left + tile.width + GAP > width:
+                left, top = GAP, top + tile_height
+            places.append((left, top, tile))
+            left += tile.width + GAP
+        top += tile_height
+    sheet = Image.new("RGB", (width, top), PAPER)
+    pen, title_font, text_font = ImageDraw.Draw(sheet), ImageFont.load_default(20), ImageFont.load_default(12)
+    for top, title in titles:
+        pen.text((GAP, top), title, fill=INK, font=title_font)
+    for left, top, tile in places:
+        bottom = top + SIDE + 2 * FRAME - 1
+        pen.rectangle((left, top, left + tile.width - 1, bottom), fill=RIGHT if tile.right else WRONG)
+        for index, image in enumerate(tile.images):
+            shown = image or Image.new("RGB", (SIDE, SIDE), PAPER)
+            place = (left + FRAME + index * (SIDE + FRAME), top + FRAME)
+            sheet.paste(shown.resize((SIDE, SIDE), Image.Resampling.NEAREST), place)
+        lines = textwrap.wrap(tile.text, width=max(8, tile.width // 6))[:TEXT_LINES]
+        pen.multiline_text((left, bottom + 3), "\n".join(lines), fill=INK, font=text_font, spacing=2)
+    return sheet
 
 
-def build_sections(
-    scored: dict[str, list[Scored]], figures: dict[str, float], columns: int
-) -> list[tuple[str, list[Tile]]]:
-    """The first answers of each set, as tiles for the sheet; edits show the image before and after."""
-    titles = {
-        "seen": "Scenes of the training data, from text",
-        "held_out_pairs": "Pairs of objects never seen together, from text",
-        "edits": "Edits: before and after",
-        "captions": "Captions of images",
-    }
-    sections = []
-    for name, answers in scored.items():
-        tiles = []
-        for answer in answers[: columns if name in ("edits", "captions") else 2 * columns]:
-            prompt = answer.prompt
-            images = [prompt.image, answer.image] if name == "edits" else [answer.image or prompt.image]
-            tiles.append(Tile(images, answer.text if prompt.wants_text else prompt.text, answer.exact))
-        title = f"{titles[name]}: {figures[f'{name}_exact']:.0%} of {figures[f'{name}_prompts']} exact"
-        sections.append((title, tiles))
-    return sections
-
-
-def newest_checkpoint(model_path: Path) -> Path:
-    """`model_path` itself if it holds a model, else its newest checkpoint; FileNotFoundError if there is none."""
-    if (model_path / "config.json").is_file():
-        return model_path
-    found = [path.parent for path in model_path.glob("epoch*/config.json")]
-    if not found:
-        raise FileNotFoundError(f"no checkpoint in {model_path}: train one first (bash exps/tiny.sh)")
-    return max(found, key=lambda path: (path / "config.json").stat().st_mtime)
-
-
-def is_scored(model_path: Path, num_prompts: int, score_path: Path, sheet_path: Path) -> bool:
-    """Whether both files are newer than the checkpoint and belong to it and to `num_prompts`."""
-    if not (score_path.is_file() and sheet_path.is_file()):
+def is_scored(model_path: Path, num_prompts: int, score_path: Path) -> bool:
+    """Whether scores are there, of this checkpoint and number of prompts."""
+    if not score_path.is_file() or score_path.stat().st_mtime <= (model_path / "config.json").stat().st_mtime:
         return False
     made = json.loads(score_path.read_text())
-    newest = (model_path / "config.json").stat().st_mtime
-    is_newer = min(score_path.stat().st_mtime, sheet_path.stat().st_mtime) > newest
-    return is_newer and (made.get("checkpoint"), made.get("edits_prompts")) == (str(model_path), num_prompts)
-
-
-def load_solver(model_path: Path, vqgan_dir: str):
-    """The inference solver with its VQGAN. Raises ValueError or FileNotFoundError if either cannot be loaded."""
-    from inference_solver import FlexARInferenceSolver
-
-    solver = FlexARInferenceSolver(str(model_path), "fp32", target_size=SCENE_PIXELS, vqgan_dir=vqgan_dir, device="cpu")
-    solver.check_vqgan()
-    return solver
+    return (made["checkpoint"], made["edits_prompts"]) == (str(model_path), num_prompts)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add(
-        "--model_path",
-        type=Path,
-        default=Path("output/tiny/checkpoints"),
-        help="a checkpoint or a folder of them (default: %(default)s)",
-    )
+    path_help = "a checkpoint or a folder of them (default: %(default)s)"
+    add("--model_path", type=Path, default=Path("output/tiny/checkpoints"), help=path_help)
     add("--vqgan_dir", default="exps/tiny/vqgan", help="folder of the VQGAN (default: %(default)s)")
     add("--out_dir", type=Path, default=Path("output/tiny"), help="folder to write to (default: %(default)s)")
     add("--num_prompts", type=int, default=256, help="prompts of each set (default: %(default)s)")
@@ -184,26 +175,32 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
     score_path, sheet_path = args.out_dir / "score.json", args.out_dir / "contact_sheet.png"
     start = time.time()
+    configs = [*args.model_path.glob("config.json"), *args.model_path.glob("epoch*/config.json")]
+    if args.num_prompts < 1:
+        parser.error(f"--num_prompts must be at least 1, got {args.num_prompts}")
+    if not configs:
+        parser.error(f"no checkpoint in --model_path {args.model_path}: train one first (bash exps/tiny.sh)")
+    model_path = max(configs, key=lambda path: path.stat().st_mtime).parent
+    if is_scored(model_path, args.num_prompts, score_path):
+        print(f"{score_path}: already there\n{score_path.read_text()}", end="")
+        return 0
     try:
-        if args.num_prompts < 1:
-            raise ValueError(f"--num_prompts must be at least 1, got {args.num_prompts}")
-        model_path = newest_checkpoint(args.model_path)
-        if is_scored(model_path, args.num_prompts, score_path, sheet_path):
-            print(f"{score_path}: already there\n{score_path.read_text()}", end="")
-            return 0
-        solver = load_solver(model_path, args.vqgan_dir)
+        settings = {"target_size": SCENE_PIXELS, "vqgan_dir": args.vqgan_dir, "device": "cpu"}
+        solver = FlexARInferenceSolver(str(model_path), "fp32", **settings)
+        solver.check_vqgan()
         args.out_dir.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
-        print(f"score.py: {error}", file=sys.stderr)
-        return 2
-    scored = answer_all(solver, build_prompts(args.num_prompts, args.seed), max_gen_len=64)
-    figures = summarize(scored)
-    print(f"{model_path}: {sum(map(len, scored.values()))} answers in {time.time() - start:.0f} s")
+        parser.error(str(error))
+    prompts = build_prompts(args.num_prompts, args.seed)
+    figures, sections = score_all(solver, prompts)
+    print(f"{model_path}: {sum(map(len, prompts.values()))} answers in {time.time() - start:.0f} s")
     with open_whole(sheet_path) as file:
-        draw_contact_sheet(build_sections(scored, figures, columns=8)).save(file, format="PNG")
+        draw_contact_sheet(sections).save(file, format="PNG")
+    # Last: `is_scored` takes it as the sign of both files.
     with open_whole(score_path) as file:
         file.write((json.dumps({"checkpoint": str(model_path), **figures}, indent=2) + "\n").encode())
     print(f"{score_path.read_text()}{sheet_path}")

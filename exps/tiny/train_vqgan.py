@@ -3,13 +3,12 @@
     python exps/tiny/train_vqgan.py --decoder_steps 0
     python exps/tiny/train_vqgan.py --steps 0 --decoder_steps 1200 --lr 1.5e-3 --init_from exps/tiny/vqgan
 
-Codes must be *local*: a language model can compose pairs of objects that it never saw only if an object's codes do not
-depend on its neighbour. Training by reconstruction alone spoils that: the receptive field covers the whole image. So
-the codebook comes first: 1,024 k-means centres of 16x16 patches, embedded by their principal components. The encoder
-learns to name the centre of each cell (cross-entropy over distances to the codebook), in scenes and in collages of
-cells from different scenes. The decoder learns to draw the image from the codes. No code can collapse, because each is
-a target from the first step. The second command keeps all codes and trains the decoder alone, on scenes as frequent as
-in the data. Held-out pairs are never shown.
+Codes must be *local*: a language model can compose pairs that it never saw only if an object's codes do not depend on
+its neighbour. Training by reconstruction alone spoils that, because the receptive field covers the image. So the
+codebook comes first: 1,024 k-means centres of 16x16 patches, embedded by their principal components. The encoder learns
+to name the centre of each cell, in scenes and in collages; each code is a target from the first step, so none
+collapses. The second command trains the decoder alone, on scenes as frequent as in the data, and keeps all codes.
+Held-out pairs are never shown.
 """
 
 import argparse
@@ -86,9 +85,9 @@ class PatchWorld:
 
     def assemble(self, cells: Tensor) -> Tensor:
         """Indices of patches [B, 4, 4] -> pixels [B, 3, 64, 64]."""
-        # [B, 4, 4, 3, 16, 16]
-        tiles = self.patches[cells]
-        return tiles.permute(0, 3, 1, 4, 2, 5).reshape(len(cells), 3, SCENE_PIXELS, SCENE_PIXELS)
+        # [B, 4, 4, 3, 16, 16] -> [B, 3, 4, 16, 4, 16]
+        tiles = self.patches[cells].permute(0, 3, 1, 4, 2, 5)
+        return tiles.reshape(len(cells), 3, SCENE_PIXELS, SCENE_PIXELS)
 
 
 def k_means(points: Tensor, num_centres: int, generator: torch.Generator, iterations: int = 40) -> Tensor:
@@ -108,19 +107,14 @@ def k_means(points: Tensor, num_centres: int, generator: torch.Generator, iterat
     return centres
 
 
-def build_vqgan(world: PatchWorld) -> VQGAN:
-    """A new VQGAN; its codebook is the principal components of the patch centres, scaled to unit variance."""
+def train(world: PatchWorld, steps: int, batch_size: int, lr: float, generator: torch.Generator) -> VQGAN:
+    """The trained VQGAN. The progress bar shows losses and the share of cells with the right code."""
     vqgan = VQGAN(CONFIG).train().requires_grad_(True)
+    # The codebook is the principal components of the patch centres, scaled to unit variance.
     centred = world.centres - world.centres.mean(0)
     _, _, directions = torch.linalg.svd(centred, full_matrices=False)
     embedding = centred @ directions[: CONFIG.embed_dim].T
     vqgan.quantize.embedding.weight.data.copy_(embedding / embedding.std())
-    return vqgan
-
-
-def train(world: PatchWorld, steps: int, batch_size: int, lr: float, generator: torch.Generator) -> VQGAN:
-    """The trained VQGAN. The progress bar shows losses and the share of cells with the right code."""
-    vqgan = build_vqgan(world)
     optimizer = torch.optim.AdamW(vqgan.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
     modules = ((vqgan.encoder, vqgan.quant_conv), (vqgan.decoder, vqgan.post_quant_conv))
     # Encoder and decoder share only the codebook: each half has its own clipping.
@@ -216,22 +210,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def validate(args: argparse.Namespace) -> VQGAN | None:
-    """The VQGAN to start from, if any. Raises ValueError or FileNotFoundError for bad arguments."""
-    if min(args.steps, args.decoder_steps) < 0 or bool(args.steps) == bool(args.init_from):
-        raise ValueError("give --steps above 0 for a new VQGAN, or --steps 0 with --init_from; no steps below 0")
-    if args.batch_size < 1 or not args.lr > 0:
-        raise ValueError(f"--batch_size and --lr must be above 0, got {args.batch_size} and {args.lr:g}")
-    return load_vqgan(args.init_from) if args.init_from else None
-
-
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if min(args.steps, args.decoder_steps) < 0 or bool(args.steps) == bool(args.init_from):
+        parser.error("give --steps above 0 for a new VQGAN, or --steps 0 with --init_from; no steps below 0")
     try:
-        start = validate(args)
+        start = load_vqgan(args.init_from) if args.init_from else None
     except (ValueError, OSError) as error:
-        print(f"train_vqgan.py: {error}", file=sys.stderr)
-        return 2
+        parser.error(str(error))
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     world = PatchWorld(all_scenes(), generator)
@@ -240,9 +227,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.decoder_steps:
         vqgan = train_decoder(vqgan, world, args.decoder_steps, args.batch_size, args.lr, generator)
     save_vqgan(vqgan, args.out_dir)
-    figures = measure(load_vqgan(args.out_dir), world)
-    (args.out_dir / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
-    print(json.dumps(figures, indent=2))
+    figures = json.dumps(measure(load_vqgan(args.out_dir), world), indent=2)
+    (args.out_dir / "figures.json").write_text(figures + "\n")
+    print(figures)
     return 0
 
 

@@ -1,6 +1,7 @@
 """The programs of this checkout accept what the shipped scripts and data configs give them."""
 
 import argparse
+import contextlib
 import importlib
 import os
 import re
@@ -10,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -21,15 +23,11 @@ DATA_CONFIGS = sorted((ROOT / "exps").rglob("*.yaml"))
 RECIPE_SCRIPTS = ["7B", "34B"]
 
 
-def load_parser(path: str) -> argparse.ArgumentParser:
-    """`build_parser()` of a script of this checkout, its path relative to the root."""
-    return importlib.import_module(os.path.normpath(path).removesuffix(".py").replace("/", ".")).build_parser()
-
-
 def parse_call(words: Sequence[str]) -> argparse.Namespace:
     """The options of a command line of Python, by the parser of its script; SystemExit if one is unknown."""
     script = next(word for word in words if word.endswith(".py"))
-    flags, parser = words[words.index(script) + 1 :], load_parser(script)
+    flags = words[words.index(script) + 1 :]
+    parser = importlib.import_module(script.removesuffix(".py").replace("/", ".")).build_parser()
     if script != "exps/bench/train.py":
         return parser.parse_args(flags)
     # This bench takes the options of training, too.
@@ -38,12 +36,17 @@ def parse_call(words: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def write_stub(path: Path, body: str) -> Path:
+    """A program that does `body`, in bash."""
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
 def record_call(tmp_path: Path, script: str, *args: str, cwd: Path = ROOT, **env: str) -> list[str]:
     """Runs a script with launchers in its PATH that only record their arguments."""
     for name in ("python", "torchrun", "srun"):
-        launcher = tmp_path / name
-        launcher.write_text(f'#!/bin/bash\nprintf "%s\\0" {name} "$@" > "{tmp_path}/call"\n')
-        launcher.chmod(0o755)
+        write_stub(tmp_path / name, f'printf "%s\\0" {name} "$@" > "{tmp_path}/call"')
     env["PATH"] = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     subprocess.run(["bash", ROOT / script, *args], check=True, cwd=cwd, env=env)
     return (tmp_path / "call").read_text().split("\0")[:-1]
@@ -51,10 +54,9 @@ def record_call(tmp_path: Path, script: str, *args: str, cwd: Path = ROOT, **env
 
 def is_running(pid: int) -> bool:
     """Whether a process runs; a zombie does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 @pytest.mark.parametrize("size", RECIPE_SCRIPTS)
@@ -62,29 +64,27 @@ def test_recipe_script_says_what_the_recipe_says(tmp_path, size):
     # As srun starts it.
     call = record_call(tmp_path, f"exps/{size}.sh", SLURM_PROCID="0")
     assert call[:3] == ["python", "-u", "finetune_solver.py"]
-    options = parse_call(call)
     expected = {
         "model_size": size, "batch_size": 8, "accum_iter": 1, "epochs": 2, "warmup_epochs": 0.01, "lr": 2e-5,
         "min_lr": 2e-5, "wd": 0.1, "clip_grad": 4, "dropout": 0.05, "z_loss_weight": 1e-5, "max_seq_len": 4096,
         "checkpointing": True, "save_iteration_interval": 1000, "num_workers": 8, "cache_ann_on_disk": True,
-        "data_config": "exps/data/sample.yaml", "output_dir": f"output/{size}", "packing": False,
+        "data_config": Path("exps/data/sample.yaml"), "output_dir": Path(f"output/{size}"), "packing": False,
     }  # fmt: skip
-    found = vars(options)
-    assert {key: str(found[key]) if key.endswith(("config", "dir")) else found[key] for key in expected} == expected
+    options = vars(parse_call(call))
+    assert {name: options[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize(("card", "way"), [("24", "checkpointing"), ("48", "checkpointing_selective")])
 def test_lora_script_is_for_one_card(tmp_path, card, way):
     call = record_call(tmp_path, "exps/7B_lora.sh", "--lora_rank", "32", CARD_GIB=card, OUTPUT_DIR="/a folder")
     assert call[:3] == ["python", "-u", "finetune_solver.py"]
-    options = vars(parse_call(call))
     expected = {
         "model_size": "7B", "lora_rank": 32, "lora_alpha": 32, "train_only": ["image_head"], "batch_size": 1,
-        "accum_iter": 8, "optim": "adamw", "max_seq_len": 4096, "init_from": None,
-    }  # fmt: skip
-    assert {key: options[key] for key in expected} == expected and str(options["output_dir"]) == "/a folder"
-    switches = {name: options[name] for name in ("checkpointing", "checkpointing_selective")}
-    assert switches == dict.fromkeys(switches, False) | {way: True}
+        "accum_iter": 8, "optim": "adamw", "max_seq_len": 4096, "init_from": None, "output_dir": Path("/a folder"),
+        "checkpointing": False, "checkpointing_selective": False,
+    } | {way: True}  # fmt: skip
+    options = vars(parse_call(call))
+    assert {name: options[name] for name in expected} == expected
     assert record_call(tmp_path, "exps/7B_lora.sh", NPROC="2")[:2] == ["torchrun", "--nproc_per_node=2"]
 
 
@@ -103,30 +103,22 @@ def test_one_gpu_script_trains_all_weights(tmp_path, card, expected):
     assert options["batch_size"] * options["accum_iter"] == 8
 
 
-def test_recipe_script_by_torchrun_with_packing(tmp_path):
-    call = record_call(tmp_path, "exps/7B.sh", "--epochs", "3", NPROC="8", PACKING="1", OUTPUT_DIR="/a folder")
-    at = call.index("finetune_solver.py")
-    assert call[0] == "torchrun" and "--nproc_per_node=8" in call[1:at] and "--nnodes=1" in call[1:at]
-    options = parse_call(call)
-    assert options.packing is True and str(options.output_dir) == "/a folder"
-    assert options.epochs == 3, "flags of the command line win"
-
-
 @pytest.mark.parametrize("script", ["7B", "34B", "7B_lora", "7B_one_gpu"])
-def test_relative_paths_belong_to_the_callers_folder(tmp_path, script):
-    paths = {"DATA_CONFIG": "my data.yaml", "OUTPUT_DIR": "out"}
-    call = record_call(tmp_path, f"exps/{script}.sh", cwd=tmp_path, **paths)
-    options = parse_call(call)
-    assert (str(options.data_config), str(options.output_dir)) == (f"{tmp_path}/my data.yaml", f"{tmp_path}/out")
+def test_script_by_torchrun_from_another_folder(tmp_path, script):
+    """Relative paths belong to the caller's folder; flags of the command line win."""
+    env = {"NPROC": "8", "PACKING": "1", "DATA_CONFIG": "my data.yaml", "OUTPUT_DIR": "out"}
+    call = record_call(tmp_path, f"exps/{script}.sh", "--epochs", "3", cwd=tmp_path, **env)
+    launcher, options = call[: call.index("finetune_solver.py")], parse_call(call)
+    assert launcher[0] == "torchrun" and {"--nproc_per_node=8", "--nnodes=1"} <= set(launcher)
+    assert options.packing == (script in RECIPE_SCRIPTS) and options.epochs == 3
+    assert (options.data_config, options.output_dir) == (tmp_path / "my data.yaml", tmp_path / "out")
 
 
 @pytest.mark.parametrize(("gpus", "ranks", "expected"), [(0, "", 2), (1, "", 1), (1, "2", 2), (0, "1", 1)])
 def test_tiny_trains_two_rows_a_step_on_one_gpu_too(tmp_path, gpus, ranks, expected):
-    stub = tmp_path / "python"
-    stub.write_text(f'#!/bin/bash\nif [[ $1 == -c ]]; then echo {gpus}; else echo "$*" >> "{tmp_path}/calls"; fi\n')
-    stub.chmod(0o755)
+    stub = f'if [[ $1 == -c ]]; then echo {gpus}; else echo "$*" >> "{tmp_path}/calls"; fi'
+    env = os.environ | {"PYTHON": str(write_stub(tmp_path / "python", stub)), "OUT": "out", "RANKS": ranks}
     (tmp_path / "out").mkdir()
-    env = {**os.environ, "PYTHON": str(stub), "OUT": "out", "RANKS": ranks}
     subprocess.run(["bash", ROOT / "exps/tiny.sh"], env=env, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
     calls = (tmp_path / "calls").read_text()
     assert f"--nproc_per_node={expected} " in calls and f"--accum_iter {3 - expected} " in calls
@@ -151,11 +143,10 @@ def test_slurm_job(tmp_path):
     assert call == ["srun", "--kill-on-bad-exit=1", "bash", "exps/34B.sh", "--epochs", "3"]
 
 
-@pytest.mark.parametrize("name", ["ITEMS", "RANKS"])
-def test_tiny_rejects_what_is_no_number(tmp_path, name):
-    env = {**os.environ, "OUT": str(tmp_path / "out"), name: "0x"}
+def test_tiny_rejects_what_is_no_number(tmp_path):
+    env = os.environ | {"OUT": str(tmp_path / "out"), "RANKS": "0x"}
     done = subprocess.run(["bash", ROOT / "exps/tiny.sh"], env=env, capture_output=True, text=True)
-    assert done.returncode == 2 and f"{name} must be a whole number" in done.stderr
+    assert done.returncode == 2 and "RANKS must be a whole number" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -169,11 +160,9 @@ def test_tiny_rejects_what_is_no_number(tmp_path, name):
 )
 def test_tiny_leaves_no_process_behind(tmp_path, program, count, number):
     """Only the shell gets the signal; its children would block the output folder for the next run."""
-    stub = tmp_path / "python"
-    stub.write_text(f'#!/bin/bash\n[[ "$*" == *{program}* ]] || exit 0\ntouch "{tmp_path}/$$.pid"\nexec sleep 60\n')
-    stub.chmod(0o755)
+    body = f'[[ "$*" == *{program}* ]] || exit 0\ntouch "{tmp_path}/$$.pid"\nexec sleep 60'
+    env = os.environ | {"PYTHON": str(write_stub(tmp_path / "python", body)), "OUT": str(tmp_path / "out")}
     (tmp_path / "out").mkdir()
-    env = {**os.environ, "PYTHON": str(stub), "OUT": str(tmp_path / "out")}
     shell = subprocess.Popen(["bash", ROOT / "exps/tiny.sh"], env=env, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 20
     while len(pids := [int(path.stem) for path in tmp_path.glob("*.pid")]) < count:
@@ -184,7 +173,7 @@ def test_tiny_leaves_no_process_behind(tmp_path, program, count, number):
         # Ctrl-C reaches the process in the foreground, too.
         os.kill(pids[0], number)
     assert shell.wait(20) != 0
-    while any(is_running(pid) for pid in pids):
+    while any(map(is_running, pids)):
         assert time.monotonic() < deadline + 20
         time.sleep(0.05)
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from data.items.vocab import ChameleonVocab
-from exps.tiny import make_data, render_sprites, score, train_tokenizer, train_vqgan
+from exps.tiny import make_data, score, train_tokenizer, train_vqgan
 from exps.tiny.scenes import HELD_OUT_PAIRS, OBJECTS, Scene, all_scenes, caption, draw, random_edit, random_scene, read
 from exps.tiny.train_vqgan import k_means
 from model.decoder.chameleon import build_config, build_model
@@ -64,9 +64,6 @@ def test_make_data_writes_the_same_files_twice(tmp_path, capsys):
     assert len(json.loads((tmp_path / "val.json").read_text())) == 400
     prompts = json.loads((tmp_path / "samples.json").read_text())
     assert all((tmp_path / prompt.get("image", "train.json")).is_file() for prompt in prompts) and len(prompts) == 7
-    for flag in ("--num_items", "--num_val_items"):
-        assert make_data.main(["--out_dir", str(tmp_path / "none"), flag, "0"]) == 2
-    assert not (tmp_path / "none").exists()
 
 
 def test_the_tokenizer_has_chameleons_layout():
@@ -89,25 +86,20 @@ def test_k_means_finds_separate_groups():
     assert (nearest == nearest[:, :1]).all() and len(nearest[:, 0].unique()) == 5
 
 
-@pytest.fixture(scope="module")
-def vqgan():
-    return load_vqgan(VQGAN_DIR)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("held_out", [False, True])
-def test_first_gate_scenes_survive_encode_and_decode(vqgan, held_out):
-    scenes = all_scenes(held_out)[:: 3 if held_out else 16]
+def test_first_gate_scenes_survive_encode_and_decode(held_out):
+    vqgan, scenes = load_vqgan(VQGAN_DIR), all_scenes(held_out)[:: 3 if held_out else 16]
     codes = vqgan.encode(torch.stack([image_to_pixels(draw(scene)) for scene in scenes]))
     images = [pixels_to_image(pixels) for pixels in vqgan.decode(codes)]
     assert np.mean([read(image) == scene for image, scene in zip(images, scenes, strict=True)]) >= 0.99
 
 
 @pytest.mark.slow
-def test_second_gate_codes_are_local(vqgan):
+def test_second_gate_codes_are_local():
     """The left half of a pair has the same codes whatever stands on the right."""
     pairs = [Scene("pair", pair, "white") for pair in itertools.product(OBJECTS[:8], OBJECTS[::3])]
-    codes = vqgan.encode(torch.stack([image_to_pixels(draw(scene)) for scene in pairs]))
+    codes = load_vqgan(VQGAN_DIR).encode(torch.stack([image_to_pixels(draw(scene)) for scene in pairs]))
     left = {name: [] for name in OBJECTS[:8]}
     for scene, code in zip(pairs, codes[:, :, :2], strict=True):
         left[scene.objects[0]].append(code)
@@ -122,13 +114,16 @@ def test_the_committed_vqgan_is_small():
 def test_scoring_is_exact_and_by_attribute():
     scene = Scene("pair", (OBJECTS[0], OBJECTS[1]), "white")
     prompt = score.Prompt(caption(scene), scene)
-    assert score.score_answer(prompt, "", [draw(scene)]).exact
-    other = score.score_answer(prompt, "", [draw(Scene("pair", (OBJECTS[0], OBJECTS[2]), "white"))])
-    assert other.attributes == {"exact": False, "layout": True, "objects": False, "background": True}
-    assert not score.score_answer(prompt, "no image", []).exact
+    attributes, tile = score.score_answer(prompt, "", [draw(scene)])
+    assert attributes["exact"] and tile.right and tile.text == caption(scene)
+    attributes, _ = score.score_answer(prompt, "", [draw(Scene("pair", (OBJECTS[0], OBJECTS[2]), "white"))])
+    assert attributes == {"exact": False, "layout": True, "objects": False, "background": True}
+    attributes, tile = score.score_answer(prompt, "no image", [])
+    assert not any(attributes.values()) and tile.images == [None]
     described = score.Prompt("Describe the image.", scene, image=draw(scene), wants_text=True)
-    assert score.score_answer(described, f" {caption(scene)} ", []).exact
-    assert not score.score_answer(described, "a cat", []).exact
+    for text, is_right in ((f" {caption(scene)} ", True), ("a cat", False)):
+        attributes, tile = score.score_answer(described, text, [])
+        assert attributes == {"exact": is_right} and tile.right == is_right and tile.text == text.strip()
 
 
 def test_prompts_are_many_and_held_out_ones_are_held_out():
@@ -137,64 +132,51 @@ def test_prompts_are_many_and_held_out_ones_are_held_out():
     assert all(prompt.target.is_held_out == (name == "held_out_pairs") for name in prompts for prompt in prompts[name])
 
 
-@pytest.fixture(scope="module")
-def fresh_checkpoint(tmp_path_factory):
+@pytest.mark.slow
+def test_score_is_made_again_for_other_prompts_and_other_checkpoints(tmp_path, capsys):
     """An untrained decoder with the tokenizer of the laptop default."""
-    folder = tmp_path_factory.mktemp("fresh")
     tokenizer = train_tokenizer.train_tokenizer([caption(scene) for scene in all_scenes()[::7]])
     model = build_model(build_config("tiny", tokenizer, hidden_size=64, intermediate_size=64), "cpu")
-    export_hf(model, model.config, folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    export_hf(model, model.config, tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
 
-
-@pytest.mark.slow
-def test_score_is_made_again_for_other_prompts_and_other_checkpoints(fresh_checkpoint, tmp_path, capsys):
-    def run(num_prompts: int, out_dir=tmp_path / "out") -> str:
-        flags = ["--model_path", str(fresh_checkpoint), "--out_dir", str(out_dir), "--num_prompts", str(num_prompts)]
-        assert score.main(flags) == 0
-        assert not list(out_dir.glob("*.partial"))
+    def run(num_prompts: int) -> str:
+        flags = ("--model_path", tmp_path / "model", "--out_dir", tmp_path / "out", "--num_prompts", num_prompts)
+        assert score.main([str(flag) for flag in flags]) == 0
         return capsys.readouterr().out
 
     assert "already there" not in run(2)
     assert "already there" in run(2)
     assert "already there" not in run(1)
     made = json.loads((tmp_path / "out" / "score.json").read_text())
-    assert made["edits_prompts"] == 1
+    assert made["edits_prompts"] == 1 and (tmp_path / "out" / "contact_sheet.png").is_file()
     (tmp_path / "out" / "score.json").write_text(json.dumps(made | {"checkpoint": "another"}))
     assert "already there" not in run(1)
 
 
-def run_main(main, *flags: object) -> int:
-    return main([str(flag) for flag in flags])
+VQGAN_FLAGS = ["--steps", "0", "--init_from"]
 
 
-def test_scripts_reject_bad_arguments_with_one_message(tmp_path, capsys):
-    out = ("--out_dir", tmp_path / "out")
-    (tmp_path / "file").touch()
-    (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "checkpoint" / "config.json").write_text("{}")
-    score_flags, vqgan_flags = ("--model_path", tmp_path / "checkpoint", *out), ("--steps", "0", *out)
-    for main, flags, said in (
-        (make_data.main, ("--out_dir", tmp_path / "file"), f"--out_dir {tmp_path / 'file'} cannot be written"),
-        (score.main, (*score_flags, "--num_prompts", "0"), "--num_prompts must be at least 1"),
-        (score.main, ("--model_path", tmp_path, *out), "no checkpoint"),
-        (render_sprites.main, ("--font", tmp_path / "font.ttf", *out), "is missing"),
-        (train_vqgan.main, vqgan_flags, "give --steps above 0"),
-        (train_vqgan.main, (*vqgan_flags, "--init_from", tmp_path), "no VQGAN in"),
-        (train_vqgan.main, (*vqgan_flags, "--init_from", VQGAN_DIR, "--decoder_steps", "-1"), "no steps below 0"),
-        (train_vqgan.main, (*vqgan_flags, "--init_from", VQGAN_DIR, "--batch_size", "0"), "must be above 0"),
-    ):
-        assert run_main(main, *flags) == 2
-        assert said in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("text", ["{", "[1]", '[{"image": "a.png"}]'])
-def test_train_tokenizer_rejects_other_files_and_folders(tmp_path, capsys, text):
-    (tmp_path / "train.json").write_text(text)
-    flags = ("--in_filename", tmp_path / "train.json", "--out_dir")
-    assert run_main(train_tokenizer.main, *flags, tmp_path / "tokenizer") == 2
-    assert "train.json" in capsys.readouterr().err and not (tmp_path / "tokenizer").exists()
-    assert run_main(train_tokenizer.main, *flags, tmp_path) == 2
-    assert "choose another" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        (make_data, ["--out_dir", "train.json"], "--out_dir train.json cannot be written"),
+        (make_data, ["--num_items", "0"], "must be at least 1"),
+        (make_data, ["--num_val_items", "0"], "must be at least 1"),
+        (train_tokenizer, ["--in_filename", "train.json"], "train.json is not what exps/tiny/make_data.py writes"),
+        (train_tokenizer, ["--in_filename", "nowhere.json"], "nowhere.json is not what exps/tiny/make_data.py writes"),
+        (train_tokenizer, ["--out_dir", "."], "choose another"),
+        (score, ["--num_prompts", "0"], "--num_prompts must be at least 1"),
+        (score, ["--model_path", "."], "no checkpoint"),
+        (train_vqgan, ["--steps", "0"], "give --steps above 0"),
+        (train_vqgan, [*VQGAN_FLAGS, "."], "no VQGAN in"),
+        (train_vqgan, [*VQGAN_FLAGS, str(VQGAN_DIR), "--decoder_steps", "-1"], "no steps below 0"),
+    ],
+)
+def test_scripts_reject_bad_arguments_with_one_message(tmp_path, monkeypatch, capsys, script, flags, message):
+    monkeypatch.chdir(tmp_path)
+    Path("train.json").write_text('[{"image": "a.png"}]')
+    with pytest.raises(SystemExit) as ended:
+        script.main(flags)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["train.json"]

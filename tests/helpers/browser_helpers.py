@@ -15,9 +15,8 @@ FLAGS = (
 )  # fmt: skip
 MISSING = [name for name, path in (("chromium", CHROMIUM), ("chromium-driver", DRIVER)) if path is None]
 MISSING += ["selenium"] if importlib.util.find_spec("selenium") is None else []
-needs_browser = pytest.mark.skipif(
-    bool(MISSING), reason=f"not here: {', '.join(MISSING)} (pip, or apt-get as root, brings them)"
-)
+REASON = f"not here: {', '.join(MISSING)} (pip, or apt-get as root, brings them)"
+needs_browser = pytest.mark.skipif(bool(MISSING), reason=REASON)
 
 
 def start_browser(profile: Path):

@@ -4,12 +4,15 @@ import zlib
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from model.decoder.chameleon import ChameleonXLLMXConfig, build_model
 
 NUM_CODES = 32
+VQ_CONFIG = {"embed_dim": 8, "latent_channels": 8, "resolution": 32, "base_channels": 32, "num_res_blocks": 1}
+VQ_CONFIG |= {"channel_multiplier": [1, 1, 1, 1, 1]}
 WORDS = "a b c d e f g h red blue one two cat car on the".split()
 
 
@@ -30,27 +33,11 @@ def small_vocabulary() -> dict[str, int]:
 def small_config(**overrides) -> ChameleonXLLMXConfig:
     """Two layers of width 64 with the small vocabulary."""
     vocabulary = small_vocabulary()
-    values = dict(
-        vocab_size=len(vocabulary),
-        vocabulary_map=vocabulary,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-        bos_token_id=vocabulary["<s>"],
-        eos_token_id=vocabulary["</s>"],
-        vq_config=dict(
-            embed_dim=8,
-            num_embeddings=NUM_CODES,
-            latent_channels=8,
-            resolution=32,
-            base_channels=32,
-            channel_multiplier=[1, 1, 1, 1, 1],
-            num_res_blocks=1,
-        ),
-    )
+    values = {"vocab_size": len(vocabulary), "vocabulary_map": vocabulary, "max_position_embeddings": 512}
+    values |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    values |= {"num_attention_heads": 4, "num_key_value_heads": 4}
+    values |= {"bos_token_id": vocabulary["<s>"], "eos_token_id": vocabulary["</s>"]}
+    values |= {"vq_config": VQ_CONFIG | {"num_embeddings": NUM_CODES}}
     return ChameleonXLLMXConfig(**(values | overrides))
 
 
@@ -80,13 +67,14 @@ def random_tokens(num: int, seed: int = 0) -> torch.Tensor:
 
 def write_small_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """A word-level tokenizer of the small vocabulary, written to a folder."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    return write_word_tokenizer(small_vocabulary(), folder)
 
-    vocabulary = small_vocabulary()
+
+def write_word_tokenizer(vocabulary: dict[str, int], folder: Path) -> PreTrainedTokenizerFast:
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    specials = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **specials)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **special)
     tokenizer.save_pretrained(folder)
     return tokenizer
 

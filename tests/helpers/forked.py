@@ -1,8 +1,8 @@
 """Scripts as processes forked from one server that has torch and transformers imported: a start takes 0.2 s, not 5.
 
-`run` and `Popen` take the command lines that `subprocess` takes: `[python, script, ...]`, `[python, "-c", code]`, and
-`[python, "-m", "torch.distributed.run", "--nproc_per_node=N", script, ...]`, for which a stand-in for torchrun starts
-the ranks. Tests of a launcher, or of what is decided while torch is imported, start real processes instead.
+`run` and `Popen` take the command lines of `subprocess`: `[python, script, ...]`, `[python, "-c", code]`, and `[python,
+"-m", "torch.distributed.run", "--nproc_per_node=N", script, ...]`, for which a stand-in for torchrun starts the ranks.
+Tests of a launcher, or of what is decided while torch is imported, start real processes instead.
 """
 
 import contextlib
@@ -24,8 +24,10 @@ from unittest import mock
 import torch.multiprocessing
 
 ROOT = Path(__file__).parents[2]
-# The libraries that scripts import late are among them, our own modules are not.
+# The libraries that scripts import late are among them, our own modules are not, but for `data`, which keeps torchao
+# quiet.
 PRELOADED = [
+    "data",
     *("torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "accelerate", "safetensors.torch"),
     *("tokenizers", "transformers", "transformers.models.chameleon.modeling_chameleon"),
 ]
@@ -33,47 +35,47 @@ PRELOADED = [
 GRACE_S = 30.0
 
 
+def environment() -> dict[str, str]:
+    """For a script of one thread per process that finds the project and asks no hub."""
+    names = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return os.environ | names | {"PYTHONPATH": str(ROOT)}
+
+
 @functools.cache
-def _context() -> multiprocessing.context.BaseContext:
+def _prepare_server() -> None:
     """The server starts with the first process, and inherits the environment of this moment."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return context
 
 
-class Popen:
+class Popen(multiprocessing.context.ForkServerProcess):
     """A running script. `stdout` and `stderr` are the paths of what it prints, also while it runs."""
 
-    def __init__(
-        self, command: Sequence[object], env: Mapping[str, str], cwd: Path = ROOT, start_new_session: bool = False
-    ) -> None:
-        self.args = [str(part) for part in command]
+    def __init__(self, command: Sequence[object], env: Mapping[str, str], start_new_session: bool = False) -> None:
         folder = Path(tempfile.mkdtemp(prefix="forked"))
         self.stdout, self.stderr = folder / "stdout", folder / "stderr"
         # A process that is killed early would not create them.
         self.stdout.touch()
         self.stderr.touch()
-        self._process = _context().Process(
-            target=_launch,
-            args=(self.args, dict(env), str(cwd), (str(self.stdout), str(self.stderr)), start_new_session),
-        )
+        self.args = [str(part) for part in command]
+        outputs = (str(self.stdout), str(self.stderr))
+        super().__init__(target=_launch, args=(self.args, dict(env), outputs, start_new_session))
+        _prepare_server()
         with _without_main():
-            self._process.start()
-        self.pid = self._process.pid
+            self.start()
 
     @property
     def returncode(self) -> int | None:
-        return self._process.exitcode
+        return self.exitcode
 
     def poll(self) -> int | None:
-        return self._process.exitcode
+        return self.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
-        self._process.join(timeout)
-        if self._process.exitcode is None:
+        self.join(timeout)
+        if self.exitcode is None:
             raise subprocess.TimeoutExpired(self.args, timeout)
-        return self._process.exitcode
+        return self.exitcode
 
     def wait_for_output(self, text: str, path: Path | None = None, timeout: float = 60) -> str:
         """The content of `stdout`, or of `path`, once `text` is in it."""
@@ -84,26 +86,16 @@ class Popen:
             time.sleep(0.005)
         return content
 
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         self.wait(timeout)
         return self.stdout.read_text(), self.stderr.read_text()
 
 
 def run(
-    command: Sequence[object], env: Mapping[str, str], cwd: Path = ROOT, timeout: float = 300, check: bool = False
+    command: Sequence[object], env: Mapping[str, str], timeout: float = 300, check: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """As `subprocess.run` with captured text. A script that outlives `timeout` seconds is killed."""
-    process = Popen(command, env, cwd)
+    process = Popen(command, env)
     try:
         printed = process.communicate(timeout)
     finally:
@@ -115,7 +107,7 @@ def run(
 
 def spawn(function: Callable[..., None], args: tuple[object, ...], num_processes: int) -> None:
     """As `torch.multiprocessing.spawn`: each process calls `function` with its number and `args`."""
-    _context()
+    _prepare_server()
     with _without_main():
         torch.multiprocessing.start_processes(function, args, num_processes, start_method="forkserver")
 
@@ -138,14 +130,12 @@ def _without_main() -> Iterator[None]:
 # In the forked process
 
 
-def _launch(
-    command: list[str], env: dict[str, str], cwd: Path, outputs: tuple[Path, Path], start_new_session: bool
-) -> None:
+def _launch(command: list[str], env: dict[str, str], outputs: tuple[str, str], start_new_session: bool) -> None:
     if start_new_session:
         os.setsid()
     os.environ.clear()
     os.environ.update(env)
-    os.chdir(cwd)
+    os.chdir(ROOT)
     for number, path in enumerate(outputs, start=1):
         # In append mode ranks do not overwrite each other's lines.
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
@@ -182,7 +172,13 @@ def _supervise(num_ranks: int, arguments: list[str]) -> None:
             os.environ.update({name: str(value) for name, value in variables.items()})
             _end_with_script(arguments)
         ranks.add(pid)
-    signal.signal(signal.SIGTERM, lambda number, _: _signal_all(ranks, number))
+
+    def signal_all(number: int, _frame: object = None) -> None:
+        for pid in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    signal.signal(signal.SIGTERM, signal_all)
     code, deadline = 0, None
     while ranks:
         pid, status = os.waitpid(-1, os.WNOHANG)
@@ -190,9 +186,9 @@ def _supervise(num_ranks: int, arguments: list[str]) -> None:
             ranks.remove(pid)
             if status and not code:
                 code, deadline = 1, time.monotonic() + GRACE_S
-                _signal_all(ranks, signal.SIGTERM)
+                signal_all(signal.SIGTERM)
         elif deadline and time.monotonic() > deadline:
-            _signal_all(ranks, signal.SIGKILL)
+            signal_all(signal.SIGKILL)
         else:
             time.sleep(0.005)
     os._exit(code)
@@ -211,9 +207,3 @@ def _end_with_script(arguments: list[str]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def _signal_all(pids: set[int], number: int) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)

@@ -6,15 +6,12 @@ Nothing here is a mock: files are written by the modules that own them, and the 
 import contextlib
 import io
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from data.formats.record import RecordEntry, write_merged
 from data.formats.token_file import save_token_file
@@ -28,24 +25,17 @@ from model.weights.export import carried_vqgan, export_tensors
 from model.weights.hf_folder import copy_tokenizer_files
 from model.weights.load import clean_name
 from tests.helpers import forked
-
-ROOT = Path(__file__).parents[2]
-SOLVER = ROOT / "finetune_solver.py"
+from tests.helpers.decoder_helpers import code_name, write_word_tokenizer
+from tests.helpers.forked import ROOT, environment
 
 
 def write_small_task(folder: Path, num_items: int = 24, seed: int = 0) -> None:
     """Fills `folder` with `tokenizer/`, `init/` (a decoder of 2 layers, hidden 32), `record.json` and `data.yaml`."""
     control = ["<s>", "<pad>", "</s>", "<unk>", "<eoss>", "<racm3:break>", "<reserved08706>", "<reserved08799>"]
     names = [*control, *(f"<reserved{8800 + n:05d}>" for n in range(1, 9))]
-    names += [f"IMGIMG{''.join('ABCDEFGHIJ'[int(d)] for d in str(code))}Z" for code in range(64)]
+    names += map(code_name, range(64))
     names += [f"word{n}" for n in range(200 - len(names))]
-    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
-    tokenizer.save_pretrained(folder / "tokenizer")
-
+    tokenizer = write_word_tokenizer({name: i for i, name in enumerate(names)}, folder / "tokenizer")
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 512}
     config = build_config("tiny", tokenizer, **shape)
     model = build_model(config, device="cpu")
@@ -87,25 +77,11 @@ def write_items(folder: Path, vocab: ChameleonVocab, num_items: int, seed: int) 
 
 def solver_args(folder: Path, output_dir: Path, **changes: object) -> list[str]:
     """Flags of a small run on the CPU; `changes` replace or add flags by name, None leaves one away."""
-    flags = {
-        "init_from": folder / "init",
-        "data_config": folder / "data.yaml",
-        "output_dir": output_dir,
-        "batch_size": 2,
-        "accum_iter": 1,
-        "max_seq_len": 64,
-        "epochs": 2,
-        "lr": 1e-2,
-        "warmup_epochs": 0.1,
-        "wd": 0.1,
-        "z_loss_weight": 1e-5,
-        "precision": "fp32",
-        "device": "cpu",
-        "num_workers": 0,
-        "log_interval": 1,
-    } | changes
+    flags = {"init_from": folder / "init", "data_config": folder / "data.yaml", "output_dir": output_dir}
+    flags |= {"batch_size": 2, "accum_iter": 1, "max_seq_len": 64, "epochs": 2, "lr": 1e-2, "warmup_epochs": 0.1}
+    flags |= {"wd": 0.1, "z_loss_weight": 1e-5, "precision": "fp32", "device": "cpu", "num_workers": 0}
     args = []
-    for name, value in flags.items():
+    for name, value in (flags | {"log_interval": 1} | changes).items():
         if value is not None:
             args += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return args
@@ -126,7 +102,7 @@ def command(num_ranks: int, args: list[str]) -> list[str]:
     python = [sys.executable, "-u"]
     if num_ranks:
         python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
-    return [*python, str(SOLVER), *args]
+    return [*python, str(ROOT / "finetune_solver.py"), *args]
 
 
 def run_solver(num_ranks: int, args: list[str], timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
@@ -169,8 +145,3 @@ def call_main(args: list[str]) -> tuple[int, str]:
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
     return code, said.getvalue()
-
-
-def environment() -> dict[str, str]:
-    """For a run of one thread per rank that finds the project."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.exps.test_exps import parse_call
+from exps.inference_table import TABLE_BEGIN, flag_table
+from tests.exps.test_exps import parse_call, write_stub
 from tests.helpers.small_run import ROOT
 
 DOCS = ["README.md", "TRAIN.md", "exps/bench/README.md"]
@@ -62,33 +63,31 @@ def test_commands_are_accepted_by_their_parsers(doc, tmp_path):
     (tmp_path / "stubs").mkdir()
     (tmp_path / "out").mkdir()
     for name in ("python", "python3", "torchrun", "srun", "sbatch", "pip", "hf", "pytest"):
-        stub = tmp_path / "stubs" / name
-        stub.write_text(f'#!/bin/bash\nprintf "%s\\0" "$@" "" >> "{tmp_path}/calls"\n')
-        stub.chmod(0o755)
+        write_stub(tmp_path / "stubs" / name, f'printf "%s\\0" "$@" "" >> "{tmp_path}/calls"')
     environment = {"PATH": f"{tmp_path}/stubs{os.pathsep}{os.environ['PATH']}", "OUT": "out"}
     for block in blocks(doc, "bash"):
-        subprocess.run(
-            ["bash", "-e", "-c", block], cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL
-        )
+        settings = {"cwd": tmp_path, "env": environment, "stdout": subprocess.DEVNULL}
+        subprocess.run(["bash", "-e", "-c", block], check=True, **settings)
     calls = [call.split("\0") for call in (tmp_path / "calls").read_text().split("\0\0") if ".py\0" in call]
     scripts = {next(word for word in call if word.endswith(".py")) for call in calls if parse_call(call)}
     assert {"finetune_solver.py", "inference_solver.py"} <= scripts
 
 
 @pytest.mark.parametrize("doc", DOCS)
-def test_data_and_code_can_be_read(doc):
+def test_data_and_code_can_be_read_and_named_files_exist(doc):
     for text in blocks(doc, "json"):
         json.loads(text)
     for text in blocks(doc, "yaml"):
         assert yaml.safe_load(text)
     for text in blocks(doc, "python"):
         ast.parse(textwrap.dedent(text))
+    for name in re.findall(r"`((?:exps|model|data|pre_tokenize|tests)/[\w/.]+\.\w+)`", (ROOT / doc).read_text()):
+        assert (ROOT / name).exists(), name
 
 
-def test_the_manual_names_files_that_exist():
-    for doc in DOCS:
-        for name in re.findall(r"`((?:exps|model|data|pre_tokenize|tests)/[\w/.]+\.\w+)`", (ROOT / doc).read_text()):
-            assert (ROOT / name).exists(), name
+def test_the_table_of_inference_flags_is_that_of_the_parser():
+    manual = (ROOT / "TRAIN.md").read_text()
+    assert TABLE_BEGIN not in manual or flag_table() in manual, "run python exps/inference_table.py"
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers.browser_helpers import MISSING
-from tests.helpers.small_run import ROOT, environment
+from tests.helpers.forked import ROOT, environment
 from tests.model.pages.test_report import look_at
 
 
