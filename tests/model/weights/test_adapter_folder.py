@@ -21,8 +21,8 @@ from model.weights.adapter_folder import (
     fingerprint_weights,
     open_weights,
 )
+from model.weights.export import write_config
 from model.weights.load import check_weights, clean_name, load_pretrained
-from model.weights.stock_folder import write_config
 from tests.helpers.hub_helpers import COMMIT, put_into_cache
 from tests.helpers.small_run import export_hf
 from tests.model.decoder.test_trainable import (
