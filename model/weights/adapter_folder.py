@@ -1,10 +1,10 @@
 """Checkpoints of a training with frozen weights (model/decoder/trainable.py), and the one reader of all checkpoints.
 
-    base_weights.json          where the frozen weights are, a fingerprint of their files, and how training set the
-                               image rows of their `lm_head`
-    adapter_config.json, adapter_model.safetensors     of LoRA, as peft writes and loads them
-    trained.safetensors        without LoRA: the trained parameters by name; `NAME.image_rows` are the rows of the image
-                               tokens of `NAME.weight`
+base_weights.json          where the frozen weights are, a fingerprint of their files, and how training set the
+                           image rows of their `lm_head`
+adapter_config.json, adapter_model.safetensors     of LoRA, as peft writes and loads them
+trained.safetensors        without LoRA: the trained parameters by name; `NAME.image_rows` are the rows of the image
+                           tokens of `NAME.weight`
 """
 
 import dataclasses
@@ -172,7 +172,7 @@ def image_token_ids(config: ChameleonXLLMXConfig) -> torch.Tensor:
 
 def set_image_rows(reader: WeightReader, image_head_init: str, seed: int) -> None:
     """
-    Makes a reader give `lm_head` with image rows that are "zero", or "normal": normal(0, `initializer_range`) by `seed`.
+    Makes a reader give `lm_head` with image rows of zeros ("zero"), or of normal(0, `initializer_range`) by `seed`.
 
     "keep" changes nothing. Raises ValueError if the vocabulary of the configuration has no image tokens.
     """
