@@ -42,12 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokenizer", default=DEFAULT_TOKENIZER, help=f"folder or hub id (default {DEFAULT_TOKENIZER})")
     add("--vqgan_dir", type=Path, default=Path(DEFAULT_VQGAN_DIR), help=f"with decoder, {VQGAN_HELP}")
     add("--any_vqgan", action="store_true", help="decode also by a VQGAN that is not the record's (default: off)")
-    add(
-        "--device",
-        choices=("auto", "cuda", "cpu"),
-        default="auto",
-        help="where images are decoded (default auto: CUDA if there is a GPU)",
-    )
+    where = "where images are decoded (default auto: CUDA if there is a GPU)"
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help=where)
     return parser
 
 
@@ -68,10 +64,7 @@ def main(argv: list[str] | None = None) -> int:
             check_codebook(codebook, vqgan_dir, manifest.get("codebook_sha256"), f"the record {args.record}")
         notes = compare_with_manifest(manifest, tokenizer, vqgan, vqgan_dir)
         stats = count_items(args.record, lengths, vocab)
-        items = [
-            show_item(entry, tokenizer, vocab, vqgan)
-            for entry in with_progress(sample, len(sample), "decoding the images")
-        ]
+        items = [show_item(entry, tokenizer, vocab, vqgan) for entry in with_progress(sample, len(sample), "decoding")]
         page = build_page(os.fspath(args.record), stats, items, notes)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_page(page, args.out)

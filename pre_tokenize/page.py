@@ -54,12 +54,11 @@ class ShownItem:
 
 @dataclass(frozen=True)
 class RecordStats:
-    """Figures over all items of a record.
+    """Figures over all items of a record; `size_counts`: images by (width, height) in pixels."""
 
-    `lengths`: int64 [N] in tokens; `code_counts`: int64 [num_codes]; `size_counts`: images by (width, height) in pixels.
-    """
-
+    # int64 [N], in tokens.
     lengths: np.ndarray
+    # int64 [num_codes].
     code_counts: np.ndarray
     num_targets: int
     num_image_tokens: int

@@ -140,7 +140,13 @@ def draw_curves(chart: Chart, last_x: int, epoch_ends: Sequence[int] = (), x_nam
     curves = [_thin_and_smooth(series) for series in chart.series]
     scales = {}
     for name in ("linear", "log") if has_log else ("linear",):
-        low, high, ticks = _log_axis(positive) if name == "log" else _linear_axis(values, chart)
+        if name == "log":
+            room = (positive.max() / positive.min()) ** 0.05
+            low, high = positive.min() / room, positive.max() * room
+            ticks = log_ticks(low, high)
+        else:
+            low, high = _linear_ends(values, chart)
+            ticks = nice_ticks(low, high, NUM_Y_TICKS)
         heights = _heights(low, high, np.log10 if name == "log" else np.asarray)
         paths = [path for curve in curves for path in _curve_paths(*curve, heights, last_x)]
         scales[name] = {"ticks": _y_ticks(ticks, heights, chart.is_share), "paths": paths}
@@ -209,26 +215,16 @@ def _y_ticks(ticks: Sequence[float], heights: Callable, is_share: bool = False) 
     return [(100 * float(heights(tick)) / BOX, tick_label(tick, is_share)) for tick in ticks]
 
 
-def _linear_axis(values: np.ndarray, chart: Chart) -> tuple[float, float, list[float]]:
-    """(low, high, ticks)."""
+def _linear_ends(values: np.ndarray, chart: Chart) -> tuple[float, float]:
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
     if chart.from_zero or 0 <= low < 0.3 * high:
         low, high = min(low, 0.0), max(high, 0.0)
     if high == low:
         low, high = (0.0, 1.0) if low == 0 else (low - abs(low) / 2, high + abs(high) / 2)
     if chart.is_share and low >= 0 and 0.5 < high <= 1:
-        low, high = 0.0, 1.0
-    else:
-        room = (high - low) * 0.06
-        low, high = low - (room if low else 0), high + room
-    return low, high, nice_ticks(low, high, NUM_Y_TICKS)
-
-
-def _log_axis(positive: np.ndarray) -> tuple[float, float, list[float]]:
-    low, high = float(positive.min()), float(positive.max())
-    room = (high / low) ** 0.05
-    low, high = low / room, high * room
-    return low, high, log_ticks(low, high)
+        return 0.0, 1.0
+    room = (high - low) * 0.06
+    return low - (room if low else 0), high + room
 
 
 def _thin_and_smooth(series: Series) -> tuple[Series, np.ndarray | None]:
@@ -271,11 +267,7 @@ def _curve_paths(
 
 def _path(x: np.ndarray, y: np.ndarray) -> str:
     """The `d` of a line that is broken at NaN; a line of no length (`h0`) makes a lone point a dot."""
-    parts, is_open = [], False
-    for a, b in zip(x.tolist(), y.tolist(), strict=True):
-        if math.isnan(b):
-            is_open = False
-            continue
-        parts.append(f"{'L' if is_open else 'M'}{a:.1f} {b:.1f}{'' if is_open else 'h0'}")
-        is_open = True
-    return "".join(parts)
+    is_there = ~np.isnan(y)
+    starts = is_there & np.concatenate([[True], ~is_there[:-1]])
+    points = zip(x[is_there], y[is_there], starts[is_there], strict=True)
+    return "".join(f"M{a:.1f} {b:.1f}h0" if is_start else f"L{a:.1f} {b:.1f}" for a, b, is_start in points)

@@ -86,7 +86,7 @@ class BaseWeights:
 
         Raises FileNotFoundError if it is gone, ValueError if it has other weights.
         """
-        places = [Path(self.source), *([folder / self.relative] if self.relative else [])]
+        places = [Path(self.source), *([(folder / self.relative).resolve()] if self.relative else [])]
         places = [place for place in places if place.is_dir()]
         partial = f"{folder} holds only what was trained; the rest comes from"
         try:
