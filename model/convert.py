@@ -21,7 +21,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.hub import find_vqgan  # noqa: E402
-from data.whole_file import sync_path  # noqa: E402
+from data.whole_file import publish_folder  # noqa: E402
 from model.decoder.chameleon import ChameleonXLLMXConfig, build_model  # noqa: E402
 from model.vqgan.vqgan import CODEBOOK, HF_PREFIX, check_codebook, load_vqgan  # noqa: E402
 from model.weights.adapter_folder import IMAGE_HEAD_INITS, open_weights  # noqa: E402
@@ -87,8 +87,7 @@ def convert_checkpoint(
         model = load_vqgan(find_vqgan(vqgan_dir))
         config.vq_config = model.config
         # Stock Chameleon lacks the decoder half.
-        state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("decoder.")}
-        vqgan = {HF_PREFIX + name: tensor for name, tensor in state.items()}
+        vqgan = {HF_PREFIX + name: t for name, t in model.state_dict().items() if not name.startswith("decoder.")}
     if shape == "hf" and vqgan:
         codebook, of = vqgan[HF_PREFIX + CODEBOOK], "the model's training data"
         check_codebook(codebook, vqgan_dir or source, config.codebook_sha256, of, other_way="")
@@ -96,16 +95,11 @@ def convert_checkpoint(
     partial = out_dir.with_name(out_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     shapes = {name: (tuple(p.shape), dtype or reader.dtype(name)) for name, p in parameters.items()}
-    is_trained = not is_stock(config)
-    export_tensors(shapes, reader.read, config, partial, vqgan, shape, is_trained, max_file_bytes)
+    export_tensors(shapes, reader.read, config, partial, vqgan, shape, max_file_bytes)
     copy_tokenizer_files(tokenizer_dir or source, partial)
     if shape == "hf":
         write_processor_files(partial)
-    # On disk before the folder gets its name.
-    for path in (*partial.iterdir(), partial):
-        sync_path(path)
-    os.replace(partial, out_dir)
-    sync_path(out_dir.parent)
+    publish_folder(partial, out_dir)
     return out_dir
 
 

@@ -8,7 +8,6 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import AddedToken
@@ -39,7 +38,6 @@ def export_tensors(
     out_dir: str | os.PathLike,
     vqgan: Mapping[str, torch.Tensor],
     shape: str = "xllmx",
-    is_trained: bool = True,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """
@@ -49,7 +47,7 @@ def export_tensors(
         shapes: shape and type of every parameter, by name.
         get: gives a parameter when it is its turn.
         vqgan: the VQGAN's tensors by name, which keep their type; the shape "hf" needs them.
-        shape, is_trained: see `write_config`.
+        shape: one of SHAPES.
         max_file_bytes: see `write_weights`.
     """
     if shape == "hf" and not vqgan:
@@ -71,7 +69,7 @@ def export_tensors(
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     tensors |= {name: tensor.to("meta") for name, tensor in vqgan.items()}
     write_weights(out_dir, tensors, get_out, max_file_bytes)
-    write_config(config, Path(out_dir), tensors["lm_head.weight"].dtype, shape, is_trained)
+    write_config(config, Path(out_dir), tensors["lm_head.weight"].dtype, shape)
 
 
 def carried_vqgan(config: ChameleonXLLMXConfig) -> dict[str, torch.Tensor]:
@@ -99,14 +97,8 @@ def is_stock(config: ChameleonXLLMXConfig) -> bool:
     return STOCK_ARCHITECTURE in (config.architectures or []) and not getattr(config, EXPORT_MARK, False)
 
 
-def write_config(
-    config: ChameleonXLLMXConfig, folder: Path, dtype: torch.dtype, shape: str = "xllmx", is_trained: bool = True
-) -> None:
-    """
-    Write the config.json of a checkpoint in one of SHAPES.
-
-    `dtype`: of the weights beside it; `is_trained`: whether the image rows may differ from those of stock Chameleon.
-    """
+def write_config(config: ChameleonXLLMXConfig, folder: Path, dtype: torch.dtype, shape: str = "xllmx") -> None:
+    """Write the config.json of a checkpoint in one of SHAPES. `dtype`: of the weights beside it."""
     values = config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
     for name in ("_name_or_path", EXPORT_MARK):
         values.pop(name, None)
@@ -117,7 +109,7 @@ def write_config(
     for ours in ("dropout", "z_loss_weight", "mask_image_logits", "tie_head_norm", "model_type"):
         values.pop(ours, None)
     values["vocabulary_map"] = name_image_token(values["vocabulary_map"] or {})
-    values |= {"architectures": [STOCK_ARCHITECTURE]} | ({EXPORT_MARK: True} if is_trained else {})
+    values |= {"architectures": [STOCK_ARCHITECTURE]} | ({} if is_stock(config) else {EXPORT_MARK: True})
     ChameleonConfig.from_dict(values).save_pretrained(folder)
 
 
@@ -159,12 +151,9 @@ def write_processor_files(folder: Path) -> None:
     # The class's defaults, but for the side and the exact scale: pixels in [-1, 1], the range of the VQGAN's input.
     pixels = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}, "rescale_factor": 2 / 255}
     classes = {"image_processor_type": "ChameleonImageProcessor", "processor_class": "ChameleonProcessor"}
-    _write_json(folder / "preprocessor_config.json", classes | pixels)
     processor = {"processor_class": "ChameleonProcessor", "image_token": IMAGE}
-    _write_json(folder / PROCESSOR_NAME, processor | {"image_seq_length": (side // downsampling) ** 2})
+    processor |= {"image_seq_length": (side // downsampling) ** 2}
+    for name, values in (("preprocessor_config.json", classes | pixels), (PROCESSOR_NAME, processor)):
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n")
     ids = {"bos_token_id": config["bos_token_id"], "pad_token_id": config["pad_token_id"]}
     GenerationConfig(**ids, eos_token_id=tokenizer.sep_token_id).save_pretrained(folder)
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")

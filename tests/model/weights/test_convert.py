@@ -3,6 +3,7 @@
 import json
 import shutil
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,15 +38,16 @@ def vqgan_dir(tmp_path_factory):
     return folder
 
 
-def write_stock_checkpoint(folder) -> ChameleonForConditionalGeneration:
-    """A small model as stock transformers draws and saves it; it is returned."""
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory) -> Path:
+    """A small model as stock transformers draws and saves it."""
     values = small_config().to_dict()
     for ours in ("dropout", "z_loss_weight", "mask_image_logits", "tie_head_norm", "architectures"):
         values.pop(ours, None)
     torch.manual_seed(0)
-    stock = ChameleonForConditionalGeneration(ChameleonConfig.from_dict(values)).eval()
-    stock.save_pretrained(folder)
-    return stock
+    folder = tmp_path_factory.mktemp("stock")
+    ChameleonForConditionalGeneration(ChameleonConfig.from_dict(values)).save_pretrained(folder)
+    return folder
 
 
 def load_stock(folder) -> ChameleonForConditionalGeneration:
@@ -94,28 +96,26 @@ def test_both_shapes_load_bit_equal(tmp_path, vqgan_dir, overrides):
     assert same_parameters(model, load_pretrained(tmp_path / "hf"))
 
 
-def test_the_vqgan_is_carried_along(tmp_path):
+def test_the_vqgan_is_carried_along(stock, tmp_path):
     """From stock's shape to ours and back, by files and by a model in memory."""
-    stock = write_stock_checkpoint(tmp_path / "stock")
-    convert_checkpoint(tmp_path / "stock", tmp_path / "xllmx", image_head_init="keep")
+    convert_checkpoint(stock, tmp_path / "xllmx", image_head_init="keep")
     convert_checkpoint(tmp_path / "xllmx", tmp_path / "back", shape="hf", max_file_bytes=100_000)
     model = load_pretrained(tmp_path / "xllmx")
     assert not any("vqmodel" in name for name in model.state_dict())
     carried = carried_vqgan(model.config)
     # As a training removes the checkpoint that it resumed from.
     shutil.rmtree(tmp_path / "xllmx")
-    assert same_tensors(carried, stored(tmp_path / "stock", HF_PREFIX)) and len(carried) > 10
-    assert same_tensors(stored(tmp_path / "back"), stored(tmp_path / "stock"))
-    configs = [AutoConfig.from_pretrained(tmp_path / name).vq_config.to_dict() for name in ("back", "stock")]
+    assert same_tensors(carried, stored(stock, HF_PREFIX)) and len(carried) > 10
+    assert same_tensors(stored(tmp_path / "back"), stored(stock))
+    configs = [AutoConfig.from_pretrained(folder).vq_config.to_dict() for folder in (tmp_path / "back", stock)]
     assert configs[0] == configs[1]
     pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    codes = stock.model.vqmodel.encode(pixels).image_tokens.view(2, 2, 2)
-    assert torch.equal(load_stock(tmp_path / "back").model.vqmodel.encode(pixels).image_tokens.view(2, 2, 2), codes)
+    codes = load_stock(tmp_path / "back").model.vqmodel.encode(pixels).image_tokens.view(2, 2, 2)
     assert torch.equal(load_vqgan(tmp_path / "back").encode(pixels), codes) and codes.unique().numel() > 1
 
 
-def test_a_start_with_a_damaged_vqgan_can_be_saved(tmp_path):
-    write_stock_checkpoint(tmp_path / "stock")
+def test_a_start_with_a_damaged_vqgan_can_be_saved(stock, tmp_path):
+    shutil.copytree(stock, tmp_path / "stock")
     model = load_pretrained(tmp_path / "stock")
     (tmp_path / "stock" / "model.safetensors").write_bytes(b"torn")
     with pytest.warns(UserWarning, match="model.safetensors is damaged"):
@@ -123,8 +123,8 @@ def test_a_start_with_a_damaged_vqgan_can_be_saved(tmp_path):
     assert same_parameters(model, load_pretrained(tmp_path / "out"))
 
 
-def test_types_are_kept_or_cast(tmp_path):
-    write_stock_checkpoint(tmp_path / "fp32")
+def test_types_are_kept_or_cast(stock, tmp_path):
+    (tmp_path / "fp32").symlink_to(stock)
     for source, out, flags, dtype in (
         ("fp32", "xllmx", [], torch.float32),
         ("fp32", "bf16", ["--dtype", "bf16"], torch.bfloat16),
@@ -169,17 +169,17 @@ def test_weights_are_written_one_file_at_a_time(tmp_path):
         WeightReader(tmp_path)
 
 
-def test_stock_norms_that_differ_are_rejected_or_kept_untied(tmp_path, capsys):
-    write_stock_checkpoint(tmp_path / "stock")
+def test_stock_norms_that_differ_are_rejected_or_kept_untied(stock, tmp_path, capsys):
+    shutil.copytree(stock, tmp_path / "stock")
     weights = load_file(tmp_path / "stock" / "model.safetensors")
     weights[NORM][2] += 0.5
     save_file(weights, tmp_path / "stock" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="layers.1.self_attn.q_norm.weight.*tie_head_norm=False"):
         load_pretrained(tmp_path / "stock")
     untied = load_pretrained(tmp_path / "stock", tie_head_norm=False)
-    stock = ChameleonForConditionalGeneration.from_pretrained(tmp_path / "stock")
     tokens = random_tokens(20)[None]
-    assert torch.equal(untied.model(tokens), stock.model(input_ids=tokens, use_cache=False).last_hidden_state)
+    expected = load_stock(tmp_path / "stock").model(input_ids=tokens, use_cache=False).last_hidden_state
+    assert torch.equal(untied.model(tokens), expected)
 
     assert main([str(tmp_path / "stock"), str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
@@ -227,9 +227,9 @@ def test_bad_folders_are_named(tmp_path, capsys):
     assert "--vqgan_dir" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
-def test_image_rows_are_zeroed_only_from_stock_to_a_start(tmp_path, capsys):
+def test_image_rows_are_zeroed_only_from_stock_to_a_start(stock, tmp_path, capsys):
     """An export of ours in stock's shape is not taken for stock Chameleon. The command prints what was done."""
-    write_stock_checkpoint(tmp_path / "stock")
+    (tmp_path / "stock").symlink_to(stock)
     model = small_model()
     export_hf(model, model.config, tmp_path / "trained")
     for source, out, flags, done in (
