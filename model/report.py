@@ -86,9 +86,8 @@ def write_report(output_dir: Path, out: Path | None = None, is_running: bool = F
     `is_running`: what the page says about it. Raises ValueError if the folder holds no run or a file cannot be read.
     """
     run = read_run(output_dir)
-    page = build_page(run.curves, run.last_step, run.samples, **describe(run, is_running))
-    out = output_dir / REPORT_NAME if out is None else out
-    write_page(page, out)
+    out = out or output_dir / REPORT_NAME
+    write_page(build_page(run.curves, run.last_step, run.samples, **describe(run, is_running)), out)
     return out
 
 

@@ -42,10 +42,6 @@ class ShownItem:
     num_wrong_labels: int
 
     @property
-    def num_targets(self) -> int:
-        return int(self.is_target.sum())
-
-    @property
     def target_runs(self) -> list[tuple[int, int]]:
         """(start, stop) of tokens in a row that are targets."""
         edges = np.flatnonzero(np.diff(self.is_target.astype(np.int8), prepend=0, append=0)).tolist()
@@ -67,27 +63,11 @@ class RecordStats:
 
 def build_page(record_path: str, stats: RecordStats, items: Sequence[ShownItem], notes: Sequence[str] = ()) -> str:
     """The whole page. `notes`: remarks shown at its top."""
-    num_tokens = int(stats.lengths.sum())
-    tiles = {
-        "items": f"{len(stats.lengths):,}",
-        "tokens": f"{num_tokens:,}",
-        "of all tokens are in images": percent_of(stats.num_image_tokens, num_tokens),
-        "of all tokens are predicted": percent_of(stats.num_targets, num_tokens),
-        "images": f"{stats.size_counts.total():,}",
-    }
     charts = [_draw_lengths(stats.lengths)]
     if stats.size_counts:
         charts += [_draw_usage(stats.code_counts), _draw_sizes(stats.size_counts), _draw_shares(stats.code_counts)]
-    return render(
-        "inspect.html",
-        title=record_path,
-        notes=notes,
-        tiles=tiles,
-        charts=charts,
-        items=items,
-        num_items=len(stats.lengths),
-        code_pixels=CODE_PIXELS,
-    )
+    values = {"title": record_path, "notes": notes, "stats": stats, "charts": charts, "items": items}
+    return render("inspect.html", code_pixels=CODE_PIXELS, **values)
 
 
 def length_bins(lengths: np.ndarray, most: int = MAX_LENGTH_BINS) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 """Charts of the HTML pages: curves, thinned and smoothed, on a linear and a logarithmic scale, and bars.
 
-The `draw_` functions return what the template `model/pages/chart.html` needs. The SVG of a chart is stretched to its
-box, and labels are HTML beside it: text is as large on a phone as on a wide screen.
+`model/pages/chart.html` draws them. The SVG is stretched to its box, and labels are HTML beside it: text is as large on
+a phone as on a wide screen.
 """
 
 import dataclasses

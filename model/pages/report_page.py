@@ -50,12 +50,7 @@ CHARTS = {
 }
 # By the end of a key.
 UNITS = {"ms": "milliseconds", "s": "seconds", "gib": "GiB", "share": "share"}
-LOSS_TILES = (
-    ("loss", "loss", "c-train"),
-    ("val_loss", "validation loss", "c-val"),
-    ("text_loss", "text loss", "c-text"),
-    ("image_loss", "image loss", "c-image"),
-)
+LOSS_TILES = {"loss": "c-train", "val_loss": "c-val", "text_loss": "c-text", "image_loss": "c-image"}
 # No chart of only zeros.
 ONLY_IF_ANY = ("skipped_steps", "bad_items")
 
@@ -149,8 +144,9 @@ def _tiles(curves: Mapping[str, Curve]) -> list[tuple[str, str, str]]:
     there = {key: values[~np.isnan(values)] for key, (_, values) in curves.items()}
     there = {key: values for key, values in there.items() if len(values)}
     found = []
-    for key, name, color in LOSS_TILES:
-        if "image" not in key and "text" not in key and key in curves and np.isnan(curves[key][1][-1]):
+    for key, color in LOSS_TILES.items():
+        name = key.replace("val_", "validation ").replace("_", " ")
+        if key in ("loss", "val_loss") and key in curves and np.isnan(curves[key][1][-1]):
             # An earlier loss would hide that the last one was lost.
             found.append((f"{name}, last", "none", color))
         elif key in there:

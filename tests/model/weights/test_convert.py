@@ -17,12 +17,11 @@ from model.decoder.chameleon import build_model, init_weights, reset_rotary_buff
 from model.vqgan.vqgan import HF_PREFIX, VQGAN, load_vqgan, save_vqgan
 from model.weights.adapter_folder import open_weights
 from model.weights.export import carried_vqgan
-from model.weights.hf_folder import load_config, resolve_checkpoint
+from model.weights.hf_folder import load_config
 from model.weights.load import load_checkpoint_weights, load_pretrained
 from model.weights.weight_files import INDEX_FILE, WeightReader, write_weights
 from tests.helpers import forked
 from tests.helpers.decoder_helpers import random_tokens, small_config, small_model
-from tests.helpers.hub_helpers import put_into_cache
 from tests.helpers.small_run import export_hf
 
 GROUPED = {"model_parallel_size": 2, "num_key_value_heads": 2, "swin_norm": True}
@@ -72,10 +71,6 @@ def same_tensors(one, other) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def image_rows(folder) -> torch.Tensor:
-    return WeightReader(folder).read("lm_head.weight")[IMAGE_IDS]
-
-
 @pytest.mark.parametrize("overrides", [{}, GROUPED])
 def test_both_shapes_load_bit_equal(tmp_path, vqgan_dir, overrides):
     model = small_model(**overrides).eval()
@@ -88,8 +83,7 @@ def test_both_shapes_load_bit_equal(tmp_path, vqgan_dir, overrides):
     assert config.model_type == "chameleon_xllmx" and config.vocab_size == model.config.vocab_size
     assert config.architectures == ["ChameleonXLLMXForConditionalGeneration"]
 
-    command = [str(tmp_path / "out"), str(tmp_path / "hf"), "--shape", "hf", "--vqgan_dir", str(vqgan_dir)]
-    assert main(command) == 0
+    convert_checkpoint(tmp_path / "out", tmp_path / "hf", shape="hf", vqgan_dir=vqgan_dir)
     expected = load_stock(tmp_path / "hf").model(input_ids=tokens, use_cache=False).last_hidden_state
     assert torch.equal(model.model(tokens), expected)
     # The q/k-norms are tied again.
@@ -140,11 +134,10 @@ def test_types_are_kept_or_cast(stock, tmp_path):
     name = "model.layers.0.mlp.up_proj.weight"
     expected = WeightReader(tmp_path / "fp32").read(name).bfloat16()
     assert torch.equal(WeightReader(tmp_path / "hf-fp32").read(name), expected.float())
-    loaded = load_pretrained(tmp_path / "bf16")
-    assert loaded.lm_head.weight.dtype == torch.bfloat16 and torch.equal(loaded.get_parameter(name), expected)
-    assert loaded.model.rotary_emb.inv_freq.dtype == torch.float32
-    into_fp32 = load_pretrained(tmp_path / "bf16", dtype=torch.float32)
-    assert torch.equal(into_fp32.get_parameter(name), expected.float())
+    for dtype in (None, torch.float32):
+        loaded = load_pretrained(tmp_path / "bf16", dtype)
+        assert loaded.dtype == (dtype or torch.bfloat16) and torch.equal(loaded.get_parameter(name), expected.to(dtype))
+        assert loaded.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
 def test_weights_are_written_one_file_at_a_time(tmp_path):
@@ -189,24 +182,10 @@ def test_stock_norms_that_differ_are_rejected_or_kept_untied(stock, tmp_path, ca
     assert torch.equal(load_pretrained(tmp_path / "out").get_parameter(NORM), weights[NORM])
 
 
-def test_a_hub_id_is_read_from_the_local_cache(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    model = small_model()
-    export_hf(model, model.config, tmp_path / "model")
-    there = put_into_cache(tmp_path / "cache", "some/model", tmp_path / "model")
-    assert resolve_checkpoint("some/model") == there
-    assert main(["some/model", str(tmp_path / "out")]) == 0
-    assert same_parameters(model, load_pretrained(tmp_path / "out"))
-    assert main(["some/other", str(tmp_path / "new")]) == 2
-    assert "some/other is not a folder here, and could not be fetched from the hub" in capsys.readouterr().err
-
-
 def test_bad_folders_are_named(tmp_path, capsys):
-    with pytest.raises(FileNotFoundError, match="the checkpoint .*absent is not a folder"):
-        resolve_checkpoint(tmp_path / "absent")
-    with pytest.raises(FileNotFoundError, match="config.json"):
-        load_config(tmp_path)
+    for name, said in (("absent", "the checkpoint .*absent is not a folder"), (".", "has no config.json")):
+        with pytest.raises(FileNotFoundError, match=said):
+            load_config(tmp_path / name)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="llama"):
         load_config(tmp_path)
@@ -243,25 +222,24 @@ def test_image_rows_are_zeroed_only_from_stock_to_a_start(stock, tmp_path, capsy
     ):
         assert main([str(tmp_path / source), str(tmp_path / out), *flags]) == 0
         assert f"image rows of lm_head: {done})" in capsys.readouterr().out
-        kept = torch.equal(image_rows(tmp_path / out), image_rows(tmp_path / source))
-        assert image_rows(tmp_path / source).any() and (
-            kept if done == "keep" else not image_rows(tmp_path / out).any()
-        )
+        before, after = (stored(tmp_path / name, "lm_head")["lm_head.weight"][IMAGE_IDS] for name in (source, out))
+        assert before.any() and torch.equal(after, before if done == "keep" else torch.zeros_like(before))
 
 
 @pytest.mark.parametrize("how", ["zero", "normal"])
 def test_only_the_image_rows_are_reinitialized(tmp_path, how):
     model = small_model()
     export_hf(model, model.config, tmp_path / "source", dtype=torch.bfloat16)
-    written = convert_checkpoint(tmp_path / "source", tmp_path / "start", image_head_init=how, seed=1)
-    before, head = (WeightReader(folder).read("lm_head.weight") for folder in (tmp_path / "source", written))
-    expected = torch.zeros(len(IMAGE_IDS), head.shape[1])
+    drawn = torch.zeros(len(IMAGE_IDS), model.config.hidden_size)
     if how == "normal":
-        expected.normal_(0.0, model.config.initializer_range, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(head, before.index_copy(0, IMAGE_IDS, expected.bfloat16()))
+        drawn.normal_(0.0, model.config.initializer_range, generator=torch.Generator().manual_seed(1))
+    expected = stored(tmp_path / "source")
+    expected["lm_head.weight"] = expected["lm_head.weight"].index_copy(0, IMAGE_IDS, drawn.bfloat16())
     reader = open_weights(tmp_path / "source", how, seed=1)
-    assert torch.equal(reader.read("lm_head.weight"), head)
-    assert torch.equal(reader.read("model.embed_tokens.weight"), model.model.embed_tokens.weight.bfloat16())
+    assert same_tensors({name: reader.read(name) for name in reader.names}, expected)
+    assert same_tensors(
+        stored(convert_checkpoint(tmp_path / "source", tmp_path / "start", image_head_init=how, seed=1)), expected
+    )
 
 
 def test_without_image_tokens_the_head_can_only_be_kept(tmp_path):
