@@ -53,16 +53,16 @@ def main(argv: list[str] | None = None) -> int:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         validate(args)
+        args.vqgan_dir = find_vqgan(args.vqgan_dir)
         lengths, sample = survey_record(args.record, args.num, args.seed)
         tokenizer = load_text_tokenizer(args.tokenizer)
         vocab = ChameleonVocab.from_tokenizer(tokenizer)
-        vqgan_dir = find_vqgan(args.vqgan_dir)
-        vqgan = load_decoder(vqgan_dir, vocab, args.device)
+        vqgan = load_decoder(args.vqgan_dir, vocab, args.device)
         manifest = find_manifest(args.record, sample[0].file) or {}
         if not args.any_vqgan:
             codebook = vqgan.quantize.embedding.weight
-            check_codebook(codebook, vqgan_dir, manifest.get("codebook_sha256"), f"the record {args.record}")
-        notes = compare_with_manifest(manifest, tokenizer, vqgan, vqgan_dir)
+            check_codebook(codebook, args.vqgan_dir, manifest.get("codebook_sha256"), f"the record {args.record}")
+        notes = compare_with_manifest(manifest, tokenizer, vqgan, args.vqgan_dir)
         stats = count_items(args.record, lengths, vocab)
         items = [show_item(entry, tokenizer, vocab, vqgan) for entry in with_progress(sample, len(sample), "decoding")]
         page = build_page(os.fspath(args.record), stats, items, notes)
@@ -121,8 +121,7 @@ def compare_with_manifest(manifest: dict, tokenizer, vqgan: VQGAN, vqgan_dir: Pa
         remarks.append("The record was made with another tokenizer than the one given here: texts may be wrong.")
     codebook, files = manifest.get("codebook_sha256"), manifest.get("vqgan_sha256")
     # The same codebook may lie in files of another format: files count only without a codebook.
-    is_other = codebook != vqgan.codebook_sha256 if codebook else files not in (None, hash_vqgan(vqgan_dir))
-    if is_other:
+    if codebook != vqgan.codebook_sha256 if codebook else files not in (None, hash_vqgan(vqgan_dir)):
         remarks.append("The record was made with other VQGAN files than those given here: images may be wrong.")
     return remarks
 
@@ -143,10 +142,7 @@ def count_items(path: Path, lengths: np.ndarray, vocab: ChameleonVocab) -> Recor
 
 
 def load_item(entry: RecordEntry, vocab: ChameleonVocab) -> tuple[TokenItem, dict[tuple[int, int], np.ndarray]]:
-    """The item of an entry, and (start, stop) -> codes [h, w] of its images in order.
-
-    Raises ValueError or FileNotFoundError with what does not fit the record or the vocabulary.
-    """
+    """The item of an entry, and (start, stop) -> codes [h, w] of its images in order."""
     item = load_token_file(entry.file, entry.offset, entry.nbytes)
     name = f"{entry.file} (id {one_line(entry.id)})"
     if len(item.token) != entry.len:

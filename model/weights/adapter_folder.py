@@ -74,7 +74,7 @@ class BaseWeights:
 
     @classmethod
     def read(cls, folder: Path) -> "BaseWeights":
-        """The note of a checkpoint. Raises ValueError if the note is damaged."""
+        """The note of a checkpoint. Raises ValueError if it is damaged."""
         try:
             return cls(**json.loads((folder / NOTE_NAME).read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
@@ -204,7 +204,7 @@ def _change_to_trained(reader: WeightReader) -> None:
         path, scale = reader.folder / ADAPTER_NAME, adapter["lora_alpha"] / adapter["r"]
     file = open_file(path)
     ids = image_token_ids(load_config(reader.folder))
-    # By the whole model's parameter: its adapter's halves, its image rows, or all of it.
+    # By the whole model's parameter: the halves of its adapter, its image rows, or all of it.
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name in file.keys():  # noqa: SIM118
         module, _, kind = _own_name(name).rpartition(".")
@@ -261,10 +261,9 @@ class AdapterWriter:
 
 
 def _peft_name(name: str) -> str:
-    name = name.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")
-    if name.endswith(f".{ROWS_NAME}"):
-        name = name.removesuffix(ROWS_NAME) + _PEFT_ROWS
-    return _PEFT_PREFIX + name
+    # After `.default.`, peft's name of the adapter in memory.
+    module, _, kind = name.replace(".default.", ".").rpartition(".")
+    return f"{_PEFT_PREFIX}{module}.{_PEFT_ROWS if kind == ROWS_NAME else kind}"
 
 
 def _own_name(name: str) -> str:
