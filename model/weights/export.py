@@ -5,7 +5,6 @@ Saves and `model/convert.py` call it. `AutoProcessor` and `pipeline("image-text-
 
 import json
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -78,13 +77,9 @@ def carried_vqgan(config: ChameleonXLLMXConfig) -> dict[str, torch.Tensor]:
 
     In memory (0.1 GiB for Chameleon's): that folder may be a checkpoint which the training removes.
     """
-    try:
-        if config.name_or_path and Path(config.name_or_path).is_dir():
-            return {name: tensor.clone() for name, tensor in stored_vqgan(open_weights(config.name_or_path)).items()}
-    except (ValueError, OSError) as error:
-        # A training must be able to save without the VQGAN.
-        warnings.warn(f"the VQGAN's tensors, if any, are not carried along: {error}", stacklevel=2)
-    return {}
+    if not (config.name_or_path and Path(config.name_or_path).is_dir()):
+        return {}
+    return {name: tensor.clone() for name, tensor in stored_vqgan(open_weights(config.name_or_path)).items()}
 
 
 def stored_vqgan(reader: WeightReader) -> dict[str, torch.Tensor]:

@@ -108,15 +108,6 @@ def test_the_vqgan_is_carried_along(stock, tmp_path):
     assert torch.equal(load_vqgan(tmp_path / "back").encode(pixels), codes) and codes.unique().numel() > 1
 
 
-def test_a_start_with_a_damaged_vqgan_can_be_saved(stock, tmp_path):
-    shutil.copytree(stock, tmp_path / "stock")
-    model = load_pretrained(tmp_path / "stock")
-    (tmp_path / "stock" / "model.safetensors").write_bytes(b"torn")
-    with pytest.warns(UserWarning, match="model.safetensors is damaged"):
-        export_hf(model, model.config, tmp_path / "out")
-    assert same_parameters(model, load_pretrained(tmp_path / "out"))
-
-
 def test_types_are_kept_or_cast(stock, tmp_path):
     (tmp_path / "fp32").symlink_to(stock)
     for source, out, flags, dtype in (
