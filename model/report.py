@@ -236,6 +236,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help=f"file to write (default: {REPORT_NAME} in OUTPUT_DIR)")
     args = parser.parse_args(argv)
     try:
+        if args.out is not None and args.out.is_dir():
+            raise ValueError(f"--out {args.out} is a folder; give the name of a file in it")
         out = write_report(args.output_dir, args.out, is_running=is_locked(args.output_dir / LOCK_NAME))
     except (ValueError, OSError) as error:
         print(f"report.py: {error}", file=sys.stderr)

@@ -223,7 +223,7 @@ def test_damaged_lines_and_samples_leave_a_page_that_names_them(tmp_path):
     ("folder", "flags", "reason"),
     [
         ("run", ["--out", "gone/page.html"], "No such file or directory: 'gone/page.html"),
-        ("run", ["--out", "."], "Is a directory"),
+        ("run", ["--out", "."], "is a folder"),
         (".", [], "is no output folder of a run"),
         ("none", [], "there is no folder"),
     ],

@@ -153,11 +153,7 @@ def test_the_fingerprint_sees_any_tensor_of_a_large_file(tmp_path):
     seen = []
     changed = [("lm_head.weight", slice(0)), ("lm_head.weight", slice(4100, 6000))]
     changed += [("model.layers.2.mlp.up_proj.weight", slice(None)), ("model.norm.weight", slice(3, 4))]
-    for name, rows in (
-        *changed,
-        ("model.layers.2.mlp.up_proj.weight", slice(None)),
-        ("model.norm.weight", slice(3, 4)),
-    ):
+    for name, rows in changed:
         tensors[name][rows] *= 1.01
         save_file(tensors, tmp_path / "model.safetensors")
         seen.append(fingerprint_weights(tmp_path))
