@@ -89,6 +89,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return end_alone(launch, f"finetune_solver.py: rank {launch.rank}: {error}", 128 + error.number)
         except KeyboardInterrupt:
             return end_alone(launch, "interrupted; the same command resumes from the last checkpoint", 130)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            advice = "give fewer --num_workers, or the container more memory (docker --shm-size)"
+            message = f"rank {launch.rank}: {str(error).strip()}; {advice}; the same command resumes"
+            return end_alone(launch, f"finetune_solver.py: {message}", 1)
 
 
 def evaluate(setup: Setup) -> int:

@@ -46,6 +46,9 @@ def test_launchers():
     assert other.master_port != launch.master_port, "two steps of a job may share a node"
     in_batch_script = {name: SLURM[name] for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_JOB_ID")}
     assert detect_launch(in_batch_script) == Launch()
+    in_salloc_shell = SLURM | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+    assert detect_launch(in_salloc_shell) == detect_launch(SLURM | {"SLURM_NTASKS": "1"}) == Launch()
+    assert detect_launch(SLURM | {"SLURM_STEP_NUM_TASKS": "16"}) == launch
 
 
 def test_first_host():
