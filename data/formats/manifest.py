@@ -11,6 +11,7 @@ from pathlib import Path
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 SHIPPED_PROCESSOR = "shipped"
+DEFAULT_PRECISION = "tf32"
 WAY_OUT = "use another --out_dir, or --overwrite to begin this one again"
 
 
@@ -20,6 +21,7 @@ class Manifest:
 
     `codebook_sha256` names the VQGAN whatever its file format (None: an older version). `item_processor` is the SHA-256
     of the source of an edited one. `seed` is None if nothing is random. `pairs` names the task and the columns.
+    Folders without `precision` were begun when its default was tf32.
     """
 
     tokenizer_sha256: str
@@ -36,6 +38,7 @@ class Manifest:
     codebook_sha256: str | None = None
     item_processor: str = SHIPPED_PROCESSOR
     pairs: str | None = None
+    precision: str = DEFAULT_PRECISION
 
 
 def load_manifest(out_dir: str | os.PathLike) -> dict:
