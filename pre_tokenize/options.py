@@ -1,6 +1,7 @@
 """The command line of a pre-tokenizing worker: one field of `Options` per flag. TRAIN.md lists the flags."""
 
 import argparse
+import os
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
@@ -44,7 +45,11 @@ class Options:
     device: str = flag("default auto: cuda if there is a GPU", "auto", choices=("auto", "cuda", "cpu"))
     precision: str = flag("precision of the VQGAN (default tf32)", "tf32", choices=PRECISIONS)
     batch_size: int | None = flag("images encoded at once (default: by target size and device)", None, type=int)
-    num_workers: int = flag("processes that load images; 0: only the worker itself (default 2)", 2, type=int)
+    num_workers: int | None = flag(
+        "processes that load images; 0: only the worker itself (default: 2 on a CPU, on a GPU its share of the cores)",
+        None,
+        type=int,
+    )
     compile: bool = flag("torch.compile the VQGAN; a minute at the start (default: off)", False, action="store_true")
 
 
@@ -64,6 +69,8 @@ def parse_options(args: argparse.Namespace) -> Options:
             print("torch sees no CUDA GPU: images are encoded on the CPU", flush=True)
     if args.batch_size is None:
         args.batch_size = default_batch_size(args.target_size, args.device)
+    if args.num_workers is None:
+        args.num_workers = default_num_workers(args.device, args.splits)
     options = Options(**vars(args))
     if problems := find_problems(options):
         raise ValueError("\n  ".join(["cannot start:", *problems] if len(problems) > 1 else problems))
@@ -95,9 +102,25 @@ def find_problems(options: Options) -> list[str]:
 
 
 def default_batch_size(target_size: int, device: str) -> int:
-    """As many pixels as keep the device busy and fit in its memory: 8 images of 512 on a GPU, 4 of 256 on a CPU."""
-    pixels, most = (8 * 512**2, 64) if device == "cuda" else (4 * 256**2, 16)
+    """As many pixels as keep the device busy and fit in its memory: 12 images of 768 on a GPU, 4 of 256 on a CPU."""
+    pixels, most = (12 * 768**2, 64) if device == "cuda" else (4 * 256**2, 16)
     return max(1, min(most, pixels // max(1, target_size) ** 2))
+
+
+def default_window_items(target_size: int, device: str, batch_size: int) -> int:
+    """Items that are prepared, encoded and written at once.
+
+    It decides which images share a batch, so on a GPU it depends on the target size alone: 256 items up to 768 pixels
+    fill batches although images have many sizes. 8 batches on a CPU, where a window takes minutes.
+    """
+    return min(256, max(1, 256 * 768**2 // target_size**2)) if device == "cuda" else 8 * batch_size
+
+
+def default_num_workers(device: str, splits: int) -> int:
+    """On a GPU this worker's share of the cores that the process may use, as loading needs more than encoding."""
+    if device == "cpu":
+        return 2
+    return min(16, max(2, len(os.sched_getaffinity(0)) // max(1, splits)))
 
 
 def _has_cuda() -> bool:

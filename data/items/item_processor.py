@@ -118,8 +118,8 @@ class ItemProcessor:
         """Tokens of the image span that the item ends in, if it ends in one that is predicted."""
         if len(token) < 2 or token[-2] != self.vocab.end_image_id or label[-2] == IGNORE_INDEX:
             return None
-        start, stop = self.vocab.find_images(token)[-1]
-        return stop - start
+        # Faster than `find_images`, which reads the whole sequence. The last token ends the turn.
+        return token[::-1].index(self.vocab.begin_image_id)
 
     def find_image(self, path: str) -> Path:
         """Where an image lies: as given if absolute, else in the first of `image_dirs` that has it."""

@@ -123,13 +123,14 @@ if [[ $* == *exps/bench* ]]; then printf "| a table |\\n{{}}\\n"; fi
         "tests",
         "tiny",
         "pre_tokenize",
+        "pre_tokenize_host",
         "train_2rows",
         "train_4rows_selective",
         "train_8rows_checkpointing",
     ]
 
     calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
-    assert len([parse_call(call) for call in calls if call[0].startswith("exps/bench/")]) == 5
+    assert len([parse_call(call) for call in calls if call[0].startswith("exps/bench/")]) == 6
     assert any("pytest" in call and "gpu" in call for call in calls)
 
 
