@@ -41,33 +41,10 @@ MAX_SHOWN = 10
 PERCENTILES = (0, 5, 50, 95, 100)
 
 
-class IdSet:
-    """A set of ids: a byte for each of 0..num_items-1, where a Python set takes 80, and a Python set for others."""
-
-    def __init__(self, num_items: int) -> None:
-        self._is_in, self._others = bytearray(num_items), set()
-
-    def __contains__(self, item_id: int | str) -> bool:
-        return bool(self._is_in[item_id]) if self._has_byte(item_id) else item_id in self._others
-
-    def add(self, item_id: int | str) -> None:
-        if self._has_byte(item_id):
-            self._is_in[item_id] = True
-        else:
-            self._others.add(item_id)
-
-    def _has_byte(self, item_id: int | str) -> bool:
-        return isinstance(item_id, int) and 0 <= item_id < len(self._is_in)
-
-
 @dataclass
 class Survey:
-    """What the sub-records hold: tokens of each item, rejected items per reason, and everything that is wrong.
+    """What the sub-records hold: tokens of each item, rejected items per reason, and everything that is wrong."""
 
-    `num_items` is that of the input, 0 if unknown.
-    """
-
-    num_items: int = 0
     lengths: array = field(default_factory=lambda: array("q"))
     reasons: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
@@ -130,7 +107,7 @@ def merge(folder: Path, save_path: Path, allow_partial: bool = False, shard_size
             print(f"{num_moved:,} items moved into shards")
         target = Path(os.path.realpath(save_path))
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_merged(merged_entries(sub_records, survey.num_items, target.parent), target)
+        write_merged(merged_entries(sub_records, target.parent), target)
         first_file = next(read_record(save_path)).file
         if not os.path.exists(first_file):
             raise ValueError(f"{save_path} is written, but its first token file {one_line(first_file)} does not open")
@@ -157,34 +134,34 @@ def check_sub_records(folder: Path, sub_records: dict[int, Path], splits: int) -
     """Check that all ranks are there, lines undamaged, ids unique, tokens on disk, and every item done."""
     # Datasets of the old recipe have no manifest.
     num_items = load_manifest(folder).get("num_items") if (folder / MANIFEST_NAME).exists() else None
-    survey = Survey(num_items or 0)
-    missing = [rank for rank in range(splits) if rank not in sub_records]
-    if missing:
-        survey.problems.append(f"it lacks the sub-records of --rank {_some(missing)} of --splits {splits}; run them")
-    seen = IdSet(survey.num_items)
-    num_done: Counter[int] = Counter()
+    survey, seen = Survey(), set()
+    problems = survey.problems
+    if missing := [rank for rank in range(splits) if rank not in sub_records]:
+        problems.append(f"it lacks the sub-records of --rank {_some(missing)} of --splits {splits}; run them")
+    num_good = {}
     for rank, path in sub_records.items():
-        for _, entry in good_entries(path, seen, survey.problems):
-            survey.lengths.append(entry.len)
-            num_done[rank] += 1
+        lengths = [entry.len for _, entry in good_entries(path, seen, problems)]
+        survey.lengths.extend(lengths)
+        num_good[rank] = len(lengths)
         # The worker treats such a line as not done, even if its JSON is complete.
         if _is_torn(path):
-            survey.problems.append(
+            problems.append(
                 f"{path.name}: the last line is torn; run --rank {rank} of --splits {splits} again to repair it"
             )
+    # After all that is good: an item that is both is merged.
     for rank in sub_records:
-        num_done[rank] += _count_rejected(folder / failed_name(rank, splits), seen, survey)
+        num_done = num_good[rank] + _count_rejected(folder / failed_name(rank, splits), seen, survey)
         if num_items is not None:
             first, stop = (num_items * part // splits for part in (rank, rank + 1))
-            if num_done[rank] != stop - first:
-                survey.problems.append(
-                    f"--rank {rank} of --splits {splits} has done {num_done[rank]} of its {stop - first} items: "
+            if num_done != stop - first:
+                problems.append(
+                    f"--rank {rank} of --splits {splits} has done {num_done} of its {stop - first} items: "
                     "run it again, it resumes"
                 )
     return survey
 
 
-def good_entries(path: Path, seen: IdSet, problems: list[str]) -> Iterator[tuple[RecordEntry, RecordEntry]]:
+def good_entries(path: Path, seen: set, problems: list[str]) -> Iterator[tuple[RecordEntry, RecordEntry]]:
     """The entries of a sub-record that can be merged, each as it is written and with a file that opens from here.
 
     Their ids are added to `seen`, and what is wrong with the others to `problems`.
@@ -193,32 +170,26 @@ def good_entries(path: Path, seen: IdSet, problems: list[str]) -> Iterator[tuple
     file_size = lru_cache(maxsize=16)(_file_size)
     try:
         for raw, entry in zip(read_raw_record(path), read_record(path), strict=True):
-            if problem := _entry_problem(entry, seen, file_size(entry.file)):
-                problems.append(f"{path.name}: {one_line(problem, MAX_REASON)}")
+            size = file_size(entry.file)
+            if entry.id in seen:
+                problem = f"id {entry.id} occurs twice"
+            elif size < 0:
+                problem = f"the token file {entry.file} of id {entry.id} does not exist"
+            elif entry.is_sharded and entry.offset + entry.nbytes > size:
+                problem = f"the shard {entry.file} ends before the tokens of id {entry.id}"
             else:
                 seen.add(entry.id)
                 yield raw, entry
+                continue
+            problems.append(f"{path.name}: {one_line(problem, MAX_REASON)}")
     # A damaged line: what follows it is not read.
     except ValueError as error:
         problems.append(str(error))
 
 
-def _entry_problem(entry: RecordEntry, seen: IdSet, file_size: int) -> str | None:
-    if entry.id in seen:
-        return f"id {entry.id} occurs twice"
-    if file_size < 0:
-        return f"the token file {entry.file} of id {entry.id} does not exist"
-    if entry.is_sharded and entry.offset + entry.nbytes > file_size:
-        return f"the shard {entry.file} ends before the tokens of id {entry.id}"
-    return None
-
-
 def _file_size(path: str) -> int:
     """Bytes of a file; -1 if it does not open."""
-    try:
-        return os.path.getsize(path)
-    except OSError:
-        return -1
+    return os.path.getsize(path) if os.path.exists(path) else -1
 
 
 def _is_torn(path: Path) -> bool:
@@ -228,7 +199,7 @@ def _is_torn(path: Path) -> bool:
         return file.read() not in (b"", b"\n")
 
 
-def _count_rejected(path: Path, seen: IdSet, survey: Survey) -> int:
+def _count_rejected(path: Path, seen: set, survey: Survey) -> int:
     before = survey.reasons.total()
     try:
         # Datasets of the old recipe have no such list.
@@ -243,9 +214,9 @@ def _count_rejected(path: Path, seen: IdSet, survey: Survey) -> int:
     return survey.reasons.total() - before
 
 
-def merged_entries(sub_records: dict[int, Path], num_items: int, record_folder: Path) -> Iterator[RecordEntry]:
+def merged_entries(sub_records: dict[int, Path], record_folder: Path) -> Iterator[RecordEntry]:
     """The good entries of all sub-records, relative files made relative to the folder of the merged record."""
-    seen = IdSet(num_items)
+    seen = set()
     for path in sub_records.values():
         for raw, entry in good_entries(path, seen, problems=[]):
             is_absolute = os.path.isabs(raw.file)

@@ -1,22 +1,33 @@
-"""Items with their text encoded and their images decoded and cropped, by processes beside the encoder.
+"""Processes that encode the text of items, and decode and crop their images, beside the encoder of `pre_tokenize.py`.
 
-Used by `pre_tokenize.py`, which encodes a window of items while these processes prepare the next.
+Pixels reach the worker through shared memory; only text ids and sizes are pickled.
 """
 
+import mmap
 import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from itertools import islice
 from multiprocessing import connection
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
 
 from data.items.conversation import ItemError
 from data.items.item_processor import IMAGE_SLOT, ItemProcessor, PreparedItem
 from data.items.vocab import ChameleonVocab
+
+# Images of an item that have shared memory. Further ones are pickled, which takes ten times as long.
+IMAGES_IN_MEMORY = 2
+# Of a loader and a window. Few tasks cost less; many keep all loaders busy to the end of a window.
+TASKS_PER_LOADER = 4
 
 
 @dataclass(frozen=True)
@@ -28,40 +39,138 @@ class Rejected:
     images: tuple[()] = ()
 
 
-def prepare_windows(
-    items: Iterable[tuple[int, dict]],
-    processor: ItemProcessor,
-    window_items: int,
-    num_workers: int,
-    max_seq_len: int | None = None,
-) -> Iterator[list[PreparedItem | Rejected]]:
-    """Prepared items in windows of `window_items`. The next window is prepared while the caller has the current one.
+class Place(NamedTuple):
+    """Where a loader left the pixels of an image: `memory[number, slot]`. `size` is (width, height)."""
 
-    Raises BrokenExecutor if one of the `num_workers` processes is killed.
+    number: int
+    slot: int
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Crop:
+    """An RGB image in shared memory, for an encoder like one of PIL. `np.asarray` gives uint8 [height, width, 3]."""
+
+    pixels: np.ndarray
+    size: tuple[int, int]
+    mode: str = "RGB"
+
+    def __array__(self, dtype: object = None, copy: bool | None = None) -> np.ndarray:
+        return self.pixels
+
+
+Window = list[PreparedItem | Rejected]
+
+
+class Loaders:
+    """Prepares items in windows ahead of the caller. A context manager: its end is that of the processes.
+
+    Build it before a file is locked and a GPU is used: the processes are forked at once, in milliseconds. With
+    `num_workers` 0 each window is prepared by the caller, when it is asked for.
+
+    Attributes:
+        busy_s: seconds that a loader has worked so far, on average.
+        memory: uint8 [IMAGES_IN_MEMORY, slots, bytes], shared with the loaders; an item in preparation has a slot.
     """
-    items = iter(items)
-    if not num_workers:
-        while window := list(islice(items, window_items)):
-            yield [prepare_item(processor, *item, max_seq_len) for item in window]
-        return
-    # A fork would inherit this worker's lock, threads and GPU.
-    context = multiprocessing.get_context("spawn")
-    pending: deque[list[Future]] = deque()
-    with ProcessPoolExecutor(num_workers, context, _start_loader, (processor, max_seq_len)) as executor:
-        try:
-            while window := list(islice(items, window_items)):
-                pending.append([executor.submit(_prepare_in_loader, item) for item in window])
-                if len(pending) > 1:
-                    yield [future.result() for future in pending.popleft()]
-            while pending:
-                yield [future.result() for future in pending.popleft()]
-        except BrokenExecutor:
+
+    def __init__(
+        self,
+        processor: ItemProcessor,
+        num_workers: int,
+        window_items: int,
+        windows_ahead: int = 1,
+        max_seq_len: int | None = None,
+    ):
+        self.processor, self.max_seq_len = processor, max_seq_len
+        self.num_workers, self.window_items = num_workers, window_items
+        self.windows_ahead = windows_ahead if num_workers else 0
+        # One window may be on its way to the GPU while the next is taken and another one begins.
+        self.num_regions = self.windows_ahead + 2
+        self.busy_s = 0.0
+        self._executor = None
+        if num_workers:
+            # No crop is larger. Anonymous memory is gone with its processes, and takes space once it is used.
+            shape = (IMAGES_IN_MEMORY, self.num_regions * window_items, 3 * processor.target_size**2)
+            self.memory = np.frombuffer(mmap.mmap(-1, int(np.prod(shape))), np.uint8).reshape(shape)
+            others = multiprocessing.active_children()
+            context = multiprocessing.get_context("fork")
+            self._executor = ProcessPoolExecutor(num_workers, context, _start_loader, (self,))
+            # The first task starts all processes.
+            self._executor.submit(os.getpid)
+            self.processes = [child for child in multiprocessing.active_children() if child not in others]
+
+    def __enter__(self) -> "Loaders":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if not self._executor:
+            return
+        if kind and issubclass(kind, BrokenExecutor):
             # The executor waits for the others, which ignore its SIGTERM.
-            for process in multiprocessing.active_children():
+            for process in self.processes:
                 process.kill()
-            raise
-        finally:
-            executor.shutdown(cancel_futures=True)
+        self._executor.shutdown(cancel_futures=True)
+
+    def pin_memory(self) -> None:
+        """Page-lock the memory of first images: the GPU then fetches them without this process."""
+        import torch
+
+        torch.cuda.cudart().cudaHostRegister(self.memory[0].ctypes.data, self.memory[0].nbytes, 0)
+
+    def windows(self, items: Iterable[tuple[int, dict]]) -> Iterator[Window]:
+        """Windows of `window_items` items. The pixels of a window stay until the caller asks for the next but one.
+
+        Raises BrokenExecutor if a loader is killed.
+        """
+        items, pending = iter(items), deque()
+        for number, window in enumerate(iter(lambda: list(islice(items, self.window_items)), [])):
+            pending.append(self._begin(window, number % self.num_regions))
+            if len(pending) > self.windows_ahead:
+                yield pending.popleft()()
+        while pending:
+            yield pending.popleft()()
+
+    def _begin(self, items: list[tuple[int, dict]], region: int) -> Callable[[], Window]:
+        """Give a window to the loaders. Returns a function that waits for it."""
+        if not self._executor:
+            return lambda: self._collect([self.prepare(items)])
+        step = -(-self.window_items // (TASKS_PER_LOADER * self.num_workers))
+        futures = [
+            self._executor.submit(_prepare_in_loader, items[start : start + step], region * self.window_items + start)
+            for start in range(0, len(items), step)
+        ]
+        return lambda: self._collect(future.result() for future in futures)
+
+    def _collect(self, tasks: Iterable[tuple[Window, float]]) -> Window:
+        window = []
+        for prepared, seconds in tasks:
+            window += prepared
+            self.busy_s += seconds / max(1, self.num_workers)
+        for index, item in enumerate(window):
+            if item.images:
+                window[index] = replace(item, images=tuple(map(self._take_pixels, item.images)))
+        return window
+
+    def _take_pixels(self, image: Image.Image | Place) -> Image.Image | Crop:
+        return Crop(self._pixels(image), image.size) if isinstance(image, Place) else image
+
+    def _pixels(self, place: Place) -> np.ndarray:
+        width, height = place.size
+        return self.memory[place.number, place.slot, : 3 * width * height].reshape(height, width, 3)
+
+    def prepare(self, items: list[tuple[int, dict]], first_slot: int | None = None) -> tuple[Window, float]:
+        """The prepared items, and the seconds that they took. Pixels go into slots from `first_slot` on, if given."""
+        began = time.perf_counter()
+        prepared = [prepare_item(self.processor, *item, self.max_seq_len) for item in items]
+        if first_slot is not None:
+            prepared = [self._leave_pixels(item, first_slot + index) for index, item in enumerate(prepared)]
+        return prepared, time.perf_counter() - began
+
+    def _leave_pixels(self, item: PreparedItem | Rejected, slot: int) -> PreparedItem | Rejected:
+        places = [Place(number, slot, image.size) for number, image in enumerate(item.images[:IMAGES_IN_MEMORY])]
+        for place, image in zip(places, item.images, strict=False):
+            self._pixels(place)[:] = image
+        return replace(item, images=(*places, *item.images[IMAGES_IN_MEMORY:])) if places else item
 
 
 def prepare_item(
@@ -90,14 +199,14 @@ def count_tokens(item: PreparedItem, vocab: ChameleonVocab) -> int:
     return texts + sum(vocab.num_image_tokens(*image.size) for image in item.images)
 
 
-# In the processes
+# In the loaders
 
-_loader: tuple[ItemProcessor, int | None]
+_loaders: Loaders
 
 
-def _start_loader(processor: ItemProcessor, max_seq_len: int | None) -> None:
-    global _loader
-    _loader = processor, max_seq_len
+def _start_loader(loaders: Loaders) -> None:
+    global _loaders
+    _loaders = loaders
     threading.Thread(target=_die_with_parent, daemon=True).start()
     # A signal to the whole process group is for the worker: it still needs its loaders to finish the window.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -109,6 +218,5 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _prepare_in_loader(item: tuple[int, dict]) -> PreparedItem | Rejected:
-    processor, max_seq_len = _loader
-    return prepare_item(processor, *item, max_seq_len)
+def _prepare_in_loader(items: list[tuple[int, dict]], first_slot: int) -> tuple[Window, float]:
+    return _loaders.prepare(items, first_slot)

@@ -1,6 +1,7 @@
 """The command line of a pre-tokenizing worker: one field of `Options` per flag. TRAIN.md lists the flags."""
 
 import argparse
+import os
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -65,7 +66,11 @@ class Options:
         choices=PRECISIONS,
     )
     batch_size: int | None = flag("images encoded at once (default: by target size and device)", None, type=int)
-    num_workers: int = flag("processes that load images; 0: only the worker itself (default 2)", 2, type=int)
+    num_workers: int | None = flag(
+        "processes that load images; 0: only the worker itself (default: 2 on a CPU, on a GPU its share of the cores)",
+        None,
+        type=int,
+    )
     compile: bool = flag(
         "torch.compile the VQGAN, a minute at the start; fp16 has kernels of its own (default: off)",
         False,
@@ -101,6 +106,8 @@ def parse_options(args: argparse.Namespace) -> Options:
         args.precision = recorded_precision(args.out_dir, default_precision(args.device))
     if args.batch_size is None:
         args.batch_size = default_batch_size(args.target_size, args.device)
+    if args.num_workers is None:
+        args.num_workers = default_num_workers(args.device, args.splits)
     options = Options(**vars(args))
     if problems := find_problems(options):
         raise ValueError("\n  ".join(["cannot start:", *problems] if len(problems) > 1 else problems))
@@ -135,15 +142,33 @@ def find_problems(options: Options) -> list[str]:
 
 
 def default_batch_size(target_size: int, device: str) -> int:
-    """As many pixels as keep the device busy and fit in its memory: 8 images of 512 on a GPU, 4 of 256 on a CPU."""
-    pixels, most = (8 * 512**2, 64) if device == "cuda" else (4 * 256**2, 16)
+    """As many pixels as keep the device busy and fit in its memory: 12 images of 768 on a GPU, 4 of 256 on a CPU."""
+    pixels, most = (12 * 768**2, 64) if device == "cuda" else (4 * 256**2, 16)
     return max(1, min(most, pixels // max(1, target_size) ** 2))
 
 
 def default_precision(device: str) -> str:
+    if device == "cpu":
+        return DEFAULT_PRECISION
     from model.vqgan.image_encoder import has_fast_fp16
 
     return "fp16" if has_fast_fp16(device) else DEFAULT_PRECISION
+
+
+def default_window_items(target_size: int, device: str, batch_size: int) -> int:
+    """Items that are prepared, encoded and written at once.
+
+    It decides which images share a batch, so on a GPU it depends on the target size alone: 256 items up to 768 pixels
+    fill batches although images have many sizes. 8 batches on a CPU, where a window takes minutes.
+    """
+    return min(256, max(1, 256 * 768**2 // target_size**2)) if device == "cuda" else 8 * batch_size
+
+
+def default_num_workers(device: str, splits: int) -> int:
+    """On a GPU this worker's share of the cores that the process may use, as loading needs more than encoding."""
+    if device == "cpu":
+        return 2
+    return min(16, max(2, len(os.sched_getaffinity(0)) // max(1, splits)))
 
 
 def _has_cuda() -> bool:

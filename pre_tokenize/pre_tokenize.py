@@ -19,12 +19,13 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,30 +39,26 @@ from data.hub import find_vqgan  # noqa: E402
 from data.items import item_processor  # noqa: E402
 from data.items.conversation import Conversation, FormatError, ItemError  # noqa: E402
 from data.items.image_transform import crop_sizes  # noqa: E402
-from data.items.item_processor import PreparedItem, build_text_encode, hash_tokenizer, load_text_tokenizer  # noqa: E402
+from data.items.item_processor import build_text_encode, hash_tokenizer, load_text_tokenizer  # noqa: E402
 from data.items.rows import describe_row  # noqa: E402
 from data.items.vocab import CODE_PIXELS, GRID_PIXELS, ChameleonVocab  # noqa: E402
 from data.messages import MAX_REASON, one_line  # noqa: E402
 from pre_tokenize import options as command_line  # noqa: E402
-from pre_tokenize.loading import Rejected, prepare_windows  # noqa: E402
-from pre_tokenize.options import Options  # noqa: E402
+from pre_tokenize.loading import Loaders, Rejected, Window  # noqa: E402
+from pre_tokenize.options import Options, default_window_items  # noqa: E402
 from pre_tokenize.out_folder import settle_manifest  # noqa: E402
 from pre_tokenize.progress import Progress  # noqa: E402
 from pre_tokenize.worker_log import WorkerLog, read_failed  # noqa: E402
 
-# The processes that load images import this module, too: only `build_worker` imports torch.
+# They import torch, which the loaders need not: `load_encoder` imports them once those have started.
 if TYPE_CHECKING:
     from model.vqgan.image_encoder import ImageEncoder
     from model.vqgan.vqgan import VQGAN
 
 # Rows at the start of a share whose form is checked, where a share can be read alone.
 CHECKED_ROWS = 1000
-# A window is what is prepared, encoded and written at once.
-BATCHES_PER_WINDOW = 8
 # SHA-256 of the class below as it is shipped. The manifest names the shipped one so, whatever the version.
 SHIPPED_PROCESSOR_SHA256 = "0411cb4b0df2f4f2422695032c9741965c9ac3f6dc8fb31ba7daf8b49216825a"
-
-Window = list[PreparedItem | Rejected]
 
 
 class ItemProcessor(item_processor.ItemProcessor):
@@ -80,6 +77,7 @@ class Worker:
 
     options: Options
     processor: ItemProcessor
+    loaders: Loaders
     encoder: "ImageEncoder"
     source: Source
     log: WorkerLog
@@ -88,13 +86,9 @@ class Worker:
     def name(self) -> str:
         return f"rank {self.options.rank} of {self.options.splits}"
 
-    @property
-    def window_items(self) -> int:
-        return BATCHES_PER_WINDOW * self.options.batch_size
-
     def window_begin(self, item_id: int) -> int:
         """The first item of the window of an item."""
-        return item_id - (item_id - self.log.first_id) % self.window_items
+        return item_id - (item_id - self.log.first_id) % self.loaders.window_items
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -110,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     options, log = worker.options, worker.log
     try:
-        with log, noted_sigterm() as sigterm:
+        with worker.loaders, log, noted_sigterm() as sigterm:
             if options.retry_failed:
                 cut_to_first_rejected(worker)
             run(worker, sigterm)
@@ -135,19 +129,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_worker(options: Options) -> Worker:
     """Load the tokenizers, check the input, then settle the manifest and open the log: written only if all is well."""
-    from model.vqgan.image_encoder import ImageEncoder
-    from model.vqgan.vqgan import hash_vqgan, load_vqgan
-
     tokenizer = load_text_tokenizer(options.tokenizer)
     vocab = ChameleonVocab.from_tokenizer(tokenizer)
-    vqgan_dir = find_vqgan(options.vqgan_dir)
-    vqgan = load_vqgan(vqgan_dir, device=options.device)
-    _check_fit(vqgan, vocab, options)
     image_dirs = (options.image_root, options.files.folder, Path())
     processor = ItemProcessor(
         text_encode=build_text_encode(tokenizer),
         vocab=vocab,
-        image_encode=ImageEncoder(vqgan, options.precision, options.batch_size, options.compile),
         target_size=options.target_size,
         crop=options.crop,
         seed=options.seed,
@@ -156,35 +143,57 @@ def build_worker(options: Options) -> Worker:
         allow_urls=options.allow_urls,
         pairs=options.pairs,
     )
-    source = open_source(options.files, options.out_dir)
-    num_items, form = check_input(source, processor, options)
-    manifest = Manifest(
-        tokenizer_sha256=hash_tokenizer(tokenizer),
-        vqgan_sha256=hash_vqgan(vqgan_dir),
-        vocab_size=vocab.vocab_size,
-        target_size=options.target_size,
-        crop=options.crop,
-        seed=options.seed if options.crop == "random" else None,
-        splits=options.splits,
-        num_items=num_items,
-        input_sha256=options.files.sha256(),
-        max_seq_len=options.max_seq_len,
-        codebook_sha256=vqgan.codebook_sha256,
-        item_processor=_describe_processor(),
-        pairs=options.pairs and str(options.pairs),
-        precision=options.precision,
-    )
-    if options.device == "cpu":
-        _prepare_cpu(options)
-    options.out_dir.mkdir(parents=True, exist_ok=True)
-    first_id, stop_id = (num_items * part // options.splits for part in (options.rank, options.rank + 1))
-    with settle_manifest(options.out_dir, manifest, options.overwrite):
-        log = WorkerLog(options.out_dir, options.rank, options.splits, first_id, stop_id)
-    log.recover()
-    worker = Worker(options, processor, processor.image_encode, source, log)
+    window_items = default_window_items(options.target_size, options.device, options.batch_size)
+    windows_ahead = 2 if options.device == "cuda" else 1
+    loaders = Loaders(processor, options.num_workers, window_items, windows_ahead, options.max_seq_len)
+    with ExitStack() as on_error:
+        on_error.enter_context(loaders)
+        encoder, vqgan_fields = load_encoder(options, vocab, loaders)
+        source = open_source(options.files, options.out_dir)
+        num_items, form = check_input(source, processor, options)
+        manifest = Manifest(
+            tokenizer_sha256=hash_tokenizer(tokenizer),
+            vocab_size=vocab.vocab_size,
+            target_size=options.target_size,
+            crop=options.crop,
+            seed=options.seed if options.crop == "random" else None,
+            splits=options.splits,
+            num_items=num_items,
+            input_sha256=options.files.sha256(),
+            max_seq_len=options.max_seq_len,
+            item_processor=_describe_processor(),
+            pairs=options.pairs and str(options.pairs),
+            precision=options.precision,
+            **vqgan_fields,
+        )
+        options.out_dir.mkdir(parents=True, exist_ok=True)
+        first_id, stop_id = (num_items * part // options.splits for part in (options.rank, options.rank + 1))
+        with settle_manifest(options.out_dir, manifest, options.overwrite):
+            log = WorkerLog(options.out_dir, options.rank, options.splits, first_id, stop_id)
+        log.recover()
+        on_error.pop_all()
+    worker = Worker(options, processor, loaders, encoder, source, log)
     if form:
         print(f"{worker.name}: rows of {options.in_filename} are read as {form}")
     return worker
+
+
+def load_encoder(
+    options: Options, vocab: ChameleonVocab, loaders: Loaders
+) -> tuple["ImageEncoder", dict[str, str | None]]:
+    """The encoder, and the fields of the manifest that name its VQGAN. Raises ValueError if it lacks tokens."""
+    from model.vqgan.image_encoder import ImageEncoder
+    from model.vqgan.vqgan import hash_vqgan, load_vqgan
+
+    vqgan_dir = find_vqgan(options.vqgan_dir)
+    vqgan = load_vqgan(vqgan_dir, device=options.device)
+    _check_fit(vqgan, vocab, options)
+    if options.device == "cpu":
+        _prepare_cpu(options)
+    elif options.num_workers:
+        loaders.pin_memory()
+    encoder = ImageEncoder(vqgan, options.precision, options.batch_size, options.compile)
+    return encoder, {"vqgan_sha256": hash_vqgan(vqgan_dir), "codebook_sha256": vqgan.codebook_sha256}
 
 
 def check_input(source: Source, processor: ItemProcessor, options: Options) -> tuple[int, str]:
@@ -258,31 +267,49 @@ def run(worker: Worker, sigterm: threading.Event) -> None:
     # A window that was interrupted is encoded as a whole, so that the same images are encoded together.
     begin = worker.window_begin(log.next_id)
     items = enumerate(worker.source.read(begin, log.stop_id), begin)
-    windows = prepare_windows(items, worker.processor, worker.window_items, options.num_workers, options.max_seq_len)
+    windows, encoding, num_images = worker.loaders.windows(items), Stopwatch(), 0
     with (
         Progress(worker.name, total, log.next_id - log.first_id, position=options.rank) as progress,
         closing(windows),
     ):
-        for window, codes in encode_windows(worker.encoder, windows):
+        for window, codes in encode_windows(worker.encoder, windows, encoding):
             write_window(worker, window, codes)
-            progress.show(log.next_id - log.first_id, len(codes), log.num_rejected)
+            num_images += len(codes)
+            num_done = log.next_id - log.first_id
+            progress.show(num_done, log.num_rejected, num_images, worker.loaders.busy_s, encoding.total_s)
             if sigterm.is_set():
                 break
     if log.next_id == log.stop_id:
         print(f"{worker.name}: {total:,} items done ({_totals(log)})")
 
 
-def encode_windows(encoder: "ImageEncoder", windows: Iterable[Window]) -> Iterator[tuple[Window, list[np.ndarray]]]:
+class Stopwatch:
+    """The seconds spent in its `with` blocks."""
+
+    total_s = 0.0
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.total_s += time.perf_counter() - self.began
+
+
+def encode_windows(
+    encoder: "ImageEncoder", windows: Iterable[Window], encoding: Stopwatch
+) -> Iterator[tuple[Window, list[np.ndarray]]]:
     """Each window with the codes of its images. On CUDA the next is encoded while the caller writes the current."""
     num_ahead = 1 if encoder.device.type == "cuda" else 0
     pending: deque[tuple[Window, Callable[[], list[np.ndarray]]]] = deque()
-    for window in windows:
-        pending.append((window, encoder.begin([image for item in window for image in item.images])))
-        if len(pending) > num_ahead:
+    for window in chain(windows, [None] * num_ahead):
+        if window is not None:
+            with encoding:
+                pending.append((window, encoder.begin([image for item in window for image in item.images])))
+        if len(pending) > (num_ahead if window is not None else 0):
             window, collect = pending.popleft()
-            yield window, collect()
-    for window, collect in pending:
-        yield window, collect()
+            with encoding:
+                codes = collect()
+            yield window, codes
 
 
 def write_window(worker: Worker, window: Window, codes: list[np.ndarray]) -> None:

@@ -56,9 +56,8 @@ def run_alone(function: str, **arguments: Any) -> dict[str, Any]:
     """
     module, name = function.split(":")
     code = (
-        f"import json, sys; from exps.bench.{module} import {name}; "
-        "from model.training.distributed import end_process; "
-        f"print(json.dumps({name}(**json.loads(sys.argv[1])))); end_process(0)"
+        f"import json, sys; from exps.bench.{module} import {name}; result = {name}(**json.loads(sys.argv[1])); "
+        "from model.training.distributed import end_process; print(json.dumps(result)); end_process(0)"
     )
     command = [sys.executable, "-c", code, json.dumps(arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)

@@ -8,10 +8,10 @@
 #   tests         the tests marked `gpu`
 #   encoder       the VQGAN's encoder alone in each precision: images per second, TFLOP/s, codes equal to fp32
 #   tiny          the laptop default, exps/tiny.sh, with few items
-#   pre_tokenize  images per second at 768 pixels: pre_tokenize.py, its encoder alone, one core alone
+#   pre_tokenize  images per second at 768 pixels: pre_tokenize.py, the recipe's way, encoder, host and one core alone
 #   train         five variants of the 7B step (1B on a GPU under 110 GiB) with memory and the allocator's counters
 #   generate      one image of 768 x 768 pixels by 7B
-# OUT (default output/gpu) gets NAME.log of each stage, for train one per variant, and summary.txt. A stage that fails
+# OUT (default output/gpu) gets NAME.log of each stage, one per variant, and summary.txt. A stage that fails
 # stops no other one; the exit code is then 1. No network is needed: weights are random, and inputs are made here.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -30,10 +30,6 @@ done
 mkdir -p "$OUT"
 # shellcheck disable=SC2154
 trap 'running=$(jobs -p); if [[ -n $running ]]; then kill $running; wait; fi' EXIT
-
-# One core feeds the GPU, another writes token files.
-loaders=$(($(getconf _NPROCESSORS_ONLN) - 2))
-if ((loaders < 1)); then loaders=1; fi
 
 # stage NAME LOG SECONDS COMMAND...: runs the command if STAGES names it, and adds a line and the last lines of its log.
 stage() {
@@ -60,8 +56,8 @@ stage tests tests 120 "$PYTHON" -m pytest -o addopts=--import-mode=importlib -q 
   --durations=5 -m gpu "${gpu_tests[@]}"
 stage encoder encoder 110 "$PYTHON" exps/bench/encoder.py --batch_sizes 12
 stage tiny tiny 90 env OUT="$OUT/tiny" ITEMS=800 STEPS=40 PROMPTS=8 PYTHON="$PYTHON" bash exps/tiny.sh
-stage pre_tokenize pre_tokenize 100 "$PYTHON" exps/bench/pre_tokenize.py --ways ours --num_images 768 --target_size 768 \
-  --precision fp16 tf32 --num_workers "$loaders"
+stage pre_tokenize pre_tokenize 130 "$PYTHON" exps/bench/pre_tokenize.py --target_size 768 --precision fp16 tf32
+stage pre_tokenize pre_tokenize_host 50 "$PYTHON" exps/bench/pre_tokenize.py --target_size 768 --encoder none
 stage train train_2rows 75 "$PYTHON" exps/bench/train.py --rows 2
 stage train train_4rows_selective 75 "$PYTHON" exps/bench/train.py --rows 4 --checkpointing_selective
 stage train train_8rows_checkpointing 75 "$PYTHON" exps/bench/train.py --rows 8 --checkpointing

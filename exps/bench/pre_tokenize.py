@@ -1,13 +1,16 @@
 """Images per second from image file to token file: the recipe's way against ours, each in its own process.
 
-    python exps/bench/pre_tokenize.py --num_images 4 --target_size 512 768
+    python exps/bench/pre_tokenize.py --num_images 16 --target_size 512 768
+    python exps/bench/pre_tokenize.py --encoder none --target_size 768 --num_workers 2
 
-The recipe's way reads, encodes and writes one image at a time, in NCHW layout and with torch's own TF32 settings. It
-asks the tokenizer for its whole vocabulary at each of the 5 lookups of an image; `images_per_s_without_lookups` leaves
-the time of these out. Ours is `pre_tokenize.py` itself; beside it stand the rates of its two parts alone: the encoder
-on whole batches, and one core that reads and crops JPEGs. No way counts loading the weights. Both ways crop from the
-centre, so that `equal_codes` can compare their codes. The last line printed is one JSON object with the figures of the
-last size and precision.
+`start_s` ends with the first written items. Rates are those of the steady state after it, which lasts `--seconds` at
+least if there are images enough. The recipe's way reads, encodes and writes one image at a time, in NCHW layout and
+with torch's own TF32 settings. It asks the tokenizer for its whole vocabulary at each of the 5 lookups of an image;
+`images_per_s_without_lookups` leaves the time of these out. Ours is `pre_tokenize.py` itself; beside it stand the
+rates of its two parts alone: the encoder on whole batches, and one core that reads and crops JPEGs. Both ways crop
+from the centre, so that `equal_codes` can compare their codes. `--encoder none` measures the host of a GPU alone: CPU
+time of the main process per image, with codes of zeros. The last line printed is one JSON object with the figures of
+the last size and precision.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,69 +33,82 @@ from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAE
 
 from data.formats.json_stream import iter_json_values  # noqa: E402
 from data.formats.token_file import load_token_file, save_token_file  # noqa: E402
-from data.items.image_transform import crop_to_rgb, open_image  # noqa: E402
 from data.items.item_processor import ItemProcessor, build_text_encode, load_text_tokenizer  # noqa: E402
 from data.items.vocab import ChameleonVocab  # noqa: E402
 from exps.bench import common  # noqa: E402
 from exps.bench.synthetic import VOCAB_SIZE, special_names  # noqa: E402
 from model.vqgan.vqgan import VQGAN, image_to_pixels, load_vqgan, save_vqgan  # noqa: E402
-from pre_tokenize import pre_tokenize  # noqa: E402
 
 WAYS = OURS, RECIPE = "ours", "recipe"
+TINY_VQGAN = ROOT / "exps" / "tiny" / "vqgan"
 # Square, so that all crops have one size.
 IMAGE_SIDE = 1024
 # More items show the same images again: drawing an image takes longer than encoding it.
 MAX_DIFFERENT_IMAGES = 24
 # Begin, height, width, new line, end.
 LOOKUPS_PER_IMAGE = 5
-# Of the encoder alone, after one to warm up.
-ENCODER_BATCHES = 4
 COLUMNS = (
-    *("images_per_s", "images_per_s_without_lookups", "encoder_images_per_s", "core_images_per_s"),
-    *("equal_codes", "host_gib", "device_gib"),
+    *("images_per_s", "images_per_s_without_lookups", "encoder_images_per_s", "core_images_per_s", "steady_s"),
+    *("start_s", "host.main_cpu_ms_per_image", "loaders_at_work_s", "equal_codes", "host_gib", "device_gib"),
 )
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = common.build_bench_parser(__doc__)
     add = parser.add_argument
-    add("--num_images", type=common.positive, default=16, help="images per measurement (default 16)")
+    add("--num_images", type=common.positive, default=10000, help="most images per measurement (default 10000)")
+    add("--seconds", type=float, default=10, help="seconds of the steady state to measure (default 10)")
     add("--target_size", type=int, nargs="+", default=[512, 768], help="sides in pixels (default 512 768)")
     add("--precision", nargs="+", help="precisions of our way (default: tf32 fp32 bf16 on CUDA, fp32 bf16 on a CPU)")
     add("--vqgan_dir", type=Path, help="folder of the VQGAN (default: Chameleon's size with seeded weights)")
-    add("--num_workers", type=int, default=2, help="loaders of our way beside the encoder (default 2)")
+    add("--num_workers", type=int, help="loaders of our way beside the encoder (default: that of pre_tokenize.py)")
+    add("--encoder", choices=("vqgan", "none"), default="vqgan", help="none: the host alone (default vqgan)")
     add("--ways", nargs="+", choices=WAYS, default=WAYS, help="what to measure; ours always is (default: both)")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    is_host = args.encoder == "none"
     device = common.choose_device(args.device)
     rows = []
     with tempfile.TemporaryDirectory() as work_dir:
         folder = Path(work_dir)
-        write_inputs(folder, args.num_images, with_vqgan=args.vqgan_dir is None)
-        task = {"work_dir": work_dir, "vqgan_dir": str(args.vqgan_dir or folder / "vqgan"), "device": device}
+        vqgan_dir = TINY_VQGAN if is_host else args.vqgan_dir
+        write_inputs(folder, args.num_images, with_vqgan=vqgan_dir is None)
         for size in args.target_size:
+            task = {"work_dir": work_dir, "vqgan_dir": str(vqgan_dir or folder / "vqgan"), "device": device}
+            task |= {"target_size": size, "seconds": args.seconds}
             recipe_dir = folder / f"recipe-{size}"
             baseline = None
-            if RECIPE in args.ways:
-                arguments = {"out_dir": str(recipe_dir), "target_size": size, **task}
-                baseline = common.run_alone("pre_tokenize:measure_recipe", **arguments)
-            for precision in args.precision or (["tf32"] if device == "cuda" else []) + ["fp32", "bf16"]:
+            if RECIPE in args.ways and not is_host:
+                baseline = common.run_alone("pre_tokenize:measure_recipe", out_dir=str(recipe_dir), **task)
+            for precision in choose_precisions(args.precision, device, is_host):
                 out_dir = folder / f"ours-{size}-{precision}"
-                arguments = {"out_dir": str(out_dir), "target_size": size, "precision": precision, **task}
-                ours = common.run_alone("pre_tokenize:measure_ours", num_workers=args.num_workers, **arguments)
+                more = {"out_dir": str(out_dir), "precision": precision, "num_workers": args.num_workers}
+                if is_host:
+                    more["device"] = "cuda"
+                ours = common.run_alone("pre_tokenize_ours:measure_ours", **task | more)
                 if baseline and "failed" not in ours | baseline:
                     ours["equal_codes"] = share_of_equal_codes(recipe_dir, out_dir, folder)
-                case = {"target_size": size, "precision": precision}
-                rows.append(common.compare(case, ours, baseline, way=RECIPE))
-    title = f"{args.num_images} images of {IMAGE_SIDE} x {IMAGE_SIDE} pixels"
+                case = {"target_size": size, "precision": precision or "no encoder"}
+                shown = {name: ours[name] for name in ("host", "start_s") if name in ours}
+                rows.append(common.compare(case, ours, baseline, way=RECIPE, **shown))
+    title = f"At most {args.num_images} images of {IMAGE_SIDE} x {IMAGE_SIDE} pixels"
     return common.report("pre_tokenize", title, device, rows, COLUMNS, main_row=rows[-1])
 
 
-def measure_recipe(work_dir: str, vqgan_dir: str, device: str, out_dir: str, target_size: int) -> dict[str, float]:
+def choose_precisions(wanted: list[str] | None, device: str, is_host: bool) -> Sequence[str | None]:
+    if is_host:
+        return [None]
+    return wanted or (["tf32"] if device == "cuda" else []) + ["fp32", "bf16"]
+
+
+def measure_recipe(
+    work_dir: str, vqgan_dir: str, device: str, out_dir: str, target_size: int, seconds: float
+) -> dict[str, float]:
     """One image at a time, in line."""
+    marks = [(time.perf_counter(), 0.0)]
     tokenizer = load_text_tokenizer(Path(work_dir) / "tokenizer")
     vqgan = load_vqgan(vqgan_dir, device=device)
 
@@ -101,74 +118,40 @@ def measure_recipe(work_dir: str, vqgan_dir: str, device: str, out_dir: str, tar
 
     vocab, text_encode = ChameleonVocab.from_tokenizer(tokenizer), build_text_encode(tokenizer)
     processor = ItemProcessor(text_encode, vocab, encode_one_by_one, target_size, image_dirs=[work_dir])
-    encode_one_by_one([blank(target_size)])
     files_dir = Path(out_dir) / "files"
     files_dir.mkdir(parents=True)
-    lookup_s, began = 0.0, time.perf_counter()
     for item_id, raw in enumerate(iter_json_values(Path(work_dir) / "in.json")):
         item = processor.tokenize_item(raw, item_id)
         lookup_began = time.perf_counter()
         for _ in range(LOOKUPS_PER_IMAGE):
             tokenizer.get_vocab()
-        lookup_s += time.perf_counter() - lookup_began
+        lookup_s = time.perf_counter() - lookup_began
         save_token_file(files_dir / f"{item_id}.pkl", item["token"], item["label"], item_id)
-    return figures(out_dir, time.perf_counter() - began, lookup_s, device)
-
-
-def measure_ours(
-    work_dir: str, vqgan_dir: str, device: str, out_dir: str, target_size: int, precision: str, num_workers: int
-) -> dict[str, float]:
-    """`pre_tokenize.py` as a user runs it; the clock runs only while its `run` does, after one batch to warm up."""
-    flags = {"in_filename": f"{work_dir}/in.json", "out_dir": out_dir, "target_size": target_size, "device": device}
-    flags |= {"tokenizer": f"{work_dir}/tokenizer", "vqgan_dir": vqgan_dir}
-    flags |= {"precision": precision, "num_workers": num_workers}
-    elapsed_s, encoder_rate, run = 0.0, 0.0, pre_tokenize.run
-
-    def timed_run(worker: pre_tokenize.Worker, *args: object) -> object:
-        nonlocal elapsed_s, encoder_rate
-        batch = [blank(target_size)] * worker.options.batch_size
-        worker.encoder(batch)
-        began = time.perf_counter()
-        for _ in range(ENCODER_BATCHES):
-            worker.encoder(batch)
-        encoder_rate = ENCODER_BATCHES * len(batch) / (time.perf_counter() - began)
-        began = time.perf_counter()
-        returned = run(worker, *args)
-        elapsed_s = time.perf_counter() - began
-        return returned
-
-    pre_tokenize.run = timed_run
-    if exit_code := pre_tokenize.main([f"--{name}={value}" for name, value in flags.items()]):
-        raise RuntimeError(f"pre_tokenize.py ended with exit code {exit_code}")
-    rates = {"encoder_images_per_s": encoder_rate, "core_images_per_s": core_rate(Path(work_dir), target_size)}
-    return figures(out_dir, elapsed_s, 0.0, device) | rates
-
-
-def core_rate(folder: Path, target_size: int) -> float:
-    """Images per second that one core reads and crops."""
-    paths = list(folder.glob("*.jpg"))
-    began = time.perf_counter()
-    for path in paths:
-        crop_to_rgb(open_image(path), target_size)
-    return len(paths) / (time.perf_counter() - began)
-
-
-def figures(out_dir: str, elapsed_s: float, lookup_s: float, device: str) -> dict[str, float]:
-    """Images per second, with and without the time of the lookups, and peak memory of the host and the device."""
-    num_images = len(list((Path(out_dir) / "files").glob("*.pkl")))
+        marks.append((time.perf_counter(), marks[-1][1] + lookup_s))
+        if marks[-1][0] - marks[1][0] >= seconds:
+            break
+    # A single image has no steady state.
+    begin = marks[1] if len(marks) > 2 else marks[0]
+    num_images = len(marks) - 1 - marks.index(begin)
+    steady_s, lookup_s = (last - first for last, first in zip(marks[-1], begin, strict=True))
     return {
-        "images_per_s": num_images / elapsed_s,
-        "images_per_s_without_lookups": num_images / (elapsed_s - lookup_s),
+        "images_per_s": num_images / steady_s,
+        "images_per_s_without_lookups": num_images / (steady_s - lookup_s),
+        "start_s": marks[1][0] - marks[0][0],
+        "steady_s": steady_s,
         "host_gib": common.resident_gib(),
         "device_gib": common.peak_device_gib(device),
     }
 
 
 def share_of_equal_codes(recipe_dir: Path, our_dir: Path, work_dir: Path) -> float:
-    """The share of image codes that are the same both ways. Raises ValueError if anything but codes differs."""
+    """The share of codes that are the same both ways, in items of both. Raises ValueError if all else differs."""
     image_ids = ChameleonVocab.from_tokenizer(load_text_tokenizer(work_dir / "tokenizer")).image_token_ids
     num_codes = num_equal = 0
+    names = {path.name for path in (our_dir / "files").glob("*.pkl")}
     for path in sorted((recipe_dir / "files").glob("*.pkl")):
+        if path.name not in names:
+            continue
         theirs, ours = load_token_file(path).token, load_token_file(our_dir / "files" / path.name).token
         is_code = np.isin(theirs, image_ids)
         if len(theirs) != len(ours) or (theirs != ours)[~is_code].any():
@@ -176,10 +159,6 @@ def share_of_equal_codes(recipe_dir: Path, our_dir: Path, work_dir: Path) -> flo
         num_codes += int(is_code.sum())
         num_equal += int((theirs == ours)[is_code].sum())
     return num_equal / num_codes
-
-
-def blank(side: int) -> Image.Image:
-    return Image.new("RGB", (side, side), (99, 150, 201))
 
 
 def write_inputs(folder: Path, num_images: int, with_vqgan: bool) -> None:

@@ -268,8 +268,27 @@ def images_to_pixels(images: Sequence[Image.Image], device: torch.device | str =
     """Float pixels [B, 3, H, W] in [-1, 1], in channels-last layout, of RGB images of one size."""
     if wrong := {image.mode for image in images} - {"RGB"}:
         raise ValueError(f"the VQGAN takes RGB images, got mode {wrong.pop()}; convert it first")
-    levels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).to(device)
-    return _pixels_of_levels(device)[levels.int()].permute(0, 3, 1, 2)
+    levels = _upload([np.asarray(image) for image in images], torch.device(device))
+    return _pixels_of_levels(levels.device)[levels.int()].permute(0, 3, 1, 2)
+
+
+def _upload(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    """uint8 [B, H, W, 3] on the device. A GPU copies in a stream beside its work; page-locked arrays need no CPU."""
+    if device.type != "cuda":
+        return torch.from_numpy(np.stack(arrays)).to(device)
+    stream, current = _upload_stream(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(stream):
+        levels = torch.empty((len(arrays), *arrays[0].shape), dtype=torch.uint8, device=device)
+        for level, array in zip(levels, arrays, strict=True):
+            level.copy_(torch.from_numpy(np.require(array, requirements="W")), non_blocking=True)
+    current.wait_stream(stream)
+    levels.record_stream(current)
+    return levels
+
+
+@functools.cache
+def _upload_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def pixels_to_image(pixels: Tensor) -> Image.Image:

@@ -86,10 +86,10 @@ def test_gpu_sh_runs_each_stage_with_valid_flags_and_reports_a_failure(tmp_path)
     assert done.returncode == 1 and "generate: exit code 1" in done.stdout
     assert (tmp_path / "out" / "summary.txt").read_text() == done.stdout and "{" not in done.stdout
     ways = ("2rows", "4rows_selective", "8rows_checkpointing", "4rows_split", "one_gpu")
-    stages = ["tests", "encoder", "tiny", "pre_tokenize", *(f"train_{way}" for way in ways)]
+    stages = ["tests", "encoder", "tiny", "pre_tokenize", "pre_tokenize_host", *(f"train_{way}" for way in ways)]
     assert re.findall(r"## (\w+): exit code 0", done.stdout) == stages
     calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
-    assert len([parse_call(call) for call in calls if call[0].startswith("exps/bench/")]) == 8
+    assert len([parse_call(call) for call in calls if call[0].startswith("exps/bench/")]) == 9
     assert any("pytest" in call and "gpu" in call for call in calls)
 
 

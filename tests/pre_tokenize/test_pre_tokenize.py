@@ -16,7 +16,7 @@ from data.items.vocab import ChameleonVocab
 from model.vqgan.image_encoder import ImageEncoder
 from model.vqgan.vqgan import load_vqgan
 from pre_tokenize.concat_record import main as concat
-from pre_tokenize.options import build_parser, default_batch_size, parse_options
+from pre_tokenize.options import build_parser, parse_options
 from pre_tokenize.out_folder import settle_manifest
 from pre_tokenize.pre_tokenize import main as pre_tokenize
 from pre_tokenize.worker_log import WorkerLog, read_failed
@@ -182,8 +182,7 @@ def test_the_recipes_command_is_understood(task, capsys, monkeypatch):
     argv = f"--splits=8 --rank=0 --in_filename {task}/in.json --out_dir out --target_size 768 --vqgan_dir {task}/vqgan"
     options = parse_options(build_parser().parse_args(argv.split()))
     assert (options.splits, options.crop, options.precision, options.target_size) == (8, "center", "tf32", 768)
-    assert [default_batch_size(size, "cpu") for size in (64, 256, 512, 768)] == [16, 4, 1, 1]
-    assert options.device == "cpu"
+    assert (options.device, options.num_workers) == ("cpu", 2)
     assert capsys.readouterr().out == "torch sees no CUDA GPU: images are encoded on the CPU\n"
 
 

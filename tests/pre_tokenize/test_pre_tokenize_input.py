@@ -2,7 +2,6 @@
 
 import json
 import resource
-from contextlib import contextmanager
 
 import pytest
 from PIL import Image
@@ -69,22 +68,16 @@ def test_long_reasons_of_an_older_worker_are_cut_where_they_are_read(tmp_path):
     assert item_id == 3 and len(reason) == 500
 
 
-@contextmanager
-def files_of_at_most(num_bytes: int):
-    """The system writes no more into a file of this process, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("num_bytes", [100, 1100])
 def test_a_full_disk_is_one_line_and_the_same_command_resumes(task, tmp_path, undisturbed, capsys, num_bytes):  # noqa: F811
     argv = arguments(task, tmp_path / "out")
-    with files_of_at_most(num_bytes):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        # The system writes no more into a file, as on a full disk.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
         code = pre_tokenize(argv)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     (line,) = capsys.readouterr().err.splitlines()
     assert "File too large" in line
     # Of 100 bytes not even the manifest can be written.

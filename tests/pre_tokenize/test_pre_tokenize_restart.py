@@ -1,6 +1,8 @@
 """Workers that are killed, stopped by SIGTERM, sent after rejected items, or started over another run's files."""
 
+import multiprocessing
 import os
+import random
 import shutil
 import signal
 import time
@@ -9,41 +11,52 @@ from pathlib import Path
 
 import pytest
 
-import data.whole_file
 from data.formats.manifest import Manifest
 from data.formats.record import read_record
 from data.formats.token_file import load_token_file
-from data.whole_file import open_locked
+from data.whole_file import is_locked, open_locked
 from pre_tokenize import pre_tokenize as script
 from pre_tokenize.concat_record import main as concat
 from pre_tokenize.out_folder import settle_manifest
 from pre_tokenize.pre_tokenize import main as pre_tokenize
 from pre_tokenize.worker_log import WorkerLog, read_failed
 from tests.helpers import forked
-from tests.helpers.tokenize_helpers import command, environment, snapshot
+from tests.helpers.tokenize_helpers import command, environment, snapshot, write_items
 from tests.pre_tokenize.test_pre_tokenize import BAD, MANIFEST, NUM_ITEMS, SCRIPT, arguments, task, undisturbed  # noqa: F401
+
+NUM_KILLS = int(os.environ.get("PRE_TOKENIZE_KILLS", "3"))
+MANY = 400
+FORK = multiprocessing.get_context("fork")
 
 # Killed and stopped
 
 
-@pytest.fixture
-def start(task, tmp_path):  # noqa: F811
-    """A function that starts a worker in a process group of its own, on `tmp_path / "out"`.
+@pytest.fixture(scope="module")
+def many(task, tmp_path_factory):  # noqa: F811
+    """A function from an output folder to the arguments of one of two workers, with loaders and windows of 8 items."""
+    folder = tmp_path_factory.mktemp("many")
+    write_items(folder, MANY, BAD)
 
-    It returns the process, once the first item is written, and the pids of its two loaders.
-    """
+    def many_arguments(out: Path, rank: int = 0, **changes) -> list[str]:
+        changes = {"in_filename": folder / "in.json", "batch_size": 1, "num_workers": 2, **changes}
+        return arguments(task, out, splits=2, rank=rank, **changes)
+
+    return many_arguments
+
+
+@pytest.fixture
+def start():
+    """A function that starts a worker in a process group of its own, and waits until it has written a token file."""
     workers = []
 
-    def start_worker() -> tuple[forked.Popen, list[int]]:
-        argv = arguments(task, tmp_path / "out", batch_size=1, num_workers=2)
+    def start_worker(argv: list[str], new_files: int = 1) -> forked.Popen:
+        out = Path(next(flag for flag in argv if flag.startswith("--out_dir")).removeprefix("--out_dir="))
+        before = num_files(out)
         worker = forked.Popen(command(SCRIPT, *argv), environment(), start_new_session=True)
         workers.append(worker)
-        while worker.poll() is None and not (tmp_path / "out" / "files" / "0.pkl").exists():
+        while worker.poll() is None and num_files(out) < before + new_files:
             time.sleep(0.001)
-        children = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
-        loaders = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        assert len(loaders) == 2, worker.stderr.read_text()
-        return worker, loaders
+        return worker
 
     yield start_worker
     for worker in workers:
@@ -51,38 +64,75 @@ def start(task, tmp_path):  # noqa: F811
         worker.wait()
 
 
-def assert_resumes(task, tmp_path: Path) -> None:  # noqa: F811
-    """The same command gives the files of a worker that nothing disturbed."""
-    for name in ("out", "calm"):
-        assert pre_tokenize(arguments(task, tmp_path / name, batch_size=1)) == 3
-    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "calm")
+def num_files(out: Path) -> int:
+    return len(list(out.glob("files/*.pkl")))
 
 
-@pytest.mark.slow
-def test_a_killed_worker_resumes_and_its_loaders_die(task, tmp_path, start):  # noqa: F811
-    worker, loaders = start()
-    worker.kill()
-    worker.wait()
-    # The loaders keep no lock.
-    assert_resumes(task, tmp_path)
+def loaders_of(worker: forked.Popen) -> list[str]:
+    loaders = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
+    assert len(loaders) == 2, worker.stderr.read_text()
+    return loaders
+
+
+def assert_gone(loaders: list[str]) -> None:
     deadline = time.monotonic() + 20
     while any(Path(f"/proc/{pid}").exists() for pid in loaders) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [pid for pid in loaders if Path(f"/proc/{pid}").exists()]
 
 
+def assert_resumes(many, out: Path) -> None:
+    """The same commands give the files of two workers that nothing disturbed."""
+    calm = out.with_name("calm")
+    for rank in (0, 1):
+        assert pre_tokenize(many(out, rank)) in (0, 3)
+        assert pre_tokenize(many(calm, rank, num_workers=0)) in (0, 3)
+    assert snapshot(out) == snapshot(calm)
+
+
 @pytest.mark.slow
-def test_sigterm_to_the_whole_group_finishes_the_window(task, tmp_path, start):  # noqa: F811
-    worker, loaders = start()
-    os.killpg(worker.pid, signal.SIGTERM)
-    _, message = worker.communicate(timeout=60)
-    assert worker.returncode == 143, message
-    num_done = sum(path.read_bytes().count(b"\n") for path in (tmp_path / "out").glob("0-of-1-*.jsonl"))
-    assert num_done in (8, 16, 24)
-    assert f"ended by SIGTERM with {num_done} of 30 items done; the same command resumes from here" in message
-    assert "Traceback" not in message and "killed" not in message
-    assert not [pid for pid in loaders if Path(f"/proc/{pid}").exists()]
-    assert_resumes(task, tmp_path)
+def test_killed_workers_resume_and_leave_nothing_behind(many, tmp_path, start):
+    """PRE_TOKENIZE_KILLS=20 kills as many, two ranks in turn."""
+    generator, loaders = random.Random(0), []
+    for number in range(NUM_KILLS):
+        worker = start(many(tmp_path / "out", number % 2), new_files=generator.randrange(1, 10))
+        loaders += loaders_of(worker)
+        mapped = Path(f"/proc/{loaders[-1]}/maps").read_text().splitlines()
+        shared = [line for line in mapped if line.split()[1] == "rw-s"]
+        # Memory without a name is gone with its processes.
+        assert shared and all(line.endswith("(deleted)") for line in shared)
+        worker.kill()
+        worker.wait()
+    assert_gone(loaders)
+    assert_resumes(many, tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "number, code, message",
+    [
+        (signal.SIGTERM, 143, "rank 0 of 2 ended by SIGTERM with {} of 200 items done; the same command resumes"),
+        (signal.SIGINT, 130, "interrupted; the same command resumes"),
+        (signal.SIGKILL, 1, "a process that loads images was killed; if memory was short, give fewer --num_workers"),
+    ],
+)
+def test_a_signal_is_one_message_and_the_same_command_resumes(many, tmp_path, start, number, code, message):
+    """SIGTERM, after which the window is finished, and Ctrl-C to all processes; SIGKILL to one loader."""
+    out = tmp_path / "out"
+    worker = start(many(out))
+    loaders = loaders_of(worker)
+    if number == signal.SIGKILL:
+        os.kill(int(loaders[0]), number)
+    else:
+        os.killpg(worker.pid, number)
+    _, errors = worker.communicate(timeout=60)
+    assert worker.returncode == code, errors
+    num_done = sum(path.read_bytes().count(b"\n") for path in out.glob("0-of-2-*.jsonl"))
+    assert num_done < MANY // 2 and (number != signal.SIGTERM or num_done % 8 == 0)
+    *progress, last = errors.splitlines()
+    assert message.format(num_done) in last and all(line.startswith("rank 0 of 2: ") for line in progress), errors
+    assert_gone(loaders)
+    assert_resumes(many, out)
 
 
 @pytest.mark.parametrize("damage", ["torn_record", "torn_failed", "lost_failed_line", "lost_token_file"])
@@ -198,19 +248,12 @@ def test_a_folder_is_not_overwritten_under_a_running_worker(tmp_path):
             pass
 
 
-def settle_in_a_child(folder: Path, manifest: Manifest) -> int:
-    """Fork, settle, open the log of a rank in it, and leave a line there. Returns the process id."""
-    if child := os.fork():
-        return child
-    try:
-        with settle_manifest(folder, manifest, overwrite=True):
-            rank = os.getpid()
-            log = WorkerLog(folder, rank, manifest.splits, 0, 1)
-        with log:
-            log.add_rejected(0, "here")
-        os._exit(0)
-    finally:
-        os._exit(1)
+def settle_and_log(folder: Path, manifest: Manifest) -> None:
+    """Leaves a line in the log of a rank."""
+    with settle_manifest(folder, manifest, overwrite=True):
+        log = WorkerLog(folder, os.getpid(), manifest.splits, 0, 1)
+    with log:
+        log.add_rejected(0, "here")
 
 
 def test_many_workers_settling_at_once_clear_the_folder_once(tmp_path):
@@ -220,31 +263,28 @@ def test_many_workers_settling_at_once_clear_the_folder_once(tmp_path):
             (tmp_path / "files" / f"{item_id}.pkl").touch()
         (tmp_path / "0-of-2-record.jsonl").touch()
     new = replace(MANIFEST, input_sha256="new")
-    children = [settle_in_a_child(tmp_path, new) for _ in range(8)]
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 8
+    children = [FORK.Process(target=settle_and_log, args=(tmp_path, new)) for _ in range(8)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0] * 8
     assert not os.listdir(tmp_path / "files")
-    assert {path.name for path in tmp_path.glob("*-failed.jsonl")} == {f"{pid}-of-2-failed.jsonl" for pid in children}
-    assert all(path.read_text() for path in tmp_path.glob("*-failed.jsonl"))
+    names = {f"{child.pid}-of-2-failed.jsonl" for child in children}
+    assert {path.name for path in tmp_path.glob("*-failed.jsonl") if path.read_text()} == names
 
 
 def test_a_lock_is_not_shared_by_a_forked_child(tmp_path):
     """As a loader worker that outlives its run. What the parent had not flushed is written once."""
-    path = tmp_path / "log"
+    path, is_over = tmp_path / "log", FORK.Event()
     first = open_locked(path)
     first.write("once\n")
-    is_forked, forked_end = os.pipe()
-    is_over, over_end = os.pipe()
-    if not (child := os.fork()):
-        os.close(over_end)
-        os.write(forked_end, b"x")
-        os.read(is_over, 1)
-        first.close()
-        os._exit(0)
-    os.read(is_forked, 1)
-    assert data.whole_file.is_locked(path)
+    child = FORK.Process(target=lambda: (is_over.wait(), first.close()))
+    child.start()
+    assert is_locked(path)
     first.close()
-    assert not data.whole_file.is_locked(path)
+    assert not is_locked(path)
     open_locked(path).close()
-    os.close(over_end)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert path.read_text() == "once\n"
+    is_over.set()
+    child.join()
+    assert child.exitcode == 0 and path.read_text() == "once\n"

@@ -1,0 +1,131 @@
+"""Our way of exps/bench/pre_tokenize.py: `pre_tokenize.py` as a user runs it, with the clock beside it.
+
+Imports no torch: with the encoder "none", which gives codes of zeros, the host alone is measured.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from PIL import Image
+
+from data.items.conversation import ItemError
+from data.items.image_transform import crop_to_rgb, open_image
+from data.items.item_processor import ItemProcessor
+from data.items.vocab import CODE_PIXELS
+from pre_tokenize import options, pre_tokenize
+from pre_tokenize.loading import Loaders
+
+# Of the encoder alone, after one to warm up.
+ENCODER_BATCHES = 4
+
+
+class ZeroEncoder:
+    """Stands for the encoder on a GPU: its windows and batches, no work."""
+
+    device = SimpleNamespace(type="cuda")
+
+    def begin(self, images: Sequence) -> Callable[[], list[np.ndarray]]:
+        sides = ((width // CODE_PIXELS, height // CODE_PIXELS) for width, height in (image.size for image in images))
+        codes = [np.zeros((height, width), np.int64) for width, height in sides]
+        return lambda: codes
+
+
+def measure_ours(
+    work_dir: str,
+    vqgan_dir: str,
+    device: str,
+    out_dir: str,
+    target_size: int,
+    seconds: float,
+    precision: str | None,
+    num_workers: int | None,
+) -> dict[str, object]:
+    """Figures of one worker, which is stopped once its steady state has lasted `seconds`.
+
+    Without a `precision` there is no encoder.
+    """
+    flags = {"in_filename": f"{work_dir}/in.json", "out_dir": out_dir, "target_size": target_size, "device": device}
+    flags |= {"tokenizer": f"{work_dir}/tokenizer", "vqgan_dir": vqgan_dir}
+    flags |= {"precision": precision} if precision else {}
+    flags |= {"num_workers": num_workers} if num_workers is not None else {}
+    # (time, CPU seconds of the main process, images) at the start, and by the end of each window
+    marks = [(time.perf_counter(), time.process_time(), 0)]
+    more = {}
+    run, write_window = pre_tokenize.run, pre_tokenize.write_window
+
+    def timed_run(worker: pre_tokenize.Worker, sigterm: object) -> None:
+        def timed_write(worker: pre_tokenize.Worker, window: list, codes: list[np.ndarray]) -> None:
+            write_window(worker, window, codes)
+            marks.append((time.perf_counter(), time.process_time(), marks[-1][2] + len(codes)))
+            if marks[-1][0] - marks[1][0] >= seconds:
+                sigterm.set()
+
+        pre_tokenize.write_window = timed_write
+        run(worker, sigterm)
+        if precision:
+            more["encoder_images_per_s"] = encoder_rate(worker)
+
+    pre_tokenize.run = timed_run
+    if not precision:
+        options._has_cuda = lambda: True
+        pre_tokenize.load_encoder = lambda *_: (ZeroEncoder(), {"vqgan_sha256": ""})
+    if (exit_code := pre_tokenize.main([f"--{name}={value}" for name, value in flags.items()])) not in (0, 143):
+        raise RuntimeError(f"pre_tokenize.py ended with exit code {exit_code}")
+    # Without a second window there is no steady state.
+    begin = marks[1] if len(marks) > 2 else marks[0]
+    steady_s, cpu_s, num_images = (last - first for last, first in zip(marks[-1], begin, strict=True))
+    rate = num_images / steady_s
+    figures = {"images_per_s": rate, "steady_s": steady_s, "start_s": marks[1][0] - marks[0][0]}
+    figures |= more | {"core_images_per_s": core_rate(Path(work_dir), target_size)}
+    if not precision:
+        figures["host"] = {"main_cpu_ms_per_image": 1000 * cpu_s / num_images, "images_per_s": rate}
+        figures["loaders_at_work_s"] = loaders_start_s(num_workers or options.default_num_workers("cuda", splits=1))
+        assert "torch" not in sys.modules, "the host has imported torch"
+    # It imports torch.
+    from exps.bench import common
+
+    return figures | {"host_gib": common.resident_gib(), "device_gib": common.peak_device_gib(device)}
+
+
+def encoder_rate(worker: pre_tokenize.Worker) -> float:
+    """Images per second of the encoder alone, in batches of one size."""
+    side = worker.options.target_size
+    batch = [Image.new("RGB", (side, side), (99, 150, 201))] * worker.options.batch_size
+    worker.encoder(batch)
+    began = time.perf_counter()
+    for _ in range(ENCODER_BATCHES):
+        worker.encoder(batch)
+    return ENCODER_BATCHES * len(batch) / (time.perf_counter() - began)
+
+
+def core_rate(folder: Path, target_size: int) -> float:
+    """Images per second that one core reads and crops."""
+    paths = list(folder.glob("*.jpg"))
+    began = time.perf_counter()
+    for path in paths:
+        crop_to_rgb(open_image(path), target_size)
+    return len(paths) / (time.perf_counter() - began)
+
+
+class SlowProcessor(ItemProcessor):
+    """Rejects every item, with the time at which it came to the loader. No loader has time for a second item."""
+
+    def process_item(self, raw_item: object, item_id: int) -> None:
+        began = time.perf_counter()
+        time.sleep(1)
+        raise ItemError(f"{os.getpid()} {began}")
+
+
+def loaders_start_s(num_workers: int) -> float:
+    """Seconds until all loaders of a worker that starts are at work."""
+    began = time.perf_counter()
+    with Loaders(SlowProcessor(None, None), num_workers, num_workers) as loaders:
+        ((window),) = loaders.windows((number, {}) for number in range(num_workers))
+    starts = dict(item.reason.split() for item in window)
+    assert len(starts) == num_workers, f"only {len(starts)} loaders were at work"
+    return max(map(float, starts.values())) - began
