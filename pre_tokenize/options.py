@@ -4,10 +4,12 @@ import argparse
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
+from data.formats.manifest import DEFAULT_PRECISION
 from data.hub import DEFAULT_TOKENIZER, DEFAULT_VQGAN_DIR, VQGAN_HELP, find_vqgan_problems
 from data.items.image_transform import crop_sizes
+from pre_tokenize.out_folder import recorded_precision
 
-PRECISIONS = ("tf32", "fp32", "bf16")
+PRECISIONS = ("fp16", "tf32", "fp32", "bf16")
 
 
 def flag(help: str, default: object = MISSING, **arguments: object) -> object:
@@ -42,10 +44,18 @@ class Options:
     max_failures: int = flag("number of rejected items with which the exit code is still 0 (default 0)", 0, type=int)
     # where and how fast
     device: str = flag("default auto: cuda if there is a GPU", "auto", choices=("auto", "cuda", "cpu"))
-    precision: str = flag("precision of the VQGAN (default tf32)", "tf32", choices=PRECISIONS)
+    precision: str | None = flag(
+        "precision of the VQGAN (default: of the output folder; of a new one fp16 on a GPU from Ampere on, else tf32)",
+        None,
+        choices=PRECISIONS,
+    )
     batch_size: int | None = flag("images encoded at once (default: by target size and device)", None, type=int)
     num_workers: int = flag("processes that load images; 0: only the worker itself (default 2)", 2, type=int)
-    compile: bool = flag("torch.compile the VQGAN; a minute at the start (default: off)", False, action="store_true")
+    compile: bool = flag(
+        "torch.compile the VQGAN, a minute at the start; fp16 has kernels of its own (default: off)",
+        False,
+        action="store_true",
+    )
 
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
@@ -62,6 +72,8 @@ def parse_options(args: argparse.Namespace) -> Options:
         args.device = "cuda" if _has_cuda() else "cpu"
         if args.device == "cpu":
             print("torch sees no CUDA GPU: images are encoded on the CPU", flush=True)
+    if args.precision is None:
+        args.precision = recorded_precision(args.out_dir, default_precision(args.device))
     if args.batch_size is None:
         args.batch_size = default_batch_size(args.target_size, args.device)
     options = Options(**vars(args))
@@ -98,6 +110,12 @@ def default_batch_size(target_size: int, device: str) -> int:
     """As many pixels as keep the device busy and fit in its memory: 8 images of 512 on a GPU, 4 of 256 on a CPU."""
     pixels, most = (8 * 512**2, 64) if device == "cuda" else (4 * 256**2, 16)
     return max(1, min(most, pixels // max(1, target_size) ** 2))
+
+
+def default_precision(device: str) -> str:
+    from model.vqgan.image_encoder import has_fast_fp16
+
+    return "fp16" if has_fast_fp16(device) else DEFAULT_PRECISION
 
 
 def _has_cuda() -> bool:

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from data.formats.manifest import MANIFEST_NAME, WAY_OUT, Manifest, load_manifest
+from data.formats.manifest import DEFAULT_PRECISION, MANIFEST_NAME, WAY_OUT, Manifest, load_manifest
 from data.formats.record import find_sub_records
 from data.messages import one_line
 from data.whole_file import open_locked, replace_locked
@@ -50,12 +50,29 @@ def settle_manifest(out_dir: str | os.PathLike, manifest: Manifest, overwrite: b
         yield
 
 
+def recorded_precision(out_dir: str | os.PathLike, default: str) -> str:
+    """The precision in which a folder was begun, with a line if it is not `default`; `default` if the folder is new."""
+    try:
+        manifest = load_manifest(out_dir)
+    # No folder, or a damaged manifest: `settle_manifest` rejects that.
+    except (OSError, ValueError):
+        return default
+    if manifest.get("precision") == default:
+        return default
+    precision = manifest.get("precision", DEFAULT_PRECISION)
+    print(f"{out_dir} was begun with --precision {precision}, which is kept", flush=True)
+    return precision
+
+
 def _difference(folder: Path, manifest: Manifest) -> str:
     """The problem if the folder has another manifest, else "". A field that it lacks is not compared."""
     try:
         ours, theirs = asdict(manifest), load_manifest(folder)
     except ValueError as error:
         return str(error)
+    # Folders without the field are older than fp16. What was given instead of the default is not known.
+    if manifest.precision == "fp16":
+        theirs.setdefault("precision", DEFAULT_PRECISION)
     differing = [key for key in ours if key in theirs and ours[key] != theirs[key]]
     changes = [f"{key} was {one_line(theirs[key])}, is now {one_line(ours[key])}" for key in differing]
     return f"{folder} was begun with other settings: {'; '.join(changes)}; {WAY_OUT}" if changes else ""

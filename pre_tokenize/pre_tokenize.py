@@ -118,6 +118,8 @@ def main(argv: list[str] | None = None) -> int:
     # A full disk, a quota, a lost network drive.
     except OSError as error:
         return _end_early(1, f"{error.filename or options.out_dir}: {error.strerror or error}", options)
+    if again := worker.encoder.num_encoded_again:
+        print(f"{worker.name}: {again:,} batches of images overflowed in fp16 and were encoded again in tf32")
     if log.num_rejected:
         print(f"{worker.name}: {describe_rejected(log)}")
     if log.next_id < log.stop_id:
@@ -161,6 +163,7 @@ def build_worker(options: Options) -> Worker:
         max_seq_len=options.max_seq_len,
         codebook_sha256=vqgan.codebook_sha256,
         item_processor=_describe_processor(),
+        precision=options.precision,
     )
     if options.device == "cpu":
         _prepare_cpu(options)

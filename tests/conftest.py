@@ -21,6 +21,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch  # noqa: E402
 
+# Triton's kernels run on a CPU by its interpreter: set before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from data.formats.record import read_record, write_merged  # noqa: E402
 from tests.helpers.browser_helpers import start_browser  # noqa: E402
 from tests.helpers.small_run import call_main, solver_args, write_small_task  # noqa: E402

@@ -11,6 +11,7 @@ from pathlib import Path
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 SHIPPED_PROCESSOR = "shipped"
+DEFAULT_PRECISION = "tf32"
 WAY_OUT = "use another --out_dir, or --overwrite to begin this one again"
 
 
@@ -19,7 +20,8 @@ class Manifest:
     """The settings that all workers of one output folder share.
 
     `codebook_sha256` names the VQGAN whatever its file format (None: an older version), `item_processor` is the SHA-256
-    of the source of an edited one, `num_items` counts the whole input, `seed` is None if nothing is random.
+    of the source of an edited one, `num_items` counts the whole input, `seed` is None if nothing is random. Folders
+    without `precision` were begun when its default was tf32.
     """
 
     tokenizer_sha256: str
@@ -35,6 +37,7 @@ class Manifest:
     max_seq_len: int | None = None
     codebook_sha256: str | None = None
     item_processor: str = SHIPPED_PROCESSOR
+    precision: str = DEFAULT_PRECISION
 
 
 def load_manifest(out_dir: str | os.PathLike) -> dict:

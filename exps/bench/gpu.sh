@@ -6,6 +6,7 @@
 #
 # STAGES (default: all) names what to run; each has a time limit:
 #   tests         the tests marked `gpu`
+#   encoder       the VQGAN's encoder alone in each precision: images per second, TFLOP/s, codes equal to fp32
 #   tiny          the laptop default, exps/tiny.sh, with few items
 #   pre_tokenize  images per second at 768 pixels: pre_tokenize.py, its encoder alone, one core alone
 #   train         three variants of the 7B step (1B on a GPU under 110 GiB) with memory and the allocator's counters
@@ -17,7 +18,7 @@ cd "$(dirname "$0")/../.."
 
 OUT=${OUT:-output/gpu}
 PYTHON=${PYTHON:-python}
-ALL="tests tiny pre_tokenize train generate"
+ALL="tests encoder tiny pre_tokenize train generate"
 STAGES=${STAGES:-$ALL}
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 for name in $STAGES; do
@@ -55,6 +56,7 @@ stage() {
 
 stage tests tests 120 $PYTHON -m pytest -o addopts=--import-mode=importlib -q -p no:cacheprovider \
   --durations=5 -m gpu $(grep -rl --include='test_*.py' mark.gpu tests)
+stage encoder encoder 110 $PYTHON exps/bench/encoder.py --batch_sizes 12
 stage tiny tiny 90 env OUT="$OUT/tiny" ITEMS=800 STEPS=40 PROMPTS=8 PYTHON="$PYTHON" bash exps/tiny.sh
 stage pre_tokenize pre_tokenize 100 $PYTHON exps/bench/pre_tokenize.py --ways ours --num_images 768 --target_size 768 \
   --precision tf32 bf16 --num_workers "$loaders"

@@ -6,6 +6,7 @@ Hugging Face Chameleon folder (which holds no decoder), and our own (`vqgan.json
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -268,14 +269,19 @@ def images_to_pixels(images: Sequence[Image.Image], device: torch.device | str =
     if wrong := {image.mode for image in images} - {"RGB"}:
         raise ValueError(f"the VQGAN takes RGB images, got mode {wrong.pop()}; convert it first")
     levels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).to(device)
-    # The recipe's arithmetic, in double before the cast.
-    return (levels.double() / 255 * 2 - 1).float().permute(0, 3, 1, 2)
+    return _pixels_of_levels(device)[levels.int()].permute(0, 3, 1, 2)
 
 
 def pixels_to_image(pixels: Tensor) -> Image.Image:
     """The 8-bit RGB image of float pixels [3, H, W], clamped to [-1, 1]."""
     array = (pixels.detach().float().clamp(-1, 1).add(1).mul(127.5)).permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(array.astype(np.uint8))
+
+
+@functools.cache
+def _pixels_of_levels(device: torch.device | str) -> Tensor:
+    """The pixel of each of the 256 levels, by the recipe's arithmetic: in double before the cast."""
+    return (torch.arange(256, dtype=torch.float64) / 255 * 2 - 1).float().to(device)
 
 
 def _find_files(folder: Path) -> tuple[Path, list[Path]]:

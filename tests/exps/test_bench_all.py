@@ -121,6 +121,7 @@ if [[ $* == *exps/bench* ]]; then printf "| a table |\\n{{}}\\n"; fi
     stages = re.findall(r"## (\w+): exit code 0", done.stdout)
     assert stages == [
         "tests",
+        "encoder",
         "tiny",
         "pre_tokenize",
         "train_2rows",
@@ -129,7 +130,7 @@ if [[ $* == *exps/bench* ]]; then printf "| a table |\\n{{}}\\n"; fi
     ]
 
     calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
-    assert len([parse_call(call) for call in calls if call[0].startswith("exps/bench/")]) == 5
+    assert len([parse_call(call) for call in calls if call[0].startswith("exps/bench/")]) == 6
     assert any("pytest" in call and "gpu" in call for call in calls)
 
 
