@@ -116,7 +116,7 @@ def test_ranks_and_kills_draw_the_same_images(folders, prompts, tmp_path):
     command = ["python", "-m", "torch.distributed.run", "--nproc_per_node=2", "inference_solver.py"]
     command += flags(folders, prompts, shared, "--size", "32x32")
     num_there = 0
-    for _ in range(3):
+    for _ in range(2):
         process, deadline = forked.Popen(command, environment(), start_new_session=True), time.monotonic() + 120
         while len(list(shared.rglob("*.png"))) <= num_there and process.poll() is None:
             assert time.monotonic() < deadline
@@ -129,7 +129,7 @@ def test_ranks_and_kills_draw_the_same_images(folders, prompts, tmp_path):
         assert all((folder / "metadata.jsonl").read_text().endswith("}\n") for folder in shared.iterdir())
         assert {path.suffix for path in shared.rglob("*") if path.is_file()} == {".png", ".jsonl"}
         num_there = len(images)
-    assert 3 <= num_there < 160
+    assert 2 <= num_there < 160
     done = forked.run(command, environment())
     assert done.returncode == 0, done.stderr
     assert same_files(shared, alone) and not (tmp_path / ".shared.partial").exists()
