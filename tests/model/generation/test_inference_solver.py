@@ -134,7 +134,9 @@ def test_layers_on_several_devices_draw_the_same(folders, solver, monkeypatch):
     options = solver.create_logits_processor()
     found, expected = (each.answer_many(requests, 30, options) for each in (spread, solver))
     assert [answer.text for answer in found] == [answer.text for answer in expected]
-    assert found[0].images[0].tobytes() == expected[0].images[0].tobytes()
+    # Products may depend on where in memory their factors lie.
+    difference = np.asarray(found[0].images[0]).astype(int) - np.asarray(expected[0].images[0])
+    assert np.abs(difference).max() <= 1
 
 
 @pytest.mark.parametrize("free, num_gpus, num", [(1 << 30, 2, 1), (1 << 10, 2, 2), (1 << 10, 1, 1)])
