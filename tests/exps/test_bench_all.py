@@ -109,8 +109,8 @@ def test_wrong_settings_end_before_anything_runs(tmp_path, script, env, message)
 
 @pytest.mark.slow
 def test_a_bench_that_is_killed_leaves_no_temporary_folder(tmp_path):
-    command = [sys.executable, "exps/bench/checkpoint.py", "--device=cpu"]
-    bench = forked.Popen(command, environment() | {"TMPDIR": str(tmp_path)})
+    command = [sys.executable, "exps/bench/checkpoint.py", "--device=cpu", "--output_dir", tmp_path]
+    bench = forked.Popen(command, environment())
     deadline = time.monotonic() + 120
     while not list(tmp_path.iterdir()):
         assert bench.poll() is None and time.monotonic() < deadline, "the bench made no folder"
