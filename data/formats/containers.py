@@ -194,6 +194,8 @@ class TarSource:
                     if not path.exists():
                         samples = chain.from_iterable(map(_find_samples, range(len(self.files)), self.files))
                         index = np.fromiter(samples, np.dtype((np.int64, 2)))
+                        for older in index_dir.glob("tar-index-*.npy"):
+                            older.unlink()
                         with open_whole(path) as file:
                             np.save(file, index)
                 finally:
