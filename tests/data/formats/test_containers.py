@@ -189,6 +189,13 @@ def test_a_damaged_row_group_costs_its_rows_alone(tmp_path):
     assert all(isinstance(row, ItemError) and "row group 2 of a.parquet is damaged" in str(row) for row in rows[15:25])
 
 
+def test_a_text_that_is_not_utf8_costs_its_row_alone(tmp_path):
+    texts = pa.array([b"a", b"b\xff", b"c"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"caption": texts}), tmp_path / "a.parquet")
+    first, second, third = open_source(find_files(tmp_path / "a.parquet"), tmp_path).read()
+    assert (first, third) == ({"caption": "a"}, {"caption": "c"}) and "is not UTF-8" in str(second)
+
+
 def test_formats_are_found_by_suffix_unless_given(tmp_path, sources):
     assert find_files(sources["in.json.zst"]).format == "json" and find_files(sources["saved"]).format == "datasets"
     lines = find_files(f"{Path(sources['in.jsonl']).parent}/in.js*l")
