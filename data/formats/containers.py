@@ -194,6 +194,8 @@ class TarSource:
                     if not path.exists():
                         samples = chain.from_iterable(map(_find_samples, range(len(self.files)), self.files))
                         index = np.fromiter(samples, np.dtype((np.int64, 2)))
+                        for older in index_dir.glob("tar-index-*.npy"):
+                            older.unlink()
                         with open_whole(path) as file:
                             np.save(file, index)
                 finally:
@@ -248,12 +250,23 @@ def _arrow_errors() -> tuple[type[Exception], ...]:
     return _import("pyarrow", "Parquet").ArrowException, OSError
 
 
-def _batch_rows(batches: Iterable[Any], num_skipped: int = 0) -> Iterator[dict]:
+def _batch_rows(batches: Iterable[Any], num_skipped: int = 0) -> Iterator[_Row]:
     """The rows of arrow batches or tables, one by one."""
     for batch in batches:
         if num_skipped < batch.num_rows:
-            yield from batch.slice(num_skipped).to_pylist()
+            wanted = batch.slice(num_skipped)
+            try:
+                yield from wanted.to_pylist()
+            except UnicodeDecodeError:
+                yield from (_row_alone(wanted.slice(position, 1)) for position in range(wanted.num_rows))
         num_skipped = max(0, num_skipped - batch.num_rows)
+
+
+def _row_alone(batch: Any) -> _Row:
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return ItemError(f"a text of the row is not UTF-8: {error.reason}")
 
 
 def _find_samples(shard: int, path: Path) -> Iterator[tuple[int, int]]:

@@ -47,6 +47,8 @@ def iter_json_values(path: str | os.PathLike, what: str = "file") -> Iterator[ob
             f"{what} {path} is not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}; it must be a "
             "JSON list, or one JSON object per line (JSONL)"
         ) from None
+    except ImportError as error:
+        raise ValueError(f"{what} {path}: the package zstandard is needed: pip install zstandard ({error})") from error
     except _compression_errors() as error:
         raise ValueError(f"{what} {path} is damaged or cut off: {error}") from None
     # Nested thousands deep, or a number of thousands of digits.
@@ -59,10 +61,8 @@ def _open_text(path: str | os.PathLike) -> TextIO:
     if suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig")
     if suffix == ".zst":
-        try:
-            import zstandard
-        except ImportError as error:
-            raise ValueError(f"the package zstandard is needed: pip install zstandard ({error})") from error
+        import zstandard
+
         return io.TextIOWrapper(io.BufferedReader(_ZstdFile(path, zstandard)), encoding="utf-8-sig")
     return open(path, encoding="utf-8-sig")
 

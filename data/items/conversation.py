@@ -17,13 +17,16 @@ from data.messages import brief
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 SIZE = "{W}x{H}"
 HOW_TO_ADAPT = "TRAIN.md, Another format, shows how to adapt such items (process_item)"
-_FRAMES = "single frames in `image`? Videos are not tokenized."
-# Key -> what is meant, in the words of this format.
+# Key -> what is meant, in the words of this format. Suffixes are keys of members of a tar.
 _FOREIGN_KEYS = {
-    "video": _FRAMES,
-    "videos": _FRAMES,
-    "audio": "its text in `conversations`? Audio is not tokenized.",
-    "audios": "its text in `conversations`? Audio is not tokenized.",
+    **dict.fromkeys(
+        ("video", "videos", "mp4", "webm", "mkv", "mov", "avi"),
+        "single frames in `image`? Videos are not tokenized.",
+    ),
+    **dict.fromkeys(
+        ("audio", "audios", "wav", "mp3", "flac", "ogg", "m4a"),
+        "its text in `conversations`? Audio is not tokenized.",
+    ),
     "system": "a leading turn from `system`?",
     "history": "earlier turns of `conversations`?",
     "tools": "a leading turn from `system` that describes them?",
@@ -78,7 +81,10 @@ def parse_conversation(raw: Mapping) -> Conversation:
         raise FormatError(f"an item must be an object with `conversations`, got {brief(raw)}")
     if "conversations" not in raw:
         keys = ", ".join(f"`{brief(key)[1:-1]}`" for key in list(raw)[:8]) or "no keys at all"
-        raise FormatError(f"an item must have `conversations` or `messages`, this one has {keys}")
+        raise FormatError(
+            f"an item must have `conversations` or `messages`, this one has {keys}; "
+            "pairs of an image and its text need --task and --columns"
+        )
     images = parse_images(raw)
     _check_keys(raw, "`{}`", () if images else _IMAGE_KEYS)
     turns = _parse_turns(raw["conversations"])

@@ -1,11 +1,9 @@
 """The same items in every container and form give the same token files, also after a kill; bad input is named."""
 
-import io
 import json
 import os
 import re
 import subprocess
-import tarfile
 import time
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from data.formats.token_file import load_token_file
 from pre_tokenize import pre_tokenize as script
 from pre_tokenize.pre_tokenize import main as pre_tokenize
 from pre_tokenize.worker_log import read_failed
+from tests.data.formats.test_containers import write_tar
 from tests.helpers import forked
 from tests.helpers.tokenize_helpers import ROOT, command, environment, snapshot
 from tests.pre_tokenize.test_pre_tokenize import BAD, NUM_ITEMS, SCRIPT, arguments, task, undisturbed  # noqa: F401
@@ -37,14 +36,6 @@ def as_messages(item: dict) -> dict:
     answer = [{"type": "image", "image": path} for path in item["image"]]
     assert gpt == "<|image|>"
     return {"messages": [{"role": "user", "content": human}, {"role": "assistant", "content": answer}]}
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
 
 
 def write_input(task: Path, folder: Path, kind: str) -> Path:  # noqa: F811

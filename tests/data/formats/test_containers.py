@@ -5,8 +5,10 @@ import importlib
 import io
 import json
 import os
+import sys
 import tarfile
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -107,7 +109,7 @@ def test_the_index_of_a_tar_is_made_once_and_anew_for_a_changed_shard(tmp_path, 
         patch.setattr(containers, "_find_samples", lambda *_: pytest.fail("there is an index"))
         assert list(open_source(find_files(path), tmp_path / "out").read()) == list(first.read())
     write_tar(path, [("0.txt", b"a"), ("0.png", b"x"), ("1.txt", b"b"), ("1.png", b"y")])
-    assert open_source(find_files(path), tmp_path / "out").num_rows == 2
+    assert open_source(find_files(path), tmp_path / "out").num_rows == 2 and len(os.listdir(tmp_path / "out")) == 1
 
 
 def test_members_of_a_sample_are_its_row(tmp_path):
@@ -187,8 +189,17 @@ def test_a_damaged_row_group_costs_its_rows_alone(tmp_path):
     assert all(isinstance(row, ItemError) and "row group 2 of a.parquet is damaged" in str(row) for row in rows[15:25])
 
 
+def test_a_text_that_is_not_utf8_costs_its_row_alone(tmp_path):
+    texts = pa.array([b"a", b"b\xff", b"c"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"caption": texts}), tmp_path / "a.parquet")
+    first, second, third = open_source(find_files(tmp_path / "a.parquet"), tmp_path).read()
+    assert (first, third) == ({"caption": "a"}, {"caption": "c"}) and "is not UTF-8" in str(second)
+
+
 def test_formats_are_found_by_suffix_unless_given(tmp_path, sources):
     assert find_files(sources["in.json.zst"]).format == "json" and find_files(sources["saved"]).format == "datasets"
+    lines = find_files(f"{Path(sources['in.jsonl']).parent}/in.js*l")
+    assert len(list(open_source(replace(lines, files=lines.files * 2), tmp_path).read())) == 100
     (tmp_path / "rows").write_text("{}")
     assert find_files(tmp_path / "rows").format == "json"
     (tmp_path / "rows.bin").write_bytes((Path(sources["parquet"]) / "a.parquet").read_bytes())
@@ -217,7 +228,7 @@ def test_a_missing_package_is_named(sources, tmp_path, monkeypatch, name, packag
         raise ImportError("not here")
 
     monkeypatch.setattr(importlib, "import_module", not_found)
-    monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
+    monkeypatch.setitem(sys.modules, "zstandard", None)
     with pytest.raises(ValueError, match=f"package {package} is needed: pip install"):
         list(open_source(find_files(sources[name]), tmp_path).read())
 

@@ -96,6 +96,7 @@ def test_wrong_images_are_rejected_in_few_words(image, reason):
     "key, value, meant",
     [
         ("videos", ["a.mp4"], "single frames"),
+        ("mp4", b"...", "single frames"),
         ("audio", "a.wav", "its text in `conversations`. Audio is not tokenized"),
         ("image_path", "a.png", "`image`"),
     ],

@@ -161,7 +161,9 @@ def test_random_crops_depend_on_seed_item_and_image(tiny_processor, image_path):
     assert len({*crops(0, 5), *crops(0, 6), *crops(1, 5)}) > 2
 
 
-def test_the_size_of_the_crop_is_in_the_prompt_of_a_pair(tiny_processor, image_path):
+def test_the_size_of_the_crop_is_in_the_prompt_of_a_pair(tiny_processor, tmp_path):
+    image_path = str(tmp_path / "wide.png")
+    Image.new("RGB", (300, 100)).save(image_path)
     processor = ItemProcessor(
         tiny_processor.text_encode, tiny_processor.vocab, tiny_processor.image_encode, 64, pairs=Pairs("t2i")
     )
