@@ -130,7 +130,7 @@ def _check_changes(options: Options, fingerprint: str) -> None:
 
 
 def _check_model(options: Options, start: str | None, datasets: Sequence[TokenDataset], problems: list[str]) -> None:
-    """What is wrong with the weights and the tokenizer, or with the data for them. Raises ValueError or OSError."""
+    """Raises ValueError or OSError for what is wrong with weights, tokenizer and data; more goes to `problems`."""
     model = options.model
     # A resumed run does not need the weights that it once started from: they may be gone.
     weights, tokenizer = (start, start) if start else resolve_model(model)
