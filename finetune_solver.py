@@ -92,8 +92,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            advice = "perhaps of too little memory; the same command resumes, with fewer --num_workers if it dies again"
-            return end_alone(launch, f"a loader worker of rank {launch.rank} died ({error}), {advice}", 1)
+            advice = (
+                "give fewer --num_workers, or the container more memory (docker --shm-size); the same command resumes"
+            )
+            return end_alone(launch, f"finetune_solver.py: rank {launch.rank}: {str(error).strip()}; {advice}", 1)
 
 
 def evaluate(setup: Setup) -> int:

@@ -1,13 +1,16 @@
 """Folders that may lie on the Hugging Face hub: of weights, of a tokenizer, of a VQGAN.
 
-Every script looks them up here. A local folder takes precedence over the hub, the hub's cache over a download, and
-HF_HUB_OFFLINE=1 forbids downloads. Only the files that are needed are downloaded.
+A local folder takes precedence over the hub, the hub's cache over a download, and HF_HUB_OFFLINE=1 forbids downloads.
 """
 
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 # The recipe's; its other checkpoints come without a tokenizer.
 DEFAULT_TOKENIZER = "Alpha-VLLM/Lumina-mGPT-7B-768"
@@ -26,7 +29,6 @@ TOKENIZER_FILES = (
 # Meta's, ours, a Hugging Face model's.
 _VQGAN_CONFIGS = ("vqgan.yaml", "vqgan.json", "config.json")
 _INDEX = "model.safetensors.index.json"
-_MAX_REASON = 200
 
 
 def fetch_folder(
@@ -37,16 +39,13 @@ def fetch_folder(
     revision: str | None = None,
 ) -> Path:
     """
-    A local folder, or one of the hub: downloaded, or found in the local cache.
+    A local folder, or one of the hub: downloaded, or found in the local cache. Raises FileNotFoundError for neither.
 
     Args:
         dir_or_hub_id: a folder, or the name/name of a model of the hub, or `with_subfolder` name/name/subfolder.
         files: names or patterns of the files to fetch from the hub; names that the model lacks are ignored.
         what: what is looked for, for the message.
         revision: branch, tag or commit of a model of the hub; None: its main branch.
-
-    Raises:
-        FileNotFoundError: neither a folder nor a hub id that can be fetched.
     """
     name, folder = str(dir_or_hub_id), Path(dir_or_hub_id)
     if folder.is_dir():
@@ -55,25 +54,23 @@ def fetch_folder(
     if folder.is_absolute() or name.startswith(".") or len(parts) not in ((2, 3) if with_subfolder else (2,)):
         ids = "name/name or name/name/subfolder" if with_subfolder else "name/name"
         raise FileNotFoundError(f"{what} {name} is not a folder; give a folder or a hub id ({ids})")
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
     reason = ""
     try:
         patterns = [os.path.join(*parts[2:], file) for file in files]
-        found = Path(snapshot_download("/".join(parts[:2]), revision=revision, allow_patterns=patterns), *parts[2:])
+        home = huggingface_hub.snapshot_download("/".join(parts[:2]), revision=revision, allow_patterns=patterns)
+        found = Path(home, *parts[2:])
         # Offline, `snapshot_download` returns a cached model even if it has none of the files.
         if any(next(found.glob(file), None) for file in files):
             return found
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         if not constants.HF_HUB_OFFLINE:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:_MAX_REASON]
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     raise FileNotFoundError(_describe_absence(what, name, files, reason))
 
 
 def find_vqgan(vqgan_dir: str | os.PathLike) -> Path:
     """
-    The folder of a VQGAN (see `model.vqgan.vqgan.load_vqgan`), given as folder, name/name or name/name/subfolder.
+    The folder of a VQGAN, given as folder, name/name or name/name/subfolder.
 
     Raises FileNotFoundError, which says what was looked for and where.
     """
@@ -94,7 +91,7 @@ def find_vqgan(vqgan_dir: str | os.PathLike) -> Path:
 
 
 def find_vqgan_problems(vqgan_dir: str | os.PathLike) -> list[str]:
-    """Why there is no such VQGAN, in one sentence; nothing, if there is."""
+    """Why there is no such VQGAN, in one sentence; empty if there is one."""
     try:
         find_vqgan(vqgan_dir)
     except (ValueError, OSError) as error:
@@ -114,8 +111,6 @@ def _list_vqgan_weights(folder: Path) -> list[str]:
 
 
 def _describe_absence(what: str, name: str, files: Sequence[str], reason: str = "") -> str:
-    from huggingface_hub import constants
-
     offline = ", and HF_HUB_OFFLINE=1 forbids to download" if constants.HF_HUB_OFFLINE else ""
     return (
         f"{what} {name} is not a folder here, and could not be fetched from the hub: its cache "

@@ -1,7 +1,6 @@
 """The public face of the decoder: `from model.chameleon import ChameleonXLLMXForConditionalGeneration`.
 
-Importing this module gives the class its `from_pretrained` and registers it with the auto classes of `transformers`. It
-counts as a script: nothing under model/ imports it, since the decoder does not know how weights are read.
+Importing this module gives the class its `from_pretrained` and registers it with the auto classes of `transformers`.
 """
 
 from typing import Any
@@ -20,10 +19,10 @@ def _from_pretrained(
     cls: type[ChameleonXLLMXForConditionalGeneration], pretrained_model_name_or_path: str, **kwargs: Any
 ) -> ChameleonXLLMXForConditionalGeneration:
     """
-    Load a folder or hub id of either checkpoint shape; see `convert.load_pretrained` for the arguments.
+    Load a folder or hub id of either checkpoint shape; see `load_pretrained` for the arguments.
 
-    `AutoModelForCausalLM` calls this too, with a `config` and its own arguments. Of those `revision`, `dtype` by name
-    and the `device_map` of one device have an effect.
+    `AutoModelForCausalLM` calls this too. Of its arguments `config`, `revision`, `dtype` by name and the `device_map`
+    of one device have an effect.
     """
     # For a folder of adapters, AutoModelForCausalLM names the base, and the adapters here.
     adapter_dir = (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")

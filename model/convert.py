@@ -1,8 +1,7 @@
-"""Weights in and out of the decoder, in both shapes of checkpoint, for training, generation, and by hand.
+"""Rewrite a checkpoint: its shape, type or image rows; adapters are merged.
 
 `xllmx` is the recipe's shape and ours: q/k-norms tied per model-parallel group. `hf` is the shape of stock Chameleon
-(`transformers.ChameleonForConditionalGeneration`): a q/k-norm row per head, the VQGAN inside. Both shapes carry the
-tensors of the VQGAN along where the source has them; the decoder never loads these.
+(`transformers.ChameleonForConditionalGeneration`): a q/k-norm row per head, the VQGAN inside.
 
     python model/convert.py facebook/chameleon-7b start               # image rows of lm_head zeroed, the recipe's way
     python model/convert.py output/7B/epoch1 chameleon-hf --shape hf  # --vqgan_dir, if there was none at the start
@@ -22,20 +21,28 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.hub import find_vqgan  # noqa: E402
-from data.whole_file import sync_path  # noqa: E402
-from model.decoder.chameleon import (  # noqa: E402
-    build_model,
-)
+from data.whole_file import publish_folder  # noqa: E402
+from model.decoder.chameleon import ChameleonXLLMXConfig, build_model  # noqa: E402
 from model.vqgan.vqgan import CODEBOOK, HF_PREFIX, check_codebook, load_vqgan  # noqa: E402
-from model.weights.adapter_folder import open_weights  # noqa: E402
-from model.weights.export import export_tensors, stored_vqgan  # noqa: E402
+from model.weights.adapter_folder import IMAGE_HEAD_INITS, open_weights  # noqa: E402
+from model.weights.export import (  # noqa: E402
+    PROCESSOR_NAME,
+    SHAPES,
+    export_tensors,
+    is_stock,
+    stored_vqgan,
+    write_processor_files,
+)
 from model.weights.hf_folder import copy_tokenizer_files, load_config, resolve_checkpoint  # noqa: E402
-from model.weights.image_head import IMAGE_HEAD_INITS, default_image_head_init, is_stock  # noqa: E402
 from model.weights.load import check_names_and_shapes  # noqa: E402
-from model.weights.stock_folder import PROCESSOR_NAME, SHAPES, write_processor_files  # noqa: E402
 from model.weights.weight_files import MAX_FILE_BYTES  # noqa: E402
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def default_image_head_init(config: ChameleonXLLMXConfig, shape: str) -> str:
+    """What a conversion to `shape` does with the image rows: "zero" from stock Chameleon to "xllmx", else "keep"."""
+    return "zero" if shape == "xllmx" and is_stock(config) else "keep"
 
 
 def convert_checkpoint(
@@ -56,8 +63,6 @@ def convert_checkpoint(
 
     Args:
         source: folder or hub id.
-        out_dir: must not exist.
-        shape: one of `SHAPES`.
         image_head_init, seed: see `set_image_rows`; None: `default_image_head_init`.
         vqgan_dir: the VQGAN to put in; None: the source's own, if it has one ("hf" needs one).
         tokenizer_dir: its tokenizer files are copied; None: those of the source.
@@ -66,7 +71,7 @@ def convert_checkpoint(
         overrides: configuration values, e.g. `tie_head_norm=False`.
 
     Raises:
-        FileExistsError: `out_dir` is there already.
+        FileExistsError: `out_dir` exists.
         ValueError: what `load_checkpoint_weights` or `set_image_rows` rejects, or another VQGAN than the records'.
     """
     out_dir, source = Path(out_dir), resolve_checkpoint(source)
@@ -82,8 +87,7 @@ def convert_checkpoint(
         model = load_vqgan(find_vqgan(vqgan_dir))
         config.vq_config = model.config
         # Stock Chameleon lacks the decoder half.
-        state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("decoder.")}
-        vqgan = {HF_PREFIX + name: tensor for name, tensor in state.items()}
+        vqgan = {HF_PREFIX + name: t for name, t in model.state_dict().items() if not name.startswith("decoder.")}
     if shape == "hf" and vqgan:
         codebook, of = vqgan[HF_PREFIX + CODEBOOK], "the model's training data"
         check_codebook(codebook, vqgan_dir or source, config.codebook_sha256, of, other_way="")
@@ -91,16 +95,11 @@ def convert_checkpoint(
     partial = out_dir.with_name(out_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     shapes = {name: (tuple(p.shape), dtype or reader.dtype(name)) for name, p in parameters.items()}
-    is_trained = not is_stock(config)
-    export_tensors(shapes, reader.read, config, partial, vqgan, shape, is_trained, max_file_bytes)
+    export_tensors(shapes, reader.read, config, partial, vqgan, shape, max_file_bytes)
     copy_tokenizer_files(tokenizer_dir or source, partial)
     if shape == "hf":
         write_processor_files(partial)
-    # On disk before the folder gets its name.
-    for path in (*partial.iterdir(), partial):
-        sync_path(path)
-    os.replace(partial, out_dir)
-    sync_path(out_dir.parent)
+    publish_folder(partial, out_dir)
     return out_dir
 
 

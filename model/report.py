@@ -1,9 +1,6 @@
-"""The page about a run: `report.html` in its output folder, at the end of a training and on demand, also while it runs.
+"""The page about a run, `report.html` in its output folder: at the end of a training, and on demand while it runs.
 
-    python model/report.py output/7B
-
-The page shows only what lies in the folder: `metrics.jsonl`, the newest checkpoint's `trainer_state.json`,
-`bad_items.jsonl`, `bad_steps.jsonl` and `samples/`. Every number of `metrics.jsonl` becomes a curve.
+python model/report.py output/7B
 """
 
 import argparse
@@ -25,8 +22,8 @@ from data.whole_file import is_locked  # noqa: E402
 from model.pages.assets import write_page  # noqa: E402
 from model.pages.report_page import Curve, build_page  # noqa: E402
 from model.run.bad_data import BAD_ITEMS_NAME, BAD_STEPS_NAME  # noqa: E402
-from model.run.metrics import METRICS_NAME, describe_damage, has_step, read_metrics  # noqa: E402
-from model.run.options import Options, build_parser  # noqa: E402
+from model.run.metrics import METRICS_NAME, describe_damage, read_metrics  # noqa: E402
+from model.run.options import build_parser, option_classes  # noqa: E402
 from model.run.samples_format import SAMPLES_DIR_NAME, SampleStep, read_samples  # noqa: E402
 from model.training.checkpoint import LOCK_NAME, STATE_NAME, TrainerState, find_newest, read_state  # noqa: E402
 
@@ -88,9 +85,9 @@ def write_report(output_dir: Path, out: Path | None = None, is_running: bool = F
 
     `is_running`: what the page says about it. Raises ValueError if the folder holds no run or a file cannot be read.
     """
-    page = build_page(**describe(read_run(output_dir), is_running))
-    out = output_dir / REPORT_NAME if out is None else out
-    write_page(page, out)
+    run = read_run(output_dir)
+    out = out or output_dir / REPORT_NAME
+    write_page(build_page(run.curves, run.last_step, run.samples, **describe(run, is_running)), out)
     return out
 
 
@@ -107,8 +104,7 @@ def read_run(output_dir: Path) -> Run:
     if not output_dir.is_dir():
         raise ValueError(f"there is no folder {output_dir}: give the --output_dir of a training run")
     metrics_path = output_dir / METRICS_NAME
-    marks = (metrics_path.is_file(), (output_dir / LOCK_NAME).is_file(), any(output_dir.glob(f"epoch*/{STATE_NAME}")))
-    if not any(marks):
+    if not any((*output_dir.glob(METRICS_NAME), *output_dir.glob(LOCK_NAME), *output_dir.glob(f"epoch*/{STATE_NAME}"))):
         raise ValueError(
             f"{output_dir} is no output folder of a run: it has no {METRICS_NAME}, no epoch*/{STATE_NAME} and no "
             f"{LOCK_NAME}; give the --output_dir of a training run"
@@ -134,51 +130,45 @@ def read_run(output_dir: Path) -> Run:
     return Run(output_dir, curves, written_at, checkpoint, state, left_out, skipped, samples, notes)
 
 
-def collect_curves(lines: Iterable[Any]) -> dict[str, Curve]:
+def collect_curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
     """Every number of lines of metrics, by key, over ascending steps; `{"a": {"b": 1}}` becomes `a/b`, null NaN."""
-    columns: dict[str, tuple[list[int], list[float]]] = {}
-    for line in sorted(filter(has_step, lines), key=lambda line: line["step"]):
+    points: dict[str, list[tuple[int, float]]] = {}
+    for line in sorted(lines, key=lambda line: line["step"]):
         for key, value in line.items():
             parts = {f"{key}/{name}": part for name, part in value.items()} if isinstance(value, dict) else {key: value}
             for name, part in parts.items():
                 if part is None or (isinstance(part, int | float) and not isinstance(part, bool)):
-                    steps, values = columns.setdefault(name, ([], []))
-                    steps.append(line["step"])
-                    values.append(np.nan if part is None or not np.isfinite(part) else float(part))
-    return {key: (np.array(steps, np.int64), np.array(values)) for key, (steps, values) in columns.items()}
+                    points.setdefault(name, []).append((line["step"], np.nan if part is None else float(part)))
+    curves = {}
+    for key, pairs in points.items():
+        steps, values = map(np.array, zip(*pairs, strict=True))
+        curves[key] = steps, np.where(np.isfinite(values), values, np.nan)
+    return curves
 
 
 def describe(run: Run, is_running: bool = False) -> dict[str, Any]:
     """What the page says about a run, as arguments of `build_page`."""
-    if run.is_finished:
-        status = "finished"
-    else:
-        status = "running" if is_running else "stopped" if run.last_step else "empty"
+    unfinished = "running" if is_running else "stopped" if run.last_step else "empty"
     state, num_steps = run.state, run.num_steps or (run.last_step if run.is_finished else None)
     epoch = run.curves["epoch"][1][-1] if "epoch" in run.curves else np.nan
     return {
         "run": run,
-        "curves": run.curves,
-        "last_step": run.last_step,
-        "samples": run.samples,
         "title": "/".join(run.output_dir.resolve().parts[-2:]),
-        "status": status,
+        "status": "finished" if run.is_finished else unfinished,
         "num_steps": num_steps,
         "share_done": min(run.last_step / num_steps, 1) if num_steps else 0,
-        "epoch": float(epoch) if np.isfinite(epoch) else None,
+        "epoch": None if np.isnan(epoch) else float(epoch),
         "num_epochs": state.options.get("epochs") if state else None,
-        "now": time.time(),
+        "written_at": run.written_at and _moment(run.written_at),
+        "now": _moment(time.time()),
         "warnings": [*find_warnings(run), *run.notes],
-        "left_out": [f"step {line['step']}: {line.get('reason')}" for line in run.left_out],
-        "skipped": [f"step {line['step']}: {_join(line.get('items'))}" for line in run.skipped],
         "options": group_options(state.options) if state else {},
-        "facts": list_facts(run),
         "command": command_to_resume(state) if state else None,
     }
 
 
-def _join(items: Any) -> str:
-    return ", ".join(map(str, items)) if isinstance(items, list) else str(items)
+def _moment(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(seconds))
 
 
 def find_warnings(run: Run) -> list[str]:
@@ -189,12 +179,10 @@ def find_warnings(run: Run) -> list[str]:
         num_targets = dict(zip(*run.curves.get(f"{prefix}num_valid_tokens", ((), ())), strict=True))
         # A step without any target has no loss.
         lost = [step for step, value in zip(steps, values, strict=True) if np.isnan(value) and num_targets.get(step, 1)]
-        if len(lost) == 1:
-            found.append(f"The {name} was not finite in 1 log line at step {lost[0]:,}.")
-        elif lost:
-            found.append(f"The {name} was not finite in {len(lost):,} log lines, first at step {lost[0]:,}.")
-    num_skipped = int(np.nansum(run.curves["skipped_steps"][1])) if "skipped_steps" in run.curves else 0
-    if num_skipped:
+        if lost:
+            lines = "1 log line" if len(lost) == 1 else f"{len(lost):,} log lines, first"
+            found.append(f"The {name} was not finite in {lines} at step {lost[0]:,}.")
+    if num_skipped := int(np.nansum(run.curves.get("skipped_steps", ((), ()))[1])):
         steps = sorted({line["step"] for line in run.skipped if line["step"] <= run.last_step})
         named = ", ".join(f"{step:,}" for step in steps[:MAX_NAMED_STEPS])
         named += ", …" if len(steps) > MAX_NAMED_STEPS else ""
@@ -202,50 +190,29 @@ def find_warnings(run: Run) -> list[str]:
             f"{num_skipped:,} step{'s were' if num_skipped > 1 else ' was'} skipped: the gradient was not finite or "
             f"above --skip_grad_norm{f' (step {named})' if named else ''}. {BAD_STEPS_NAME} lists the items."
         )
-    num_left_out = int(np.nanmax(run.curves["bad_items"][1], initial=0)) if "bad_items" in run.curves else 0
-    num_left_out = max(num_left_out, len({str(line.get("place")) for line in run.left_out}))
+    counted = run.curves.get("bad_items", ((), ()))[1]
+    num_left_out = max(int(np.nanmax([0, *counted])), len({str(line.get("place")) for line in run.left_out}))
     if num_left_out:
-        found.append(
-            f"{num_left_out:,} item{'s' if num_left_out > 1 else ''} could not be read and "
-            f"{'were' if num_left_out > 1 else 'was'} left out. {BAD_ITEMS_NAME} says why."
-        )
+        plural, were = ("s", "were") if num_left_out > 1 else ("", "was")
+        found.append(f"{num_left_out:,} item{plural} could not be read and {were} left out. {BAD_ITEMS_NAME} says why.")
     return found
 
 
 def option_text(value: object) -> str:
     """An option's value as the page shows it; equal texts are equal values."""
-    if value is None or isinstance(value, bool):
-        return {None: "none", True: "yes", False: "no"}[value]
-    return str(value)
+    return {"None": "none", "True": "yes", "False": "no"}.get(str(value), str(value))
 
 
 def group_options(options: Mapping[str, Any]) -> dict[str, list[tuple[str, str, str | None]]]:
     """(name, value, default if it is another) of the options, in the groups of `build_parser`; unknown ones last."""
     parser = build_parser()
-    group_of = {
-        field.name: part.name
-        for part in dataclasses.fields(Options)
-        if dataclasses.is_dataclass(part.type)
-        for field in dataclasses.fields(part.type)
-    }
+    group_of = {field.name: group for group, part in option_classes().items() for field in dataclasses.fields(part)}
     groups: dict[str, list[tuple[str, str, str | None]]] = {}
     # Options of another version of this code have no group.
     for name in [*(name for name in group_of if name in options), *(name for name in options if name not in group_of)]:
         value, default = option_text(options[name]), option_text(parser.get_default(name))
         groups.setdefault(group_of.get(name, "other"), []).append((name, value, None if value == default else default))
     return groups
-
-
-def list_facts(run: Run) -> dict[str, str]:
-    """Versions, data and checkpoint, by name."""
-    facts = {"output folder": str(run.output_dir)}
-    if run.state is None:
-        return facts
-    state = run.state
-    facts |= {"newest checkpoint": f"{run.checkpoint.name}, after step {state.position.global_step:,}"}
-    facts |= {"data config": str(state.options.get("data_config")), "fingerprint of the data": state.data_fingerprint}
-    facts |= {"ranks": f"{state.world_size:,}", "rows per step": f"{state.units_per_step:,}"}
-    return facts | {name: str(version or "unknown") for name, version in state.versions.items()}
 
 
 def command_to_resume(state: TrainerState) -> str:
@@ -263,20 +230,14 @@ def command_to_resume(state: TrainerState) -> str:
     return " \\\n  ".join(lines)
 
 
-def build_arguments() -> argparse.ArgumentParser:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write the page about a training run.")
     parser.add_argument("output_dir", type=Path, help="the --output_dir of the run, which may still be running")
     parser.add_argument("--out", type=Path, help=f"file to write (default: {REPORT_NAME} in OUTPUT_DIR)")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = build_arguments().parse_args(argv)
+    args = parser.parse_args(argv)
     try:
         if args.out is not None and args.out.is_dir():
             raise ValueError(f"--out {args.out} is a folder; give the name of a file in it")
-        if args.out is not None and not args.out.parent.is_dir():
-            raise ValueError(f"--out {args.out}: the folder {args.out.parent} does not exist; create it first")
         out = write_report(args.output_dir, args.out, is_running=is_locked(args.output_dir / LOCK_NAME))
     except (ValueError, OSError) as error:
         print(f"report.py: {error}", file=sys.stderr)

@@ -6,10 +6,10 @@ Exit codes: 0 if the page is written, 2 with the reason if not.
 """
 
 import argparse
+import itertools
 import os
 import random
 import sys
-from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,12 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokenizer", default=DEFAULT_TOKENIZER, help=f"folder or hub id (default {DEFAULT_TOKENIZER})")
     add("--vqgan_dir", type=Path, default=Path(DEFAULT_VQGAN_DIR), help=f"with decoder, {VQGAN_HELP}")
     add("--any_vqgan", action="store_true", help="decode also by a VQGAN that is not the record's (default: off)")
-    add(
-        "--device",
-        choices=("auto", "cuda", "cpu"),
-        default="auto",
-        help="where images are decoded (default auto: CUDA if there is a GPU)",
-    )
+    where = "where images are decoded (default auto: CUDA if there is a GPU)"
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help=where)
     return parser
 
 
@@ -57,21 +53,18 @@ def main(argv: list[str] | None = None) -> int:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         validate(args)
+        args.vqgan_dir = find_vqgan(args.vqgan_dir)
         lengths, sample = survey_record(args.record, args.num, args.seed)
         tokenizer = load_text_tokenizer(args.tokenizer)
         vocab = ChameleonVocab.from_tokenizer(tokenizer)
-        vqgan_dir = find_vqgan(args.vqgan_dir)
-        vqgan = load_decoder(vqgan_dir, vocab, args.device)
+        vqgan = load_decoder(args.vqgan_dir, vocab, args.device)
         manifest = find_manifest(args.record, sample[0].file) or {}
         if not args.any_vqgan:
             codebook = vqgan.quantize.embedding.weight
-            check_codebook(codebook, vqgan_dir, manifest.get("codebook_sha256"), f"the record {args.record}")
-        notes = compare_with_manifest(manifest, tokenizer, vqgan, vqgan_dir)
+            check_codebook(codebook, args.vqgan_dir, manifest.get("codebook_sha256"), f"the record {args.record}")
+        notes = compare_with_manifest(manifest, tokenizer, vqgan, args.vqgan_dir)
         stats = count_items(args.record, lengths, vocab)
-        items = [
-            show_item(entry, tokenizer, vocab, vqgan)
-            for entry in with_progress(sample, len(sample), "decoding the images")
-        ]
+        items = [show_item(entry, tokenizer, vocab, vqgan) for entry in with_progress(sample, len(sample), "decoding")]
         page = build_page(os.fspath(args.record), stats, items, notes)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_page(page, args.out)
@@ -103,22 +96,12 @@ def validate(args: argparse.Namespace) -> None:
 
 
 def survey_record(path: Path, num: int, seed: int) -> tuple[np.ndarray, list[RecordEntry]]:
-    """Lengths in tokens, int64 [N], of all items, and `num` items (at most all), drawn evenly, in order.
-
-    The record is streamed once; which items are drawn depends on the number of items and the seed alone.
-    """
-    generator = random.Random(seed)
-    lengths, drawn = array("q"), []
-    for index, entry in enumerate(read_record(path)):
-        lengths.append(entry.len)
-        if len(drawn) < num:
-            drawn.append((index, entry))
-        elif (slot := generator.randrange(index + 1)) < num:
-            drawn[slot] = (index, entry)
-    if not lengths:
+    """Lengths in tokens, int64 [N], of all items, and `num` items (at most all), drawn evenly, in order."""
+    lengths = np.fromiter((entry.len for entry in read_record(path)), np.int64)
+    if not len(lengths):
         raise ValueError(f"the record {path} has no items")
-    drawn.sort(key=lambda pair: pair[0])
-    return np.frombuffer(lengths, dtype=np.int64), [entry for _, entry in drawn]
+    drawn = set(random.Random(seed).sample(range(len(lengths)), min(num, len(lengths))))
+    return lengths, [entry for index, entry in enumerate(read_record(path)) if index in drawn]
 
 
 def load_decoder(vqgan_dir: Path, vocab: ChameleonVocab, device: str) -> VQGAN:
@@ -138,8 +121,7 @@ def compare_with_manifest(manifest: dict, tokenizer, vqgan: VQGAN, vqgan_dir: Pa
         remarks.append("The record was made with another tokenizer than the one given here: texts may be wrong.")
     codebook, files = manifest.get("codebook_sha256"), manifest.get("vqgan_sha256")
     # The same codebook may lie in files of another format: files count only without a codebook.
-    is_other = codebook != vqgan.codebook_sha256 if codebook else files not in (None, hash_vqgan(vqgan_dir))
-    if is_other:
+    if codebook != vqgan.codebook_sha256 if codebook else files not in (None, hash_vqgan(vqgan_dir)):
         remarks.append("The record was made with other VQGAN files than those given here: images may be wrong.")
     return remarks
 
@@ -160,10 +142,7 @@ def count_items(path: Path, lengths: np.ndarray, vocab: ChameleonVocab) -> Recor
 
 
 def load_item(entry: RecordEntry, vocab: ChameleonVocab) -> tuple[TokenItem, dict[tuple[int, int], np.ndarray]]:
-    """The item of an entry, and (start, stop) -> codes [h, w] of its images in order.
-
-    Raises ValueError or FileNotFoundError with what does not fit the record or the vocabulary.
-    """
+    """The item of an entry, and (start, stop) -> codes [h, w] of its images in order."""
     item = load_token_file(entry.file, entry.offset, entry.nbytes)
     name = f"{entry.file} (id {one_line(entry.id)})"
     if len(item.token) != entry.len:
@@ -184,19 +163,19 @@ def show_item(entry: RecordEntry, tokenizer, vocab: ChameleonVocab, vqgan: VQGAN
     """Texts and images of an item, decoded from its tokens."""
     item, images = load_item(entry, vocab)
     is_target = item.label != IGNORE_INDEX
-    turns: list[list[Part]] = [[]]
+    parts, turn = [], 0
     for kind, start, stop in split_parts(item.token, is_target, list(images), vocab):
         if kind != "control" and start and item.token[start - 1] == vocab.end_of_turn_id:
-            turns.append([])
+            turn += 1
         text, image = "", None
         if kind == "image":
             image = pixels_to_image(vqgan.decode(torch.from_numpy(images[start, stop])[None])[0])
         else:
             ids = item.token[start:stop].tolist()
             text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        turns[-1].append(Part(kind, start, stop, int(is_target[start:stop].sum()), text, image))
+        parts.append(Part(kind, start, stop, turn, int(is_target[start:stop].sum()), text, image))
     num_wrong = int((item.label[is_target] != item.token[is_target]).sum())
-    return ShownItem(entry.id, entry.file, tuple(map(tuple, turns)), is_target, num_wrong)
+    return ShownItem(entry.id, entry.file, parts, is_target, num_wrong)
 
 
 def split_parts(
@@ -208,18 +187,13 @@ def split_parts(
     """
     controls = (vocab.bos_id, vocab.pad_id, vocab.eos_id, vocab.end_of_turn_id)
     is_control = np.isin(token, [token_id for token_id in controls if token_id is not None])
-    position = 0
-    for image_start, image_stop in [*spans, (len(token), len(token))]:
-        while position < image_start:
-            stop = position + 1
-            if not is_control[position]:
-                while stop < image_start and not is_control[stop] and is_target[stop] == is_target[position]:
-                    stop += 1
-            yield "control" if is_control[position] else "text", position, stop
-            position = stop
-        if image_start < image_stop:
-            yield "image", image_start, image_stop
-        position = image_stop
+    is_cut = is_control[1:] | is_control[:-1] | (is_target[1:] != is_target[:-1])
+    is_cut = np.concatenate([[True], is_cut, [True]])
+    for start, stop in spans:
+        is_cut[start + 1 : stop] = False
+        is_cut[[start, stop]] = True
+    for start, stop in itertools.pairwise(np.flatnonzero(is_cut).tolist()):
+        yield "image" if (start, stop) in spans else "control" if is_control[start] else "text", start, stop
 
 
 def with_progress(values, total: int, name: str) -> Iterator:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from data.items.vocab import CODE_PIXELS
-from model.pages.assets import data_uri, percent_of, render
+from model.pages.assets import percent_of, render
 from model.pages.charts import Chart, Series, draw_bars, draw_curves
 
 PERCENTILES = (0, 5, 50, 95, 100)
@@ -16,8 +16,6 @@ MAX_LENGTH_BINS = 48
 MAX_CURVE_POINTS = 256
 # Sizes of images that have a bar of their own.
 MAX_SIZES = 6
-# Least and greatest longer side of an image on the page, in pixels.
-SHOWN_SIDES = (160, 384)
 
 
 @dataclass(frozen=True)
@@ -27,52 +25,21 @@ class Part:
     kind: str
     start: int
     stop: int
+    turn: int
     num_targets: int
     text: str = ""
     image: Image.Image | None = None
 
-    @property
-    def uri(self) -> str:
-        return data_uri(self.image)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.image.size
-
-    @property
-    def shown_size(self) -> list[int]:
-        longest, (least, most) = max(self.size), SHOWN_SIDES
-        return [round(side * max(least, min(longest, most)) / longest) for side in self.size]
-
 
 @dataclass(frozen=True)
 class ShownItem:
-    """A sampled item. `turns`: its parts, a list for each turn; `is_target`: bool [length].
-
-    `num_wrong_labels`: targets whose label is not their token.
-    """
+    """A sampled item. `is_target`: bool [length]; `num_wrong_labels`: targets whose label is not their token."""
 
     id: int | str
     file: str
-    turns: tuple[tuple[Part, ...], ...]
+    parts: Sequence[Part]
     is_target: np.ndarray
     num_wrong_labels: int
-
-    @property
-    def length(self) -> int:
-        return len(self.is_target)
-
-    @property
-    def num_targets(self) -> int:
-        return int(self.is_target.sum())
-
-    @property
-    def images(self) -> list[Part]:
-        return [part for turn in self.turns for part in turn if part.kind == "image"]
-
-    @property
-    def num_image_tokens(self) -> int:
-        return sum(part.stop - part.start for part in self.images)
 
     @property
     def target_runs(self) -> list[tuple[int, int]]:
@@ -83,13 +50,11 @@ class ShownItem:
 
 @dataclass(frozen=True)
 class RecordStats:
-    """Figures over all items of a record.
+    """Figures over all items of a record; `size_counts`: images by (width, height) in pixels."""
 
-    `lengths`: int64 [N], tokens of each item; `code_counts`: int64 [num_codes]; `size_counts`: images by (width,
-    height) in pixels.
-    """
-
+    # int64 [N], in tokens.
     lengths: np.ndarray
+    # int64 [num_codes].
     code_counts: np.ndarray
     num_targets: int
     num_image_tokens: int
@@ -98,27 +63,11 @@ class RecordStats:
 
 def build_page(record_path: str, stats: RecordStats, items: Sequence[ShownItem], notes: Sequence[str] = ()) -> str:
     """The whole page. `notes`: remarks shown at its top."""
-    num_tokens = int(stats.lengths.sum())
-    tiles = {
-        "items": f"{len(stats.lengths):,}",
-        "tokens": f"{num_tokens:,}",
-        "of all tokens are in images": percent_of(stats.num_image_tokens, num_tokens),
-        "of all tokens are predicted": percent_of(stats.num_targets, num_tokens),
-        "images": f"{stats.size_counts.total():,}",
-    }
     charts = [_draw_lengths(stats.lengths)]
     if stats.size_counts:
         charts += [_draw_usage(stats.code_counts), _draw_sizes(stats.size_counts), _draw_shares(stats.code_counts)]
-    return render(
-        "inspect.html",
-        title=record_path,
-        notes=notes,
-        tiles=tiles,
-        charts=charts,
-        items=items,
-        num_items=len(stats.lengths),
-        code_pixels=CODE_PIXELS,
-    )
+    values = {"title": record_path, "notes": notes, "stats": stats, "charts": charts, "items": items}
+    return render("inspect.html", code_pixels=CODE_PIXELS, **values)
 
 
 def length_bins(lengths: np.ndarray, most: int = MAX_LENGTH_BINS) -> tuple[np.ndarray, np.ndarray]:
@@ -131,13 +80,9 @@ def length_bins(lengths: np.ndarray, most: int = MAX_LENGTH_BINS) -> tuple[np.nd
 
 def usage_bins(code_counts: np.ndarray) -> list[tuple[int, int, int]]:
     """(least, most, number of codes) by how often they are used: never, once, 2-3, 4-7, ... to the most used code."""
-    bins = [(0, 0, int((code_counts == 0).sum()))]
-    low = 1
-    while low <= code_counts.max(initial=0):
-        high = 2 * low - 1
-        bins.append((low, high, int(((code_counts >= low) & (code_counts <= high)).sum())))
-        low *= 2
-    return bins
+    edges = [0, *(2**power for power in range(int(code_counts.max()).bit_length() + 1))]
+    counts = np.histogram(code_counts, edges)[0].tolist()
+    return [(low, high - 1, count) for low, high, count in zip(edges, edges[1:], counts, strict=False)]
 
 
 def perplexity(code_counts: np.ndarray) -> float:
@@ -157,11 +102,11 @@ def _draw_lengths(lengths: np.ndarray) -> dict:
 
 
 def _draw_usage(code_counts: np.ndarray) -> dict:
-    bins = usage_bins(code_counts)
-    bars = [
-        (f"used {low:,} to {high:,} times" if high > low else f"used {low} times", count) for low, high, count in bins
-    ]
-    labels = [_short(low) for low, _, _ in bins]
+    bars, labels = [], []
+    for low, high, count in usage_bins(code_counts):
+        bars.append((f"used {low:,} to {high:,} times" if high > low else f"used {low} times", count))
+        # 131072 becomes 131k: labels below bars must be short.
+        labels.append(f"{low // 10**6}M" if low >= 10**6 else f"{low // 1000}k" if low >= 1000 else str(low))
     chart = draw_bars("Code usage", "codes by how often they are used", "c-code", bars, labels, "codes")
     figures = {
         "codes used": f"{int((code_counts > 0).sum()):,} of {len(code_counts):,}",
@@ -169,14 +114,6 @@ def _draw_usage(code_counts: np.ndarray) -> dict:
         f"most used: code {int(code_counts.argmax()):,}": percent_of(int(code_counts.max()), int(code_counts.sum())),
     }
     return chart | {"figures": figures}
-
-
-def _short(count: int) -> str:
-    """512 stays, 131072 becomes 131k: labels below bars must be short."""
-    for factor, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if count >= factor:
-            return f"{count // factor}{unit}"
-    return str(count)
 
 
 def _draw_sizes(size_counts: Counter[tuple[int, int]]) -> dict:

@@ -150,12 +150,25 @@ class _RowLoader(DataLoader):
         super().__init__(rows, **options)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self.num_workers:
+            _check_semaphores(3 * self.num_workers + 8)
         return ({name: self._to_tensor(value) for name, value in row.items()} for row in super().__iter__())
 
     def _to_tensor(self, value: Any) -> Any:
         if not isinstance(value, np.ndarray):
             return value
         return torch.from_numpy(value).pin_memory() if self._pins else torch.from_numpy(value)
+
+
+def _check_semaphores(number: int) -> None:
+    """Raises RuntimeError if there is no room for as many as the queues and events of a loader need.
+
+    torch itself would fail with a traceback for each object that it has begun.
+    """
+    try:
+        _ = [multiprocessing.Semaphore() for _ in range(number)]
+    except OSError as error:
+        raise RuntimeError(f"no DataLoader worker can start: {error.strerror} (/dev/shm)") from None
 
 
 def _to_arrays(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,8 @@
-"""What the HTML pages of the project share: the templates of `model/pages/`, images inside the page, and writing it.
-
-`model/pages/report_page.py` and `pre_tokenize/page.py` call `render`. A page is one file that opens without a network.
-"""
+"""What the HTML pages share: templates, images inside the page, and writing it; a page opens without a network."""
 
 import base64
 import io
 import os
-import time
 from pathlib import Path
 
 import jinja2
@@ -32,7 +28,7 @@ def render(template: str, **values: object) -> str:
         lstrip_blocks=True,
         finalize=lambda value: value.translate(VISIBLE_CONTROLS) if isinstance(value, str) else value,
     )
-    environment.filters |= {"count": "{:,}".format, "percent_of": percent_of, "moment": _moment}
+    environment.filters |= {"count": "{:,}".format, "percent_of": percent_of, "data_uri": data_uri}
     return environment.get_template(template).render(values)
 
 
@@ -43,12 +39,9 @@ def percent_of(part: int, whole: int) -> str:
 
 def data_uri(image: Image.Image) -> str:
     """An image as a `data:` address, without loss up to PNG_MAX_PIXELS."""
-    buffer = io.BytesIO()
-    if image.width * image.height <= PNG_MAX_PIXELS:
-        kind, options = "png", {"optimize": True}
-    else:
-        kind, options = "jpeg", {"quality": 92}
-    image.save(buffer, kind, **options)
+    buffer, kind = io.BytesIO(), "png" if image.width * image.height <= PNG_MAX_PIXELS else "jpeg"
+    # PNG knows no quality, JPEG is a bit smaller when optimized.
+    image.save(buffer, kind, optimize=True, quality=92)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
@@ -57,7 +50,3 @@ def write_page(page: str, path: str | os.PathLike) -> None:
     with open_whole(path) as file:
         # Names of files may hold bytes that are not text.
         file.write(page.encode(errors="xmlcharrefreplace"))
-
-
-def _moment(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(seconds))

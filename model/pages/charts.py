@@ -1,11 +1,12 @@
 """Charts of the HTML pages: curves, thinned and smoothed, on a linear and a logarithmic scale, and bars.
 
-The `draw_` functions return what the template `model/pages/chart.html` needs. The SVG of a chart is stretched to its
-box, and labels are HTML beside it: text is as large on a phone as on a wide screen.
+`model/pages/chart.html` draws them. The SVG is stretched to its box, and labels are HTML beside it: text is as large on
+a phone as on a wide screen.
 """
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,10 +41,6 @@ class Series:
     values: np.ndarray
     style: str = "noisy"
 
-    @property
-    def is_smoothed(self) -> bool:
-        return self.style == "noisy" and len(self.values) >= MIN_TO_SMOOTH
-
 
 @dataclass(frozen=True)
 class Chart:
@@ -70,17 +67,14 @@ def thin(values: np.ndarray, most: int = MAX_POINTS) -> np.ndarray:
     """
     if len(values) <= most:
         return np.arange(len(values))
+    kept = {0, len(values) - 1}
     # One stretch less than pairs of points, to leave room for both ends.
-    edges = np.linspace(0, len(values), most // 2).astype(int).tolist()
-    kept = [0, len(values) - 1]
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
-        stretch = values[start:stop]
-        is_gap = np.isnan(stretch)
-        if is_gap.any():
-            kept.append(start + int(is_gap.argmax()))
+    for stretch in np.array_split(np.arange(len(values)), most // 2 - 1):
+        is_gap = np.isnan(values[stretch])
+        kept.update(stretch[is_gap][:1].tolist())
         if not is_gap.all():
-            kept += [start + int(np.nanargmin(stretch)), start + int(np.nanargmax(stretch))]
-    return np.unique(kept)
+            kept |= {int(stretch[np.nanargmin(values[stretch])]), int(stretch[np.nanargmax(values[stretch])])}
+    return np.array(sorted(kept))
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -89,20 +83,15 @@ def smooth(values: np.ndarray) -> np.ndarray:
     The window is centred, smaller at the start, where curves fall fast, and one-sided at the end. The mean is taken
     twice: a spike becomes a small hill instead of a plateau.
     """
-    half = max(len(values) // SMOOTHING_SHARE // 4, 1)
-    return _running_mean(_running_mean(values, half), half)
-
-
-def _running_mean(values: np.ndarray, half: int) -> np.ndarray:
-    is_there = ~np.isnan(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(is_there, values, 0.0))])
+    half, index, is_there = max(len(values) // SMOOTHING_SHARE // 4, 1), np.arange(len(values)), ~np.isnan(values)
+    reach = np.minimum(index, half)
+    start, stop = index - reach, np.minimum(index + reach + 1, len(values))
     counts = np.concatenate([[0], np.cumsum(is_there)])
-    index = np.arange(len(values))
-    start, stop = index - np.minimum(index, half), index + np.minimum(index, half) + 1
-    stop = np.minimum(stop, len(values))
-    with np.errstate(invalid="ignore"):
-        means = (sums[stop] - sums[start]) / (counts[stop] - counts[start])
-    return np.where(is_there, means, np.nan)
+    for _ in range(2):
+        sums = np.concatenate([[0.0], np.cumsum(np.where(is_there, values, 0.0))])
+        with np.errstate(invalid="ignore"):
+            values = np.where(is_there, (sums[stop] - sums[start]) / (counts[stop] - counts[start]), np.nan)
+    return values
 
 
 def nice_ticks(low: float, high: float, about: int) -> list[float]:
@@ -148,25 +137,32 @@ def draw_curves(chart: Chart, last_x: int, epoch_ends: Sequence[int] = (), x_nam
     positive = values[values > 0]
     has_log = chart.can_log and len(positive) and values.min() >= 0 and values.max() > positive.min()
     starts_log = has_log and values.max() > LOG_FROM_RATIO * np.quantile(positive, 0.01)
-    axes = {"linear": _linear_axis(values, chart)} | ({"log": _log_axis(positive)} if has_log else {})
-    curves = [_Curve(series) for series in chart.series]
+    curves = [_thin_and_smooth(series) for series in chart.series]
     scales = {}
-    for name, axis in axes.items():
-        paths = [path for curve in curves for path in curve.paths(axis, last_x)]
-        ends = "".join(f"M{BOX * step / last_x:.1f} 0v{BOX}" for step in epoch_ends)
-        scales[name] = axis.scale([_styled("epochs", ends), *paths], chart.is_share)
+    for name in ("linear", "log") if has_log else ("linear",):
+        if name == "log":
+            room = (positive.max() / positive.min()) ** 0.05
+            low, high = positive.min() / room, positive.max() * room
+            ticks = log_ticks(low, high)
+        else:
+            low, high = _linear_ends(values, chart)
+            ticks = nice_ticks(low, high, NUM_Y_TICKS)
+        heights = _heights(low, high, np.log10 if name == "log" else np.asarray)
+        paths = [path for curve in curves for path in _curve_paths(*curve, heights, last_x)]
+        scales[name] = {"ticks": _y_ticks(ticks, heights, chart.is_share), "paths": paths}
     ticks = [tick for tick in nice_ticks(0, last_x, NUM_X_TICKS) if tick.is_integer()]
-    return _drawing(
-        chart.title,
-        chart.unit,
-        [(100 * tick / last_x, tick_label(tick)) for tick in ticks],
-        scales,
-        kind="wide" if chart.is_wide else "",
-        x_name=x_name + ("; dotted: the end of an epoch" if epoch_ends and chart.is_wide else ""),
-        legend=_legend(chart.series),
-        first_scale="log" if starts_log else "linear",
-        hover={"last": last_x, "isShare": bool(chart.is_share), "series": [curve.hover() for curve in curves]},
-    )
+    return {
+        "title": chart.title,
+        "unit": chart.unit,
+        "kind": "wide" if chart.is_wide else "",
+        "scales": scales,
+        "first_scale": "log" if starts_log else "linear",
+        "epoch_ends": [BOX * step / last_x for step in epoch_ends],
+        "x_ticks": [(100 * tick / last_x, tick_label(tick)) for tick in ticks],
+        "x_name": x_name + ("; dotted: the end of an epoch" if epoch_ends and chart.is_wide else ""),
+        "legend": _legend(chart.series),
+        "hover": {"last": last_x, "isShare": bool(chart.is_share), "series": [_hover(*curve) for curve in curves]},
+    }
 
 
 def draw_bars(
@@ -179,123 +175,99 @@ def draw_bars(
         # A bar that is there must be seen.
         height = max(BOX * count / highest, 9) if count else 0
         d = f"M{index * width:.1f} {BOX}v{-height:.1f}h{width * 0.94:.1f}v{height:.1f}z"
-        paths.append(_styled(f"bar {color}", d, f"{name}: {count:,} {counted}"))
+        paths.append((f"bar {color}", d, f"{name}: {count:,} {counted}"))
     every = -(-len(bars) // MAX_BAR_LABELS)
-    x_ticks = [((index + 0.5) * width * 100 / BOX, labels[index]) for index in range(0, len(bars), every)]
     ticks = [tick for tick in nice_ticks(0, highest, NUM_Y_TICKS) if tick.is_integer()]
-    return _drawing(title, unit, x_ticks, {"linear": _Axis(0, highest, ticks).scale(paths)}, kind="bars")
+    return {
+        "title": title,
+        "unit": unit,
+        "kind": "bars",
+        "scales": {"linear": {"ticks": _y_ticks(ticks, _heights(0, highest)), "paths": paths}},
+        "first_scale": "linear",
+        "x_ticks": [((index + 0.5) * width * 100 / BOX, labels[index]) for index in range(0, len(bars), every)],
+    }
 
 
-def _drawing(title: str, unit: str, x_ticks: list, scales: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """The values of the template."""
-    drawing = {"title": title, "unit": unit, "x_ticks": x_ticks, "scales": scales, "first_scale": "linear"}
-    return drawing | {"x_name": "", "legend": [], "figures": {}} | more
-
-
-def _styled(kind: str, d: str, name: str = "") -> dict[str, str]:
-    return {"kind": kind, "d": d, "name": name}
-
-
-def _legend(series: Sequence[Series]) -> list[dict[str, str]]:
-    """Names beside their colours; dots that share the colour of a line are named once for all."""
+def _legend(series: Sequence[Series]) -> list[tuple[str, str, str]]:
+    """(color, style, name) of the curves; dots that share the colour of a line are named once for all."""
     if len(series) == 1 and series[0].style != "sparse":
         return []
     lines = {one.color for one in series if one.style != "sparse"}
     named = [one for one in series if one.style != "sparse" or one.color not in lines]
-    entries = [{"color": one.color, "style": one.style, "name": one.name} for one in named]
-    if len(named) < len(series):
-        entries.append({"color": "c-soft", "style": "sparse", "name": "validation"})
-    return entries
+    entries = [(one.color, one.style, one.name) for one in named]
+    return entries + [("c-soft", "sparse", "validation")] * (len(named) < len(series))
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """Where values lie: `low` and `high` are the ends, `ticks` the labelled values."""
+def _heights(low: float, high: float, transform: Callable = np.asarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Gives distances of values from the top, 0 (`high`) to BOX (`low`); NaN for what the scale cannot show."""
 
-    low: float
-    high: float
-    ticks: list[float]
-    is_log: bool = False
+    def heights(values: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found = BOX * (transform(high) - transform(values)) / (transform(high) - transform(low))
+        # A smoothed value may lie below the least value of a log scale.
+        return np.where(np.isfinite(found), np.clip(found, 0, BOX), np.nan)
 
-    def heights(self, values: np.ndarray) -> np.ndarray:
-        """Distances from the top, 0 to BOX; NaN for what this scale cannot show."""
-        low, high = self.low, self.high
-        if self.is_log:
-            values = np.log10(np.where(values > 0, values, np.nan))
-            low, high = math.log10(low), math.log10(high)
-        return BOX * (high - values) / (high - low)
-
-    def scale(self, paths: list[dict[str, str]], is_share: bool = False) -> dict[str, Any]:
-        heights = self.heights(np.array(self.ticks)).tolist()
-        labels = [tick_label(tick, is_share) for tick in self.ticks]
-        ticks = [(100 * height / BOX, label) for height, label in zip(heights, labels, strict=True)]
-        grid = _styled("grid", "".join(f"M0 {height:.1f}h{BOX}" for height in heights))
-        return {"ticks": ticks, "paths": [grid, *paths]}
+    return heights
 
 
-def _linear_axis(values: np.ndarray, chart: Chart) -> _Axis:
+def _y_ticks(ticks: Sequence[float], heights: Callable, is_share: bool = False) -> list[tuple[float, str]]:
+    """(distance from the top in percent, label)."""
+    return [(100 * float(heights(tick)) / BOX, tick_label(tick, is_share)) for tick in ticks]
+
+
+def _linear_ends(values: np.ndarray, chart: Chart) -> tuple[float, float]:
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
     if chart.from_zero or 0 <= low < 0.3 * high:
         low, high = min(low, 0.0), max(high, 0.0)
     if high == low:
         low, high = (0.0, 1.0) if low == 0 else (low - abs(low) / 2, high + abs(high) / 2)
     if chart.is_share and low >= 0 and 0.5 < high <= 1:
-        low, high = 0.0, 1.0
+        return 0.0, 1.0
+    room = (high - low) * 0.06
+    return low - (room if low else 0), high + room
+
+
+def _thin_and_smooth(series: Series) -> tuple[Series, np.ndarray | None]:
+    """The thinned points, and the smoothed values at these."""
+    kept = thin(series.values)
+    is_smoothed = series.style == "noisy" and len(series.values) >= MIN_TO_SMOOTH
+    thinned = dataclasses.replace(series, steps=series.steps[kept], values=series.values[kept])
+    return thinned, smooth(series.values)[kept] if is_smoothed else None
+
+
+def _hover(series: Series, smoothed: np.ndarray | None) -> dict[str, Any]:
+    """The points for JSON, to 5 digits."""
+    is_there = ~np.isnan(series.values)
+    entry = {"name": series.name, "color": series.color, "x": series.steps[is_there].tolist()}
+    for name, values in (("y", series.values), ("smooth", smoothed)):
+        if values is not None:
+            entry[name] = [float(f"{value:.5g}") for value in values[is_there].tolist()]
+    return entry
+
+
+def _curve_paths(
+    series: Series, smoothed: np.ndarray | None, heights: Callable, last_x: int
+) -> list[tuple[str, str, str]]:
+    """(class, d, name) of the raw curve, and over it the smoothed one, or dots where values are few."""
+    x, y = BOX * series.steps / last_x, heights(series.values)
+    is_there = ~np.isnan(y)
+    dots = "".join(f"M{a:.1f} {b:.1f}h0" for a, b in zip(x[is_there], y[is_there], strict=True))
+    if series.style == "sparse":
+        size = "dots many" if is_there.sum() > MAX_LARGE_DOTS else "dots"
+        found = {"line sparse": _path(x[is_there], y[is_there]), size: dots}
+    elif smoothed is not None:
+        found = {"line raw": _path(x, y), "line smooth": _path(x, heights(smoothed))}
     else:
-        room = (high - low) * 0.06
-        low, high = low - (room if low else 0), high + room
-    return _Axis(low, high, nice_ticks(low, high, NUM_Y_TICKS))
-
-
-def _log_axis(positive: np.ndarray) -> _Axis:
-    low, high = float(positive.min()), float(positive.max())
-    room = (high / low) ** 0.05
-    low, high = low / room, high * room
-    return _Axis(low, high, log_ticks(low, high), is_log=True)
-
-
-class _Curve:
-    """The thinned points of a series."""
-
-    def __init__(self, series: Series) -> None:
-        index = thin(series.values)
-        self.series, self.steps, self.values = series, series.steps[index], series.values[index]
-        self.smoothed = smooth(series.values)[index] if series.is_smoothed else None
-
-    def hover(self) -> dict[str, Any]:
-        """The points for JSON, to 5 digits."""
-        is_there = ~np.isnan(self.values)
-        entry = {"name": self.series.name, "color": self.series.color, "x": self.steps[is_there].tolist()}
-        for name, values in (("y", self.values), ("smooth", self.smoothed)):
-            if values is not None:
-                entry[name] = [float(f"{value:.5g}") for value in values[is_there].tolist()]
-        return entry
-
-    def paths(self, axis: _Axis, last_x: int) -> list[dict[str, str]]:
-        """The raw curve, and over it the smoothed one, or dots where values are few."""
-        x, y = BOX * self.steps / last_x, axis.heights(self.values)
-        is_there = ~np.isnan(y)
-        dots = "".join(f"M{a:.1f} {b:.1f}h0" for a, b in zip(x[is_there], y[is_there], strict=True))
-        if self.series.style == "sparse":
-            size = "dots many" if is_there.sum() > MAX_LARGE_DOTS else "dots"
-            found = {"line sparse": _path(x[is_there], y[is_there]), size: dots}
-        elif self.smoothed is not None:
-            found = {"line raw": _path(x, y), "line smooth": _path(x, axis.heights(self.smoothed))}
-        else:
-            found = {"line": _path(x, y)}
-            # The few values of a young run would hardly be seen as a line.
-            if len(x) < MIN_TO_SMOOTH:
-                found["dots small"] = dots
-        return [_styled(f"{kind} {self.series.color}", d) for kind, d in found.items()]
+        found = {"line": _path(x, y)}
+        # The few values of a young run would hardly be seen as a line.
+        if len(x) < MIN_TO_SMOOTH:
+            found["dots small"] = dots
+    return [(f"{kind} {series.color}", d, "") for kind, d in found.items()]
 
 
 def _path(x: np.ndarray, y: np.ndarray) -> str:
     """The `d` of a line that is broken at NaN; a line of no length (`h0`) makes a lone point a dot."""
-    parts, is_open = [], False
-    for a, b in zip(x.tolist(), y.tolist(), strict=True):
-        if math.isnan(b):
-            is_open = False
-            continue
-        parts.append(f"{'L' if is_open else 'M'}{a:.1f} {b:.1f}{'' if is_open else 'h0'}")
-        is_open = True
-    return "".join(parts)
+    is_there = ~np.isnan(y)
+    starts = is_there & np.concatenate([[True], ~is_there[:-1]])
+    points = zip(x[is_there], y[is_there], starts[is_there], strict=True)
+    return "".join(f"M{a:.1f} {b:.1f}h0" if is_start else f"L{a:.1f} {b:.1f}" for a, b, is_start in points)

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from PIL import Image
 
 from data.items.vocab import IMAGE_SYMBOL
 from data.messages import one_line
-from model.pages.assets import PAGES_DIR, data_uri, render
+from model.pages.assets import PAGES_DIR, render
 from model.pages.charts import MIN_TO_SMOOTH, Chart, Series, draw_curves, smooth
-from model.run.samples_format import Sample, SampleStep
+from model.run.samples_format import SampleStep
 
 # Columns of samples; more are thinned evenly, the first and the last stay.
 MAX_SAMPLE_STEPS = 8
@@ -49,16 +50,17 @@ CHARTS = {
 }
 # By the end of a key.
 UNITS = {"ms": "milliseconds", "s": "seconds", "gib": "GiB", "share": "share"}
+LOSS_TILES = {"loss": "c-train", "val_loss": "c-val", "text_loss": "c-text", "image_loss": "c-image"}
 # No chart of only zeros.
 ONLY_IF_ANY = ("skipped_steps", "bad_items")
 
 
 def build_page(curves: Mapping[str, Curve], last_step: int, samples: Sequence[SampleStep], **said: object) -> str:
     """The whole page. `said`: the other values of the template `run.html`."""
-    last_step = max(last_step, 1)
     ends = _epoch_ends(curves.get("epoch"))
     charts, more_charts = (
-        [draw_curves(chart, last_step, ends, "optimizer step") for chart in some] for some in build_charts(curves)
+        [draw_curves(chart, max(last_step, 1), ends, "optimizer step") for chart in some]
+        for some in build_charts(curves)
     )
     script = (PAGES_DIR / "run.js").read_text()
     return render(
@@ -68,6 +70,7 @@ def build_page(curves: Mapping[str, Curve], last_step: int, samples: Sequence[Sa
         more_charts=more_charts,
         samples=_sample_table(samples) if samples else None,
         embed_image=_embed_image,
+        image_symbol=IMAGE_SYMBOL,
         hover={"charts": [chart["hover"] for chart in charts + more_charts]},
         script=Markup(script),
         # The page's policy allows this script alone.
@@ -87,8 +90,9 @@ def build_charts(curves: Mapping[str, Curve]) -> tuple[list[Chart], list[Chart]]
         # One type alone would be the loss once more.
         if keys and not (pattern == BY_TYPE and len({key.removeprefix("val_") for key in keys}) == 1):
             main.append(_with_series(chart, pattern == BY_TYPE, {key: shown[key] for key in keys}))
+    unit_of = {key: UNITS.get(re.split(r"[_/]", key)[-1], "") for key in shown}
     more = [
-        Chart(key, _unit(key), (Series(key, "c-train", *curve, _style(key)),), can_log=True)
+        Chart(key, unit_of[key], (Series(key, "c-train", *curve, _style(key)),), can_log=True)
         for key, curve in shown.items()
         if key not in taken and not (key in ONLY_IF_ANY and not np.nansum(curve[1]))
     ]
@@ -96,52 +100,33 @@ def build_charts(curves: Mapping[str, Curve]) -> tuple[list[Chart], list[Chart]]
 
 
 def _with_series(chart: Chart, is_by_type: bool, curves: Mapping[str, Curve]) -> Chart:
-    names = {key: _series_name(key) for key in curves}
-    parts = list(dict.fromkeys(name.removeprefix("validation ") for name in names.values()))
+    parts = list(dict.fromkeys(_part_name(key) for key in curves))
     if is_by_type:
         # A type keeps its colour, whatever is logged first.
-        parts.sort()
-    series = tuple(
-        Series(
-            name,
-            _color(key, parts.index(name.removeprefix("validation ")), is_by_type),
-            *curves[key],
-            _style(key, chart.is_exact),
-        )
-        for key, name in names.items()
-    )
+        color_of = {part: f"c-{index % NUM_TYPE_COLORS}" for index, part in enumerate(sorted(parts))}
+    else:
+        color_of = {part: f"c-{index % NUM_TYPE_COLORS}" for index, part in enumerate(parts[1:])}
+        # Text and image have one colour each everywhere.
+        color_of |= {parts[0]: "c-train"} | {"text": "c-text", "image": "c-image"}
+    series = []
+    for key, curve in curves.items():
+        part, is_validation = _part_name(key), key.startswith("val_")
+        name = part if part != "loss" else "" if is_validation else "train"
+        color = "c-val" if key == "val_loss" else color_of[part]
+        name = f"validation {name}".strip() if is_validation else name
+        series.append(Series(name, color, *curve, _style(key, chart.is_exact)))
     # A share may be logged as 0 to 1 or in percent.
     is_share = chart.is_share and all(np.nanmax(values) <= 1.5 for _, values in curves.values())
-    return dataclasses.replace(chart, series=series, is_share=is_share)
+    return dataclasses.replace(chart, series=tuple(series), is_share=is_share)
 
 
 def _style(key: str, is_exact: bool = False) -> str:
     return "sparse" if key.startswith("val_") else "exact" if is_exact else "noisy"
 
 
-def _series_name(key: str) -> str:
-    """`val_text_loss` becomes "validation text", `loss_by_type/edit` "edit", `loss` "train", `step_ms` "step"."""
-    is_validation, name = key.startswith("val_"), key.removeprefix("val_")
-    name = re.sub(r"^\w*loss\w*/|_loss$|_(ms|gib|s)$", "", name).replace("_", " ")
-    if name == "loss":
-        return "validation" if is_validation else "train"
-    return f"validation {name}" if is_validation else name
-
-
-def _color(key: str, index: int, is_by_type: bool) -> str:
-    """The class of the colour of the `index`-th part of a chart; text and image have their own everywhere."""
-    name = key.removeprefix("val_")
-    if name in ("text_loss", "image_loss"):
-        return f"c-{name.removesuffix('_loss')}"
-    if key == "val_loss":
-        return "c-val"
-    if is_by_type:
-        return f"c-{index % NUM_TYPE_COLORS}"
-    return f"c-{(index - 1) % NUM_TYPE_COLORS}" if index else "c-train"
-
-
-def _unit(key: str) -> str:
-    return UNITS.get(re.split(r"[_/]", key)[-1], "")
+def _part_name(key: str) -> str:
+    """`val_text_loss` becomes "text", `loss_by_type/edit` "edit", `step_ms` "step"."""
+    return re.sub(r"^\w*loss\w*/|_loss$|_(ms|gib|s)$", "", key.removeprefix("val_")).replace("_", " ")
 
 
 def _epoch_ends(epochs: Curve | None) -> list[int]:
@@ -154,25 +139,21 @@ def _epoch_ends(epochs: Curve | None) -> list[int]:
     return np.interp(np.arange(1, int(values[-1]) + 1), values, steps).round().astype(int).tolist()
 
 
-def _tiles(curves: Mapping[str, Curve]) -> list[dict[str, str]]:
-    """The key figures of the curves."""
+def _tiles(curves: Mapping[str, Curve]) -> list[tuple[str, str, str]]:
+    """(name, value, color) of the key figures of the curves."""
     there = {key: values[~np.isnan(values)] for key, (_, values) in curves.items()}
     there = {key: values for key, values in there.items() if len(values)}
-    found: list[tuple[str, str, str]] = []
-    for key, name, color in (
-        ("loss", "loss", "c-train"),
-        ("val_loss", "validation loss", "c-val"),
-        ("text_loss", "text loss", "c-text"),
-        ("image_loss", "image loss", "c-image"),
-    ):
+    found = []
+    for key, color in LOSS_TILES.items():
+        name = key.replace("val_", "validation ").replace("_", " ")
         if key in ("loss", "val_loss") and key in curves and np.isnan(curves[key][1][-1]):
             # An earlier loss would hide that the last one was lost.
             found.append((f"{name}, last", "none", color))
-        elif key in there and _style(key) == "noisy" and len(curves[key][1]) >= MIN_TO_SMOOTH:
-            smoothed = smooth(curves[key][1])
-            found.append((f"{name}, smoothed", f"{smoothed[~np.isnan(smoothed)][-1]:.4g}", color))
         elif key in there:
-            found.append((f"{name}, last", f"{there[key][-1]:.4g}", color))
+            is_smoothed = _style(key) == "noisy" and len(curves[key][1]) >= MIN_TO_SMOOTH
+            values = smooth(curves[key][1]) if is_smoothed else there[key]
+            how = "smoothed" if is_smoothed else "last"
+            found.append((f"{name}, {how}", f"{values[~np.isnan(values)][-1]:.4g}", color))
     if "tokens_per_s" in there:
         found.append(("tokens/s, median", f"{np.median(there['tokens_per_s']):,.0f}", ""))
     if "mfu" in there:
@@ -183,14 +164,13 @@ def _tiles(curves: Mapping[str, Curve]) -> list[dict[str, str]]:
     if "step_ms" in curves:
         steps, milliseconds = curves["step_ms"]
         found.append(("in training steps", _duration(np.nansum(milliseconds * np.diff(steps, prepend=0)) / 1e3), ""))
-    return [{"name": name, "value": value, "color": color} for name, value, color in found]
+    return found
 
 
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(float(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours:,} h {minutes:02d} m"
+    if minutes >= 60:
+        return f"{minutes // 60:,} h {minutes % 60:02d} m"
     return f"{minutes} m {seconds:02d} s" if minutes else f"{seconds} s"
 
 
@@ -198,31 +178,21 @@ def _sample_table(steps: Sequence[SampleStep]) -> dict[str, Any]:
     """A row per prompt, a column per step; the newest prompts come first."""
     index = np.unique(np.linspace(0, len(steps) - 1, MAX_SAMPLE_STEPS).round().astype(int)).tolist()
     columns = [steps[i] for i in index]
-    by_prompt = [_by_prompt(column.samples) for column in columns]
+    by_prompt = []
+    for column in columns:
+        # A prompt may be asked twice.
+        count = Counter()
+        by_prompt.append({})
+        for sample in column.samples:
+            by_prompt[-1][sample.prompt, count[sample.prompt]] = sample
+            count[sample.prompt] += 1
     keys = list(dict.fromkeys(key for cells in reversed(by_prompt) for key in cells))
     # The prompt is shown as the newest step asked it.
     asked = {key: sample for cells in by_prompt for key, sample in cells.items()}
     hidden = [f"{len(steps) - len(columns)} of {len(steps)} steps"] if len(columns) < len(steps) else []
     hidden += [f"{len(keys) - MAX_PROMPTS} of {len(keys)} prompts"] if len(keys) > MAX_PROMPTS else []
-    rows = [
-        {"prompt": asked[key], "words": _words(asked[key]), "cells": [cells.get(key) for cells in by_prompt]}
-        for key in keys[:MAX_PROMPTS]
-    ]
+    rows = [(asked[key], [cells.get(key) for cells in by_prompt]) for key in keys[:MAX_PROMPTS]]
     return {"steps": [column.step for column in columns], "rows": rows, "hidden": hidden}
-
-
-def _by_prompt(samples: Sequence[Sample]) -> dict[tuple[str, int], Sample]:
-    """By prompt and how often it came before: a prompt may be asked twice."""
-    found: dict[tuple[str, int], Sample] = {}
-    for sample in samples:
-        number = sum(prompt == sample.prompt for prompt, _ in found)
-        found[sample.prompt, number] = sample
-    return found
-
-
-def _words(prompt: Sample) -> str:
-    """The prompt without the symbol of its only image, which the page shows above the words."""
-    return prompt.prompt.removeprefix(IMAGE_SYMBOL).strip() if len(prompt.given_paths) == 1 else prompt.prompt
 
 
 def _embed_image(path: Path) -> dict[str, Any]:
@@ -234,4 +204,4 @@ def _embed_image(path: Path) -> dict[str, Any]:
         return {"error": one_line(error)}
     size, is_small = "{} × {}".format(*image.size), max(image.size) <= PIXELATED_BELOW
     image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-    return {"error": None, "size": size, "is_small": is_small, "uri": data_uri(image)}
+    return {"error": None, "size": size, "is_small": is_small, "image": image}

@@ -31,8 +31,8 @@ from model.training.float8 import Float8Options
 from model.training.optim import OptimOptions
 from model.training.parallelize import ParallelOptions
 from model.training.step_guard import GuardOptions
+from model.weights.adapter_folder import IMAGE_HEAD_INITS
 from model.weights.hf_folder import find_tokenizer
-from model.weights.image_head import IMAGE_HEAD_INITS
 
 # What the recipe starts from without --init_from.
 DEFAULT_STARTS = {"7B": "Alpha-VLLM/Chameleon_7B_mGPT", "34B": "Alpha-VLLM/Chameleon_34B_mGPT"}

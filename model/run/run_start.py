@@ -36,7 +36,6 @@ from model.training.step import build_sharded
 from model.training.step_guard import StepGuard
 from model.weights.adapter_folder import AdapterWriter, BaseWeights, open_weights
 from model.weights.hf_folder import load_config, resolve_checkpoint
-from model.weights.image_head import HEAD
 from model.weights.load import load_checkpoint_weights
 
 
@@ -191,4 +190,4 @@ def _note_frozen_weights(setup: Setup, folder: Path | None, weights: str) -> Ada
         if base.relative is not None:
             # Base and output folder may have been moved together: note where they are now.
             base = BaseWeights.of(base_folder, output_dir, base.image_head_init, base.seed)
-    return AdapterWriter(base, options.trainable, open_weights(base_folder).dtype(HEAD))
+    return AdapterWriter(base, options.trainable, open_weights(base_folder).dtype("lm_head.weight"))

@@ -41,9 +41,8 @@ from model.training.checkpoint import (
     seal,
 )
 from model.weights.adapter_folder import AdapterWriter
-from model.weights.export import carried_vqgan, export_tensors
+from model.weights.export import carried_vqgan, export_tensors, write_config
 from model.weights.load import clean_name
-from model.weights.stock_folder import write_config
 
 # Ranks wait for the slowest disk here. A dead rank is noticed much earlier, by the collectives of training.
 SAVE_TIMEOUT = datetime.timedelta(hours=2)

@@ -62,12 +62,15 @@ def detect_launch(environment: Mapping[str, str] | None = None) -> Launch:
             master_addr=env.get("MASTER_ADDR", "127.0.0.1"),
             master_port=int(env.get("MASTER_PORT", 0)),
         )
+    # A shell inside `salloc` is a step of one task, in a job of SLURM_NTASKS.
+    tasks = [int(env[name]) for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS") if env.get(name)]
+    num_tasks = min(tasks, default=1)
     # srun sets `SLURM_STEP_ID` for the processes that it starts; a plain python inside an sbatch script runs alone.
-    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and num_tasks > 1:
         return Launch(
             launcher="srun",
             rank=int(env["SLURM_PROCID"]),
-            world_size=int(env["SLURM_NTASKS"]),
+            world_size=num_tasks,
             local_rank=int(env["SLURM_LOCALID"]),
             local_world_size=int(re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", "1")).group()),
             master_addr=env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1")),
@@ -151,6 +154,8 @@ def process_group(launch: Launch, device_name: str, timeout_s: float) -> Iterato
     slow.daemon = True
     if advice and launch.is_main:
         slow.start()
+    # Joining waits outside of Python, where Ctrl-C would count only after `timeout_s`.
+    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         dist.init_process_group(
             backend,
@@ -165,6 +170,7 @@ def process_group(launch: Launch, device_name: str, timeout_s: float) -> Iterato
         raise SystemExit(f"rank {launch.rank} cannot join the other ranks at {place}: {reason}{advice}") from None
     finally:
         slow.cancel()
+        signal.signal(signal.SIGINT, on_ctrl_c)
     yield device
     # Not reached after an error: other ranks may be inside a collective, and would never come to this barrier.
     barrier()

@@ -1,14 +1,10 @@
-"""
-Checkpoints of a training with frozen weights (model/decoder/trainable.py): what was trained, and where the rest comes
-from.
+"""Checkpoints of a training with frozen weights (model/decoder/trainable.py), and the one reader of all checkpoints.
 
-    base_weights.json          where the frozen weights are, a fingerprint of their files, and how training set the
-                               image rows of their `lm_head`
-    adapter_config.json, adapter_model.safetensors     of LoRA, as peft writes and loads them
-    trained.safetensors        without LoRA: the trained parameters by name; `NAME.image_rows` are the rows of the image
-                               tokens of `NAME.weight`
-
-`AdapterWriter` writes these files. `open_weights` reads such a folder like any other checkpoint, merged on the way.
+base_weights.json          where the frozen weights are, a fingerprint of their files, and how training set the
+                           image rows of their `lm_head`
+adapter_config.json, adapter_model.safetensors     of LoRA, as peft writes and loads them
+trained.safetensors        without LoRA: the trained parameters by name; `NAME.image_rows` are the rows of the image
+                           tokens of `NAME.weight`
 """
 
 import dataclasses
@@ -23,11 +19,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from model.decoder.chameleon import ChameleonXLLMXConfig
+from model.decoder.chameleon import ChameleonXLLMXConfig, build_model
 from model.decoder.trainable import EMBEDDING, HEAD, TrainableOptions, lora_config
 from model.decoder.trained_rows import ROWS_NAME
 from model.weights.hf_folder import load_config, resolve_checkpoint
-from model.weights.image_head import image_token_ids, set_image_rows
 from model.weights.weight_files import WeightReader, open_file
 
 NOTE_NAME = "base_weights.json"
@@ -36,6 +31,7 @@ TRAINED_NAME = "trained.safetensors"
 ADAPTER_NAME, ADAPTER_CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
 _PEFT_PREFIX = "base_model.model."
 _PEFT_ROWS = "token_adapter.trainable_tokens_delta"
+IMAGE_HEAD_INITS = ("zero", "keep", "normal")
 # Samples of every tensor in a fingerprint.
 _SAMPLE_BYTES, _NUM_SAMPLES = 1 << 12, 3
 # Of the head and the embedding: evenly spread, so that rows of image tokens (1/8 of a Chameleon's) are among them.
@@ -47,18 +43,16 @@ class BaseWeights:
     """
     Where frozen weights come from; `base_weights.json` holds these fields.
 
-    Attributes:
-        source: the folder (absolute) or hub id.
-        fingerprint: of the weight files, see `fingerprint_weights`.
-        relative: path from the checkpoint to the folder, for an --output_dir that is moved as a whole; None: a hub id.
-        revision: the commit of a hub id; None: a folder, or an older checkpoint.
-        image_head_init, seed: how training set the image rows of `lm_head`, see `set_image_rows`. Trained rows replace
-            these.
+    `image_head_init` and `seed`: see `set_image_rows`; trained rows replace those rows.
     """
 
+    # A folder (absolute) or hub id.
     source: str
+    # See `fingerprint_weights`.
     fingerprint: str
+    # From the checkpoint to the folder, for an --output_dir that is moved as a whole; None: a hub id.
     relative: str | None = None
+    # The commit of a hub id; None: a folder, or an older checkpoint.
     revision: str | None = None
     image_head_init: str = "keep"
     seed: int = 0
@@ -67,7 +61,7 @@ class BaseWeights:
     def of(
         cls, source: str | os.PathLike, output_dir: Path, image_head_init: str = "keep", seed: int = 0
     ) -> "BaseWeights":
-        """The note of the checkpoints in `output_dir`. Raises FileNotFoundError if `source` is not there."""
+        """The note of checkpoints in `output_dir`. Raises FileNotFoundError if `source` is not there."""
         found = resolve_checkpoint(source)
         relative = revision = None
         if Path(source).is_dir():
@@ -80,12 +74,9 @@ class BaseWeights:
 
     @classmethod
     def read(cls, folder: Path) -> "BaseWeights":
-        """The note of a checkpoint. Raises ValueError if the note is damaged."""
+        """The note of a checkpoint. Raises ValueError if it is damaged."""
         try:
-            note = cls(**json.loads((folder / NOTE_NAME).read_text(encoding="utf-8")))
-            if not isinstance(note.source, str):
-                raise TypeError(f"source is {note.source!r}")
-            return note
+            return cls(**json.loads((folder / NOTE_NAME).read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{folder / NOTE_NAME} is damaged ({error!r}); copy the checkpoint again.") from None
 
@@ -93,36 +84,34 @@ class BaseWeights:
         """
         The folder of the frozen weights of the checkpoint `folder`, with the fingerprint of the note.
 
-        Raises:
-            FileNotFoundError: the weights are gone.
-            ValueError: other weights lie there.
+        Raises FileNotFoundError if it is gone, ValueError if it has other weights.
         """
-        nearby = (folder / self.relative).resolve() if self.relative and (folder / self.relative).is_dir() else None
-        places = [nearby] if nearby else []
-        # Nothing is fetched from the hub while a folder lies nearby.
-        if Path(self.source).is_dir() or nearby is None:
-            try:
-                places.insert(0, resolve_checkpoint(self.source))
-            except FileNotFoundError as error:
-                raise FileNotFoundError(
-                    f"{folder} holds only what was trained; the rest comes from {self.source}, which is gone "
-                    f"({error}). Put it back, or write where it is now as `source` into {folder / NOTE_NAME}."
-                ) from None
+        places = [Path(self.source), *([(folder / self.relative).resolve()] if self.relative else [])]
+        places = [place for place in places if place.is_dir()]
+        partial = f"{folder} holds only what was trained; the rest comes from"
+        try:
+            # Nothing is fetched from the hub while a folder is there.
+            places = places or [resolve_checkpoint(self.source)]
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{partial} {self.source}, which is gone ({error}). Put it back, or write where it is now as `source` "
+                f"into {folder / NOTE_NAME}."
+            ) from None
         for place in places:
             if fingerprint_weights(place) == self.fingerprint:
                 return place
         was = f" (commit {self.revision} of {self.source})" if self.revision else ""
         raise ValueError(
-            f"{folder} holds only what was trained; the rest comes from {places[0]}, whose weights have changed since "
-            f"the training{was}. Put the old ones back, or write where they are as `source` into {folder / NOTE_NAME}."
+            f"{partial} {places[0]}, whose weights have changed since the training{was}. Put the old ones back, or "
+            f"write where they are as `source` into {folder / NOTE_NAME}."
         )
 
 
 def fingerprint_weights(folder: Path) -> str:
     """
-    SHA-256, hexadecimal, over names, sizes and headers of a folder's weight files, and samples of every tensor.
+    SHA-256 (hexadecimal) over names, sizes and headers of a folder's weight files, and samples of every tensor.
 
-    Reads a few MB of a model of 7B. Raises ValueError for a damaged file.
+    Reads a few MB of a 7B model. Raises ValueError for a damaged file.
     """
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
@@ -160,11 +149,8 @@ def open_weights(folder: str | os.PathLike, image_head_init: str = "keep", seed:
     A reader of a checkpoint's whole weights, of either kind, with image rows of `lm_head` set by `set_image_rows`.
 
     Of a folder of what was trained: adapters are merged in fp32, trained rows and parameters replace the frozen ones.
-    `dtype` remains the frozen weights' type; changed tensors are read in fp32.
-
-    Raises:
-        FileNotFoundError, ValueError: as `WeightReader`, `BaseWeights.find` and `set_image_rows`; or a trained tensor
-            that is damaged, or that the frozen weights have no place for.
+    `dtype` remains the frozen weights' type; changed tensors are read in fp32. Raises FileNotFoundError and ValueError
+    as `WeightReader`, `BaseWeights.find` and `set_image_rows`, or for a damaged file of what was trained.
     """
     folder = Path(folder)
     if (folder / NOTE_NAME).is_file():
@@ -178,29 +164,53 @@ def open_weights(folder: str | os.PathLike, image_head_init: str = "keep", seed:
     return reader
 
 
+def image_token_ids(config: ChameleonXLLMXConfig) -> torch.Tensor:
+    """Sorted int64 ids of the image tokens of a configuration."""
+    # On meta: no weights are made.
+    return build_model(config).image_token_ids(torch.device("cpu"))
+
+
+def set_image_rows(reader: WeightReader, image_head_init: str, seed: int) -> None:
+    """
+    Makes a reader give `lm_head` with image rows of zeros ("zero"), or of normal(0, `initializer_range`) by `seed`.
+
+    "keep" changes nothing. Raises ValueError if the vocabulary of the configuration has no image tokens.
+    """
+    if image_head_init == "keep":
+        return
+    config = load_config(reader.folder)
+    ids = image_token_ids(config)
+    if not len(ids):
+        raise ValueError(
+            f"the vocabulary_map in {reader.folder / 'config.json'} names no image tokens (IMGIMG...), whose rows of "
+            f"lm_head are to be reinitialized ({image_head_init}); keep them as they are: --image_head_init keep."
+        )
+
+    def reinitialize(head: torch.Tensor) -> torch.Tensor:
+        # All rows at once, on every rank: the values do not depend on how ranks share the head.
+        rows = torch.zeros(len(ids), head.shape[1])
+        if image_head_init == "normal":
+            rows.normal_(0.0, config.initializer_range, generator=torch.Generator().manual_seed(seed))
+        return head.index_copy(0, ids, rows.to(head.dtype))
+
+    reader.change(f"{HEAD}.weight", reinitialize)
+
+
 def _change_to_trained(reader: WeightReader) -> None:
     """Makes a reader of frozen weights give what was trained, from the files in `reader.folder`."""
     path, scale = reader.folder / TRAINED_NAME, 0.0
     if (reader.folder / ADAPTER_CONFIG_NAME).is_file():
-        path, scale = reader.folder / ADAPTER_NAME, _read_scale(reader.folder / ADAPTER_CONFIG_NAME)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: copy the checkpoint again.")
+        adapter = json.loads((reader.folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
+        path, scale = reader.folder / ADAPTER_NAME, adapter["lora_alpha"] / adapter["r"]
     file = open_file(path)
     ids = image_token_ids(load_config(reader.folder))
-    # By the whole model's parameter: its adapter's halves, its image rows, or all of it.
+    # By the whole model's parameter: the halves of its adapter, its image rows, or all of it.
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name in file.keys():  # noqa: SIM118
         module, _, kind = _own_name(name).rpartition(".")
         target = f"{module}.weight" if kind in (ROWS_NAME, "lora_A", "lora_B") else f"{module}.{kind}"
         parts.setdefault(target, {})[kind] = file.get_tensor(name).float()
     for target, trained in parts.items():
-        if target not in reader:
-            raise ValueError(f"{path} holds a part of {target}, for which the frozen weights have nothing.")
-        lacking = {"lora_A", "lora_B"} - trained.keys()
-        if len(lacking) == 1:
-            raise ValueError(
-                f"{path} has no {target.removesuffix('weight')}{lacking.pop()}: copy the checkpoint again."
-            )
         reader.change(target, functools.partial(_merge, trained=trained, ids=ids, scale=scale))
 
 
@@ -218,7 +228,7 @@ class AdapterWriter:
     """
     Writes the Hugging Face files of a training with frozen weights, except config.json and the tokenizer.
 
-    `dtype` is the type of the frozen weights on file, for config.json.
+    `dtype`: of the frozen weights on file, for config.json.
     """
 
     base: BaseWeights
@@ -234,7 +244,6 @@ class AdapterWriter:
     ) -> None:
         """
         Args:
-            folder: an existing folder.
             shapes: shape and type of the trained parameters by name.
             get: gives each as a full tensor on the host, called once for each in this order.
         """
@@ -251,20 +260,10 @@ class AdapterWriter:
         lora_config(self.options, **more).save_pretrained(folder)
 
 
-def _read_scale(path: Path) -> float:
-    """alpha / rank, of peft's configuration. Raises ValueError if the file is damaged."""
-    try:
-        adapter = json.loads(path.read_text(encoding="utf-8"))
-        return adapter["lora_alpha"] / adapter["r"]
-    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); copy the checkpoint again.") from None
-
-
 def _peft_name(name: str) -> str:
-    name = name.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")
-    if name.endswith(f".{ROWS_NAME}"):
-        name = name.removesuffix(ROWS_NAME) + _PEFT_ROWS
-    return _PEFT_PREFIX + name
+    # After `.default.`, peft's name of the adapter in memory.
+    module, _, kind = name.replace(".default.", ".").rpartition(".")
+    return f"{_PEFT_PREFIX}{module}.{_PEFT_ROWS if kind == ROWS_NAME else kind}"
 
 
 def _own_name(name: str) -> str:

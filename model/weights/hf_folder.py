@@ -20,12 +20,8 @@ def resolve_checkpoint(
     """
     The folder of a checkpoint; a hub id (name/name) is downloaded, or found in the local cache.
 
-    Args:
-        with_weights: whether a hub id needs its weights too.
-        revision: of a hub id; None: the newest.
-
-    Raises:
-        FileNotFoundError: neither a folder nor a hub id that can be fetched, or a folder of checkpoints.
+    `with_weights` and `revision` (None: the newest) are of a hub id. Raises FileNotFoundError if it is neither a folder
+    nor a hub id that can be fetched, or a folder of checkpoints.
     """
     files = ["*.json", "*.jinja"] + ["*.safetensors"] * with_weights
     folder = fetch_folder(dir_or_hub_id, files, "the checkpoint", revision=revision)
@@ -44,9 +40,7 @@ def load_config(dir_or_hub_id: str | os.PathLike, **overrides: Any) -> Chameleon
     """
     The configuration of a checkpoint of either shape; `overrides` replace its values, `name_or_path` is its folder.
 
-    Raises:
-        FileNotFoundError: no such checkpoint, or no `config.json` in it.
-        ValueError: the configuration of another model than Chameleon.
+    Raises FileNotFoundError if there is none, ValueError if it is another model's than Chameleon.
     """
     folder = resolve_checkpoint(dir_or_hub_id, with_weights=False)
     if not (folder / "config.json").is_file():

@@ -1,7 +1,4 @@
-"""Reading the weights of a decoder, in both shapes of checkpoint, for training, generation and conversion.
-
-Both shapes may hold the tensors of a VQGAN too; the decoder never loads these.
-"""
+"""Reading the weights of a decoder, in both shapes of checkpoint, for training, generation and conversion."""
 
 import os
 from pathlib import Path
@@ -17,10 +14,9 @@ from model.decoder.trained_rows import ROWS_NAME
 from model.vqgan.vqgan import HF_PREFIX
 from model.weights.adapter_folder import open_weights
 from model.weights.hf_folder import load_config, resolve_checkpoint
-from model.weights.image_head import HEAD
 from model.weights.weight_files import WeightReader
 
-# What a checkpoint may hold beside the decoder.
+# What a checkpoint may hold beside the decoder, which never loads it.
 _IGNORED = (HF_PREFIX, "model.rotary_emb.")
 # What recomputation, torch.compile and peft put into names.
 _WRAPPER_PARTS = ("_checkpoint_wrapped_module.", "_orig_mod.", "base_layer.")
@@ -30,11 +26,10 @@ def load_checkpoint_weights(
     model: nn.Module, dir_or_hub_id: str | os.PathLike, image_head_init: str = "keep", seed: int = 0
 ) -> None:
     """
-    Fill a plain or sharded model, on any device, from a checkpoint of either shape.
+    Fill a plain or sharded model, on any device, from a checkpoint of either shape; see `set_image_rows`.
 
     Every rank reads only its own rows. Values are cast to the type of the parameter. Adapters are left as they are;
-    trained image rows are filled from the whole weights. The image rows of `lm_head` are set by `set_image_rows`, to
-    the same values on any number of ranks.
+    trained image rows are filled from the whole weights.
 
     Raises:
         FileNotFoundError: no such checkpoint or no weights in it.
@@ -55,11 +50,8 @@ def check_weights(dir_or_hub_id: str | os.PathLike, image_head_init: str = "keep
     """
     The configuration of a checkpoint, after a check that its weights fit it and have the image rows to set.
 
-    Only names and shapes are read. The weights of a hub id are checked when they are loaded.
-
-    Raises:
-        FileNotFoundError: no weights in it.
-        ValueError: a damaged file; tensors that are missing, unknown or of another shape.
+    Only names and shapes are read. The weights of a hub id are checked when they are loaded. Raises as
+    `load_checkpoint_weights`.
     """
     config = load_config(dir_or_hub_id)
     if Path(dir_or_hub_id).is_dir():
@@ -86,7 +78,7 @@ def load_pretrained(
     """
     folder = resolve_checkpoint(dir_or_hub_id)
     config = config or load_config(folder, **overrides)
-    model = build_model(config, device, dtype or open_weights(folder).dtype(HEAD))
+    model = build_model(config, device, dtype or open_weights(folder).dtype("lm_head.weight"))
     load_checkpoint_weights(model, folder)
     return model.eval()
 
@@ -102,18 +94,11 @@ def regroup_head_norm(name: str, tensor: torch.Tensor, num_rows: int) -> torch.T
     """
     A q/k-norm [rows, head_dim] with another number of rows: repeated, or tied if the rows of each group are equal.
 
-    Other tensors are returned unchanged.
-
-    Raises:
-        ValueError: rows to tie differ, or the numbers do not divide each other.
+    Other tensors are returned unchanged. Raises ValueError if rows to tie differ.
     """
     stored_rows = tensor.shape[0]
-    if stored_rows == num_rows:
-        return tensor
     if num_rows % stored_rows == 0:
-        return tensor.repeat_interleave(num_rows // stored_rows, 0)
-    if stored_rows % num_rows:
-        raise ValueError(f"{name} has {stored_rows} rows, which cannot be regrouped into {num_rows}.")
+        return tensor.repeat_interleave(num_rows // stored_rows, 0) if num_rows > stored_rows else tensor
     groups = tensor.unflatten(0, (num_rows, -1))
     if not torch.equal(groups, groups[:, :1].expand_as(groups)):
         raise ValueError(
@@ -126,13 +111,13 @@ def regroup_head_norm(name: str, tensor: torch.Tensor, num_rows: int) -> torch.T
 def check_names_and_shapes(parameters: dict[str, torch.Tensor], reader: WeightReader) -> None:
     """Raises ValueError unless a checkpoint has the parameters of a decoder, by name and shape, and no others."""
     missing = [name for name in parameters if name not in reader]
-    unknown = [n for n in reader.names if n not in parameters and not n.startswith(_IGNORED)]
+    unknown = [name for name in reader.names if name not in parameters and not name.startswith(_IGNORED)]
+    # Rows of q/k-norms are regrouped.
+    fixed = {name: p for name, p in parameters.items() if name in reader and "_norm." not in name}
     other = [
         f"{name} {list(reader.shape(name))} instead of {list(parameter.shape)}"
-        for name, parameter in parameters.items()
-        if name in reader
-        and reader.shape(name) != tuple(parameter.shape)
-        and not (".q_norm." in name or ".k_norm." in name)
+        for name, parameter in fixed.items()
+        if reader.shape(name) != tuple(parameter.shape)
     ]
     problems = [
         f"{len(names)} {what} (e.g. {', '.join(names[:3])})"

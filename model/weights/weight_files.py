@@ -1,9 +1,6 @@
-"""Weight files of a Hugging Face folder: one or several safetensors and their index.
+"""Weight files of a Hugging Face folder: one or several safetensors and their index."""
 
-`model/convert.py` decides which tensors are read and written, `model/weights/adapter_folder.py` which are changed on
-the way.
-"""
-
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -19,25 +16,20 @@ INDEX_FILE = "model.safetensors.index.json"
 # The default of the hub's own tools.
 MAX_FILE_BYTES = 5 * 10**9
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
 
 class WeightReader:
     """
     Reads single tensors from a folder; keeps nothing in memory.
 
-    Args:
-        folder: holds `model.safetensors`, or an index and the files that the index names.
-
     Raises:
-        FileNotFoundError: neither is there, or a file of the index is missing.
+        FileNotFoundError: neither `model.safetensors` nor an index is there, or a file of the index is missing.
         ValueError: the index or a file is damaged. A damaged file of an index is found when it is first read.
     """
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
         self._file_of = _find_files(self.folder)
-        self._open: dict[Path, safe_open] = {}
+        self._open = functools.cache(open_file)
         self._changes: dict[str, list[Callable[[torch.Tensor], torch.Tensor]]] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -48,14 +40,11 @@ class WeightReader:
         return list(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file(name).get_slice(name).get_shape())
+        return tuple(self._open(self._file_of[name]).get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """The type on file. Raises ValueError for quantized files, which cannot be trained."""
-        stored = self._file(name).get_slice(name).get_dtype()
-        if stored not in DTYPES:
-            raise ValueError(f"{name} in {self.folder} has the type {stored}; weights must be one of {list(DTYPES)}.")
-        return DTYPES[stored]
+        """The type on file."""
+        return self._open(self._file_of[name]).get_tensor(name).dtype
 
     def change(self, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """From now on `read` gives what `change` makes of the tensor, after earlier changes of the same name."""
@@ -63,16 +52,10 @@ class WeightReader:
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor on the host. An unchanged one is mapped: only the rows that are used are read from the disk."""
-        tensor = self._file(name).get_tensor(name)
+        tensor = self._open(self._file_of[name]).get_tensor(name)
         for change in self._changes.get(name, ()):
             tensor = change(tensor)
         return tensor
-
-    def _file(self, name: str) -> safe_open:
-        path = self._file_of[name]
-        if path not in self._open:
-            self._open[path] = open_file(path)
-        return self._open[path]
 
 
 def write_weights(
@@ -85,7 +68,6 @@ def write_weights(
     Write safetensors (and an index, if there are several files), holding the tensors of one file at a time.
 
     Args:
-        out_dir: an existing folder.
         tensors: tensors on meta, with the shapes and types to write, by name.
         get: gives a tensor by name, on any device and in any type; called once for each, in order.
         max_file_bytes: a file is closed before it would grow beyond this (a tensor is never split).

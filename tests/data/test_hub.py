@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 from safetensors.torch import save_file
 
-from data.hub import DEFAULT_VQGAN_DIR, HUB_VQGAN, fetch_folder, find_vqgan
+from data.hub import DEFAULT_VQGAN_DIR, HUB_VQGAN, find_vqgan
 from data.items.item_processor import hash_tokenizer, load_text_tokenizer
 from inference_solver import FlexARInferenceSolver
 from model.convert import convert_checkpoint
@@ -60,9 +60,8 @@ def test_without_the_default_folder_every_script_takes_the_hub_s_vqgan(world, sm
     assert load_vqgan(tmp_path / "hf").codebook_sha256 == codebook
 
 
-def test_a_local_folder_takes_precedence_over_the_hub(world, offline, tmp_path, monkeypatch):
+def test_a_local_folder_takes_precedence_over_the_hub(offline, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert find_vqgan(DEFAULT_VQGAN_DIR).name == SUBFOLDER
     (tmp_path / DEFAULT_VQGAN_DIR).mkdir(parents=True)
     assert str(find_vqgan(DEFAULT_VQGAN_DIR)) == DEFAULT_VQGAN_DIR
 
@@ -93,19 +92,14 @@ def test_only_what_is_needed_is_downloaded(world, offline, tmp_path, monkeypatch
     assert load_vqgan(found).codebook_sha256 == load_vqgan(world[0] / "vqgan").codebook_sha256
 
 
-@pytest.mark.parametrize("cached", [(), ("tokenizer.json",), ("tokenizer.json", "vqgan.yaml")])
-def test_what_is_not_in_the_cache_is_named_in_one_line(world, tmp_path, monkeypatch, cached):
+@pytest.mark.parametrize("cached", ["", "text_tokenizer.json", "vqgan.yaml"])
+def test_what_is_not_in_the_cache_is_named_in_one_line(world, offline, tmp_path, monkeypatch, cached):
     """Also where the cache holds other files of the model, or half of the VQGAN."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(tmp_path)
-    for folder, subfolder in (("tokenizer", ""), ("meta", SUBFOLDER)):
-        (tmp_path / folder).mkdir()
-        for name in cached:
-            if (world[0] / folder / name).is_file():
-                shutil.copyfile(world[0] / folder / name, tmp_path / folder / name)
-        if cached:
-            put_into_cache(tmp_path / "hub", HUB_REPO, tmp_path / folder, subfolder)
+    if cached:
+        (tmp_path / "part").mkdir()
+        shutil.copy(world[0] / "meta" / cached, tmp_path / "part")
+        put_into_cache(tmp_path / "hub", HUB_REPO, tmp_path / "part", SUBFOLDER)
     with pytest.raises(FileNotFoundError) as caught:
         find_vqgan(DEFAULT_VQGAN_DIR)
     said = str(caught.value)
@@ -130,8 +124,6 @@ def test_what_is_no_hub_id_is_never_looked_up(monkeypatch, tmp_path):
     for name in ("gone", "/gone/too", "./a/b", "a/b/c/d", tmp_path / "gone"):
         with pytest.raises(FileNotFoundError, match=r"--vqgan_dir .* is not a folder; give a folder or a hub id"):
             find_vqgan(name)
-    with pytest.raises(FileNotFoundError, match="not a folder"):
-        fetch_folder("a/b/c", ["x"], "weights")
 
 
 def test_metas_weights_run_no_code(world, tmp_path):

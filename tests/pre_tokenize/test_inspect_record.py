@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import itertools
 import json
 import re
 import shutil
@@ -10,7 +11,6 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import jinja2
 import numpy as np
 import pytest
 import torch
@@ -20,9 +20,9 @@ from data.formats.record import RecordEntry, read_raw_record, write_merged
 from data.formats.token_file import save_token_file, write_shard
 from data.items.item_processor import build_text_encode, load_text_tokenizer
 from data.items.vocab import IGNORE_INDEX, ChameleonVocab
-from model.pages.assets import data_uri, render
+from model.pages.assets import data_uri
 from model.vqgan.vqgan import load_vqgan, pixels_to_image
-from pre_tokenize.inspect_record import build_parser, count_items, main, split_parts, survey_record, validate
+from pre_tokenize.inspect_record import count_items, main, split_parts, survey_record
 from pre_tokenize.page import (
     MAX_LENGTH_BINS,
     Part,
@@ -80,6 +80,12 @@ def page(record) -> str:
     return out.read_text()
 
 
+@pytest.fixture
+def copied(record, tmp_path) -> Path:
+    """A copy of the folder of that record, to change."""
+    return shutil.copytree(record.parent, tmp_path / "copy")
+
+
 def all_codes() -> list[list[np.ndarray]]:
     rng = np.random.default_rng(0)
     return [[rng.integers(0, NUM_CODES // 2, (h, w)) for w, h in sizes] for sizes in IMAGE_SIZES]
@@ -120,59 +126,44 @@ def test_token_counts_and_label_mask(page, record):
     targets = [num_image_tokens[0] + 1, len(CAPTIONS[1].encode()) + 1, len(CAPTIONS[2]) + 1]
     for card, length, in_images, num_targets in zip(cards, lengths, num_image_tokens, targets, strict=True):
         assert f"<b>{length:,}</b> tokens: {length - in_images:,} of text, {in_images:,} of" in card
-        assert f"<b>{num_targets:,}</b> predicted" in card
+        assert f"<b>{num_targets:,}</b> predicted" in card and f'viewBox="0 0 {length} 16"' in card
         assert f'<rect class="target" x="{length - num_targets}" y="0" width="{num_targets}"' in card
-        assert f'viewBox="0 0 {length} 16"' in card
     assert '<rect class="image" x="1" y="12" width="22" height="4"><title>image: tokens 1 to 22' in cards[1]
 
 
 def test_nothing_of_a_user_becomes_markup(page):
-    assert "<script" not in page.lower() and "<img src=x" not in page
+    assert "<script" not in page.lower() and "<img src=x" not in page and "default-src 'none'" in page
     assert "&lt;script&gt;document.title=&#39;taken&#39;&lt;/script&gt;" in page
-    assert "default-src 'none'" in page
-    outside = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?(?!data:)[a-z/]""", re.sub(r"&\w+;", "", page))
-    assert len(outside) == 1, "only the escaped attribute of the caption"
-
-
-def test_names_of_items_and_files_are_escaped():
     stats = RecordStats(np.array([1]), np.zeros(4, int), 1, 0, Counter())
-    item = ShownItem("<b>7", f"{SCRIPT}.pkl", ((Part("text", 0, 1, 1, SCRIPT),),), np.array([True]), 0)
+    item = ShownItem("<b>7", f"{SCRIPT}.pkl", [Part("text", 0, 1, 0, 1, SCRIPT)], np.array([True]), 0)
     text = build_page(SCRIPT, stats, [item], [SCRIPT])
     assert "item &lt;b&gt;7" in text and "<b>7" not in text and "<script" not in text and text.count("&lt;script") == 5
 
 
 def test_figures_cover_the_whole_record(record):
     vocab = ChameleonVocab.from_tokenizer(load_text_tokenizer(record.parent / "tokenizer"))
-    lengths, _ = survey_record(record, 1, seed=0)
-    stats = count_items(record, lengths, vocab)
+    stats = count_items(record, survey_record(record, 1, seed=0)[0], vocab)
     flat = np.concatenate([codes.ravel() for item in all_codes() for codes in item])
     assert stats.code_counts.tolist() == np.bincount(flat, minlength=NUM_CODES).tolist()
     assert stats.size_counts == {(64, 64): 1, (128, 32): 1, (32, 64): 1}
     assert stats.num_image_tokens == sum(4 + h * (w + 1) for sizes in IMAGE_SIZES for w, h in sizes)
 
 
-@pytest.mark.parametrize("lengths", [[5], [5, 5], [1, 100], list(range(3, 4000, 7)), [1, 2, 48], [1, 49]])
+@pytest.mark.parametrize("lengths", [[5], [5, 5], list(range(3, 4000, 7)), [1, 2, 48], [1, 49]])
 def test_every_length_falls_into_one_bin(lengths):
     lengths = np.array(lengths)
     counts, edges = length_bins(lengths)
-    assert counts.sum() == len(lengths) and len(counts) <= MAX_LENGTH_BINS
-    assert counts.tolist() == [((a <= lengths) & (lengths < b)).sum() for a, b in zip(edges, edges[1:], strict=False)]
-    assert counts[0] and counts[-1], "no empty bins at the ends"
+    assert counts.sum() == len(lengths) and len(counts) <= MAX_LENGTH_BINS and counts[0] and counts[-1]
+    assert counts.tolist() == [((a <= lengths) & (lengths < b)).sum() for a, b in itertools.pairwise(edges)]
 
 
 @pytest.mark.parametrize("side, kind", [(256, "PNG"), (512, "JPEG")])
 def test_large_images_are_embedded_as_jpeg(side, kind):
-    ramp = np.linspace(0, 255, side).astype(np.uint8)
-    image = Image.fromarray(np.stack(np.broadcast_arrays(ramp, ramp[:, None], 128), axis=-1).astype(np.uint8))
+    image = Image.linear_gradient("L").resize((side, side)).convert("RGB")
     head, content = data_uri(image).split(",")
     embedded = Image.open(io.BytesIO(base64.b64decode(content)))
     assert (head, embedded.format, embedded.size) == (f"data:image/{kind.lower()};base64", kind, image.size)
     assert np.abs(np.asarray(embedded, int) - np.asarray(image, int)).mean() < (2 if kind == "JPEG" else 1e-9)
-
-
-def test_a_value_that_is_missing_in_a_template_is_an_error():
-    with pytest.raises(jinja2.UndefinedError, match="notes"):
-        render("inspect.html", title="x")
 
 
 def test_code_usage_is_counted_by_doublings():
@@ -182,18 +173,12 @@ def test_code_usage_is_counted_by_doublings():
     assert perplexity(np.full(64, 3)) == pytest.approx(64) and perplexity(np.zeros(4)) == 0
 
 
-def test_the_sample_is_even_and_depends_on_the_seed_alone(tmp_path):
+def test_the_sample_is_in_order_and_depends_on_the_seed_alone(tmp_path):
     write_merged((RecordEntry(f"{i}.pkl", 1 + i, i) for i in range(50)), tmp_path / "r.json")
-    hits = np.zeros(50)
-    for seed in range(300):
-        lengths, sample = survey_record(tmp_path / "r.json", 10, seed)
-        ids = [entry.id for entry in sample]
-        assert ids == sorted(set(ids)) and len(ids) == 10
-        hits[ids] += 1
-    assert lengths.tolist() == list(range(1, 51))
-    # 35 are 5 standard deviations of a binomial of 300 and 0.2.
-    assert abs(hits - 60).max() < 35
-    assert survey_record(tmp_path / "r.json", 10, 1)[1] == survey_record(tmp_path / "r.json", 10, 1)[1]
+    lengths, sample = survey_record(tmp_path / "r.json", 10, 1)
+    ids = [entry.id for entry in sample]
+    assert lengths.tolist() == list(range(1, 51)) and ids == sorted(set(ids)) and len(ids) == 10
+    assert survey_record(tmp_path / "r.json", 10, 1)[1] == sample != survey_record(tmp_path / "r.json", 10, 2)[1]
     assert len(survey_record(tmp_path / "r.json", 99, 0)[1]) == 50
 
 
@@ -210,44 +195,34 @@ def test_parts_follow_each_other_without_gaps(record):
     assert parts == [("control", 0, 1), ("image", 1, 11), *texts, ("image", 15, 25)]
 
 
-def test_items_in_shards_give_the_same_page(record, page, tmp_path):
-    folder = tmp_path / "copy"
-    shutil.copytree(record.parent, folder)
-    entries = list(read_raw_record(folder / "record.json"))
-    places = write_shard(folder / "0.pkls", [(folder / entry.file).read_bytes() for entry in entries])
+def test_items_in_shards_give_the_same_page(copied, page, tmp_path):
+    entries = list(read_raw_record(copied / "record.json"))
+    places = write_shard(copied / "0.pkls", [(copied / entry.file).read_bytes() for entry in entries])
     moved = [replace(entry, file="0.pkls", offset=o, nbytes=n) for entry, (o, n) in zip(entries, places, strict=True)]
-    write_merged(moved, folder / "record.json")
-    assert main(arguments(folder / "record.json", tmp_path / "page.html")) == 0
-
-    def without_paths(text: str) -> str:
-        return re.sub(r"<(code|title)>.*?</\1>", "", text)
-
-    assert without_paths((tmp_path / "page.html").read_text()) == without_paths(page)
+    write_merged(moved, copied / "record.json")
+    assert main(arguments(copied / "record.json", tmp_path / "page.html")) == 0
+    texts = (re.sub(r"<(code|title)>.*?</\1>", "", text) for text in (page, (tmp_path / "page.html").read_text()))
+    assert len(set(texts)) == 1
 
 
-def test_a_wrong_label_and_another_manifest_are_remarked(record, tmp_path, capsys):
-    folder = tmp_path / "copy"
-    shutil.copytree(record.parent, folder)
-    (folder / "manifest.json").write_text('{"tokenizer_sha256": "0", "vqgan_sha256": "0"}')
-    save_token_file(folder / "files" / "2.pkl", [0, 70, 71], [IGNORE_INDEX, 70, 72], 2)
-    (folder / "record.json").write_text('[{"file": "files/2.pkl", "len": 3, "id": 2}]')
-    assert main(arguments(folder / "record.json", tmp_path / "page.html")) == 0
+def test_a_wrong_label_and_another_manifest_are_remarked(copied, tmp_path, capsys):
+    (copied / "manifest.json").write_text('{"tokenizer_sha256": "0", "vqgan_sha256": "0"}')
+    save_token_file(copied / "files" / "2.pkl", [0, 70, 71], [IGNORE_INDEX, 70, 72], 2)
+    (copied / "record.json").write_text('[{"file": "files/2.pkl", "len": 3, "id": 2}]')
+    assert main(arguments(copied / "record.json", tmp_path / "page.html")) == 0
     text = (tmp_path / "page.html").read_text()
     assert "1 labels differ from their tokens" in text
     assert "another tokenizer" in text and "other VQGAN files" in capsys.readouterr().out
 
 
-def test_another_vqgan_is_rejected_without_any_vqgan(record, tmp_path, capsys):
-    folder = tmp_path / "copy"
-    shutil.copytree(record.parent, folder)
-    flags = arguments(folder / "record.json", tmp_path / "page.html")
-    own = load_vqgan(folder / "vqgan").codebook_sha256
-    for codebook, code in (("0" * 64, 2), (own, 0)):
-        (folder / "manifest.json").write_text(json.dumps({"codebook_sha256": codebook, "vqgan_sha256": "0"}))
+def test_another_vqgan_is_rejected_without_any_vqgan(copied, tmp_path, capsys):
+    flags = arguments(copied / "record.json", tmp_path / "page.html")
+    own = load_vqgan(copied / "vqgan").codebook_sha256
+    for codebook, code in ((own, 0), ("0" * 64, 2)):
+        (copied / "manifest.json").write_text(json.dumps({"codebook_sha256": codebook, "vqgan_sha256": "0"}))
         assert main(flags) == code
         said = capsys.readouterr()
         assert ("is not the one of the record" in said.err) == bool(code) and "other VQGAN files" not in said.out
-    (folder / "manifest.json").write_text(json.dumps({"codebook_sha256": "0" * 64}))
     assert main([*flags, "--any_vqgan"]) == 0
     assert "other VQGAN files" in capsys.readouterr().out
 
@@ -256,37 +231,29 @@ def test_another_vqgan_is_rejected_without_any_vqgan(record, tmp_path, capsys):
     "content, flags, reason",
     [
         ("[]", [], "has no items"),
-        ("[{", [], "not valid JSON"),
-        ('[{"file": "files/9.pkl", "len": 3, "id": 9}]', [], "files/9.pkl does not exist"),
         ('[{"file": "files/2.pkl", "len": 3, "id": 2}]', [], "the record says 3"),
         ('[{"file": "other.pkl", "len": 2, "id": 0}]', [], "holds token 65000"),
-        ("good", ["--tokenizer", "tests"], "tests has no tokenizer.json"),
-        ("good", ["--vqgan_dir", "."], "no VQGAN in"),
+        ("", ["--tokenizer", "tests"], "tests has no tokenizer.json"),
+        ("", ["--vqgan_dir", "."], "no VQGAN in"),
     ],
 )
-def test_bad_input_is_one_message_and_leaves_nothing(record, tmp_path, capsys, content, flags, reason):
-    folder = tmp_path / "copy"
-    shutil.copytree(record.parent, folder)
-    save_token_file(folder / "other.pkl", [0, 65000], [IGNORE_INDEX, 65000], 0)
-    if content != "good":
-        (folder / "record.json").write_text(content)
-    before = sorted(folder.rglob("*"))
-    assert main(arguments(folder / "record.json", tmp_path / "page.html", *flags)) == 2
+def test_bad_input_is_one_message_and_leaves_nothing(copied, tmp_path, capsys, content, flags, reason):
+    save_token_file(copied / "other.pkl", [0, 65000], [IGNORE_INDEX, 65000], 0)
+    if content:
+        (copied / "record.json").write_text(content)
+    assert main(arguments(copied / "record.json", tmp_path / "page.html", *flags)) == 2
     error = capsys.readouterr().err
-    assert re.search(reason, error) and error.startswith("inspect_record.py: ") and "Traceback" not in error
-    assert not (tmp_path / "page.html").exists() and sorted(folder.rglob("*")) == before
+    assert reason in error and error.startswith("inspect_record.py: ") and "Traceback" not in error
+    assert not (tmp_path / "page.html").exists()
 
 
-def test_all_problems_of_the_arguments_are_one_error(tmp_path):
-    (tmp_path / "page").mkdir()
-    flags = ["--num", "0", "--out", str(tmp_path / "page"), "--vqgan_dir", str(tmp_path / "gone")]
-    with pytest.raises(ValueError) as error:
-        validate(build_parser().parse_args([str(tmp_path / "record.json"), *flags]))
+def test_all_problems_of_the_arguments_are_one_error(record, tmp_path, capsys):
+    flags = ["--num", "0", "--out", str(tmp_path), "--vqgan_dir", str(tmp_path / "gone")]
+    assert main([str(tmp_path / "record.json"), *flags]) == 2
+    said = capsys.readouterr().err
     for reason in ("record.json does not exist", "--num must be at least 1", "is a folder", "gone is not a folder"):
-        assert reason in str(error.value)
-    (tmp_path / "record.json").touch()
-    with pytest.raises(ValueError, match="is the record itself"):
-        validate(build_parser().parse_args([str(tmp_path / "record.json"), "--out", str(tmp_path / "record.json")]))
+        assert reason in said
+    assert main(arguments(record, record)) == 2 and "is the record itself" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -308,9 +275,3 @@ def test_a_browser_shows_the_page(browser, page, tmp_path):
     for color in ("#2e9e6b", "#5b8def", "#7c8ff0", "#e58fb1"):
         drawn = (shot == [int(color[i : i + 2], 16) for i in (1, 3, 5)]).all(-1).sum()
         assert drawn > 100, f"{color} is not on the page"
-
-
-def test_the_command_of_the_manual(record, tmp_path, capsys):
-    assert main(arguments(record, tmp_path / "page.html", "--num", "2")) == 0
-    assert "2 of 3 items" in capsys.readouterr().out
-    assert (tmp_path / "page.html").read_text().count("<article ") == 2

@@ -8,80 +8,42 @@ import shlex
 import shutil
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from data.whole_file import is_locked
-from model.pages.assets import write_page
 from model.pages.charts import MAX_POINTS, log_ticks, nice_ticks, smooth, thin, tick_label
 from model.pages.report_page import build_charts
-from model.report import command_to_resume, main, report_at_end, write_report
+from model.report import collect_curves, command_to_resume, main, report_at_end, write_report
 from model.run.options import build_parser
 from model.run.samples_format import read_samples, write_samples
 from model.training.checkpoint import find_newest, lock_output_dir, read_state
 from tests.helpers.browser_helpers import needs_browser, seen_by_probe, show
 
 NASTY = "a cat <script>document.title='taken'</script> \"'><img src=x onerror=\"document.title='taken'\"> &\x00"
-# Hovers over every chart, clicks both scales and raw curves, and notes errors and what was fetched.
-PROBE = """
-const wrong = [];
-addEventListener("error", event => wrong.push(String(event.message || event.target)), true);
-addEventListener("securitypolicyviolation", event => wrong.push(event.violatedDirective + " " + event.blockedURI));
-addEventListener("load", () => {
-  const count = selector => document.querySelectorAll(selector).length;
-  const tip = document.querySelector(".tip"), charts = [];
-  document.querySelectorAll("details").forEach(one => { one.open = true; });
-  const overflow = document.documentElement.scrollWidth - innerWidth;
-  for (const chart of document.querySelectorAll(".chart")) {
-    const shown = () => [...chart.querySelectorAll(".scale")].filter(one => getComputedStyle(one).display !== "none");
-    const scales = [shown().map(one => one.className)];
-    chart.querySelectorAll("button").forEach(one => { one.click(); scales.push(shown().map(one => one.className)); });
-    const area = chart.querySelector(".area"), box = area.getBoundingClientRect();
-    area.dispatchEvent(new PointerEvent("pointermove", {clientX: box.right - 1, clientY: box.top + 9, bubbles: true}));
-    const paths = [...shown()[0].querySelectorAll(".line, .dots")].map(one => one.getTotalLength());
-    const tips = tip.style.display === "block" ? tip.innerText : "";
-    charts.push({title: chart.querySelector("h2").firstChild.textContent.trim(), scales, tip: tips, paths,
-      size: [box.width, box.height], cursor: getComputedStyle(chart.querySelector(".cursor")).display,
-      labels: [...shown()[0].querySelectorAll(".y")].map(one => one.textContent)});
-    area.dispatchEvent(new PointerEvent("pointerleave"));
-  }
-  const smoothed = count(".smoothed");
-  document.getElementById("smoothed").click();
-  const other = performance.getEntriesByType("resource").filter(entry => !entry.name.startsWith("data:"));
-  document.body.dataset.seen = JSON.stringify({wrong, charts, overflow, title: document.title, tip: tip.style.display,
-    other: other.map(entry => entry.name), smoothed: [smoothed, count(".smoothed")],
-    images: [...document.images].map(image => image.naturalWidth + "x" + image.naturalHeight),
-    prompts: [...document.querySelectorAll(".samples tbody th")].map(one => one.textContent)});
-});
-"""
+PROBE = (Path(__file__).parent / "probe.js").read_text()
 
 
 @pytest.fixture
 def full_run(trained, tmp_path) -> Path:
     """A copy of `trained` with what a longer run has: validation, types, memory, samples, bad items."""
-    folder = tmp_path / "full"
-    shutil.copytree(trained, folder)
+    folder = shutil.copytree(trained, tmp_path / "full")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    with (folder / "metrics.jsonl").open("w") as file:
-        for line in lines:
-            line |= {"memory_gib": 61.25, "data_wait": 0.01, "data_wait_ms": 2.0, "step_ms": 200.0, "mfu": 0.41}
-            line |= {"loss_by_type": {"captions": line["loss"] * 0.9, "<b>edits": line["loss"] * 1.1}, "new figure": 3}
-            file.write(json.dumps(line) + "\n")
-            if line["step"] % 8 == 0:
-                part = {"step": line["step"], "epoch": line["epoch"], "val_loss": 5.0}
-                part |= {"val_text_loss": 5.0, "val_image_loss": 5.0, "val_loss_by_type": {"captions": 5}}
-                file.write(json.dumps(part) + "\n")
-                write_samples(folder, line["step"], [(NASTY, "plain", [Image.new("RGB", (64, 32), "red")])])
-    (folder / "bad_items.jsonl").write_text(json.dumps({"step": 3, "place": "7.pkl", "reason": NASTY}) + "\n")
-    return folder
+    for line in lines:
+        line |= {"memory_gib": 61.25, "data_wait": 0.01, "data_wait_ms": 2.0, "step_ms": 200.0, "mfu": 0.41}
+        line |= {"loss_by_type": {"captions": line["loss"] * 0.9, "<b>edits": line["loss"] * 1.1}, "new figure": 3}
+        if line["step"] % 8 == 0:
+            line |= {"val_loss": 5.0, "val_text_loss": 5.0, "val_image_loss": 5.0, "val_loss_by_type": {"captions": 5}}
+            write_samples(folder, line["step"], [(NASTY, "plain", [Image.new("RGB", (64, 32), "red")])])
+    write_lines(folder, lines)
+    return write_lines(folder, [{"step": 3, "place": "7.pkl", "reason": NASTY}], "bad_items.jsonl")
 
 
-def write_lines(folder: Path, lines) -> Path:
+def write_lines(folder: Path, lines, name: str = "metrics.jsonl") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
@@ -147,15 +109,10 @@ def test_what_a_finished_run_says(trained, tmp_path):
     assert "<div><dt>packing</dt><dd>no</dd></div>" in text
     assert "No step was skipped" in text and "The command of this run" in text
     assert (trained / "report.html").stat().st_mtime_ns == written, "the page goes to --out"
-
-
-def test_the_command_on_the_page_gives_the_options_of_the_run(trained):
-    state = read_state(find_newest(trained)[0])
     words = shlex.split(command_to_resume(state).replace("\\\n", " "))
     assert words[:3] == ["python", "-u", "finetune_solver.py"]
     again = vars(build_parser().parse_args(words[3:]))
-    options = state.options.items()
-    assert {name: str(value) for name, value in again.items()} == {name: str(value) for name, value in options}
+    assert {name: str(again[name]) for name in again} == {name: str(value) for name, value in state.options.items()}
 
 
 def test_thinning_keeps_spikes_gaps_and_ends():
@@ -163,8 +120,6 @@ def test_thinning_keeps_spikes_gaps_and_ends():
     values[[54_321, 12_345]] = 1e6, -1e6
     kept = thin(values)
     assert len(kept) <= MAX_POINTS and (np.diff(kept) > 0).all() and {0, 12_345, 54_321, 99_999} <= set(kept.tolist())
-    assert len(thin(values[:MAX_POINTS])) == MAX_POINTS
-
     values[20_000] = values[30_000:40_000] = np.nan
     gaps = [index for index in thin(values).tolist() if np.isnan(values[index])]
     assert gaps[0] == 20_000 and 40 <= len(gaps) < 60
@@ -193,20 +148,15 @@ def test_smoothing_is_a_mean_taken_twice():
 )
 def test_ticks_are_few_round_and_inside(make_ticks, low, high):
     ticks = make_ticks(low, high)
-    assert (
-        2 <= len(ticks) <= 7
-        and low - abs(low) / 100 <= ticks[0]
-        and ticks[-1] <= high * 1.01
-        and ticks == sorted(ticks)
-    )
+    assert 2 <= len(ticks) <= 7 and ticks == sorted(ticks)
+    assert low - abs(low) / 100 <= ticks[0] and ticks[-1] <= high * 1.01
     assert len({tick_label(tick) for tick in ticks}) == len(ticks), "labels tell the ticks apart"
     assert all(len(tick_label(tick)) <= 7 for tick in ticks)
 
 
 def test_labels_are_short():
     labels = {20_000: "20k", 1_500_000: "1.5M", 2e-5: "2e-5", 1_500: "1,500", 2e9: "2G", 1e30: "1e30", 0.3: "0.3"}
-    assert {value: tick_label(value) for value in labels} == labels
-    assert tick_label(0.415, is_share=True) == "41.5%"
+    assert {value: tick_label(value) for value in labels} == labels and tick_label(0.415, is_share=True) == "41.5%"
 
 
 def test_a_null_breaks_the_curve_and_is_reported(tmp_path):
@@ -225,9 +175,8 @@ def test_a_null_breaks_the_curve_and_is_reported(tmp_path):
 def test_warnings_count_skipped_steps_and_bad_items(tmp_path):
     folder = write_lines(tmp_path, [line_at(1), line_at(10, skipped_steps=2, bad_items=1), line_at(20, bad_items=1)])
     # Steps that were noted twice, or after the last step, do not count.
-    steps = [{"step": step, "items": ["7.pkl"]} for step in (4, 5, 5, 70)]
-    (folder / "bad_steps.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-    (folder / "bad_items.jsonl").write_text(json.dumps({"step": 2, "place": "3.pkl", "reason": NASTY}) + "\n")
+    write_lines(tmp_path, [{"step": step, "items": ["7.pkl"]} for step in (4, 5, 5, 70)], "bad_steps.jsonl")
+    write_lines(tmp_path, [{"step": 2, "place": "3.pkl", "reason": NASTY}], "bad_items.jsonl")
     text = write_report(folder).read_text()
     assert "2 steps were skipped" in text and "(step 4, 5)" in text and "1 item could not be read and was" in text
     assert NASTY.split(" ")[2] not in text and "onerror=&#34;" in text
@@ -235,8 +184,7 @@ def test_warnings_count_skipped_steps_and_bad_items(tmp_path):
 
 
 def test_many_lines_give_a_page_of_a_sane_size(tmp_path):
-    rng = np.random.default_rng(0)
-    noise = rng.normal(size=(10_000, 2)).tolist()
+    noise = np.random.default_rng(0).normal(size=(3_000, 2)).tolist()
     lines = (line_at(10 * i, loss=2 + a / 10, image_loss=4 + b / 10) for i, (a, b) in enumerate(noise, 1))
     out = write_report(write_lines(tmp_path, lines))
     assert out.stat().st_size < 1_000_000
@@ -244,18 +192,15 @@ def test_many_lines_give_a_page_of_a_sane_size(tmp_path):
     assert MAX_POINTS * 0.9 < longest <= MAX_POINTS
 
 
-@pytest.mark.parametrize("lines, said", [([], "Nothing was logged yet"), ([line_at(1)], "step <b>1</b>")])
-def test_young_runs_have_a_page(tmp_path, lines, said):
-    text = write_report(write_lines(tmp_path, lines)).read_text()
-    assert said in text and ("<svg" in text) == bool(lines)
+def test_young_runs_have_a_page(tmp_path):
+    for lines, said in (([], "Nothing was logged yet"), ([line_at(1)], "step <b>1</b>")):
+        text = write_report(write_lines(tmp_path, lines)).read_text()
+        assert said in text and ("<svg" in text) == bool(lines)
 
 
-def test_steps_that_go_back_are_drawn_in_order(tmp_path):
-    text = write_report(write_lines(tmp_path, [line_at(step) for step in (1, 2, 9, 3, 4, 2, 10, 5, 5)])).read_text()
-    curves = json.loads(re.search(r'<script[^>]*type="application/json"[^>]*>(.*?)</script>', text, re.S)[1])["charts"]
-    assert "step <b>10</b>" in text
-    for series in (series for chart in curves for series in chart["series"]):
-        assert series["x"] == sorted(series["x"])
+def test_steps_that_go_back_are_drawn_in_order():
+    (steps, _), *others = collect_curves([line_at(step) for step in (1, 9, 3, 4, 2, 10, 5, 5)]).values()
+    assert steps.tolist() == [1, 2, 3, 4, 5, 5, 9, 10] and all((steps == other).all() for other, _ in others)
 
 
 def test_damaged_lines_and_samples_leave_a_page_that_names_them(tmp_path):
@@ -277,7 +222,7 @@ def test_damaged_lines_and_samples_leave_a_page_that_names_them(tmp_path):
 @pytest.mark.parametrize(
     ("folder", "flags", "reason"),
     [
-        ("run", ["--out", "gone/page.html"], "gone does not exist"),
+        ("run", ["--out", "gone/page.html"], "No such file or directory: 'gone/page.html"),
         ("run", ["--out", "."], "is a folder"),
         (".", [], "is no output folder of a run"),
         ("none", [], "there is no folder"),
@@ -302,22 +247,10 @@ def test_a_page_that_fails_at_the_end_is_a_line_and_no_error(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "report.html"]
 
 
-def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
-    write_page("old", tmp_path / "page.html")
-    monkeypatch.setattr("os.replace", mock.Mock(side_effect=OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        write_page("new", tmp_path / "page.html")
-    assert (tmp_path / "page.html").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
-
-
 def test_a_running_run_is_known_by_its_lock(tmp_path):
     folder = write_lines(tmp_path / "run", [line_at(1), line_at(2)])
     with lock_output_dir(folder):
-        # As the run's own process does; the run must keep its lock.
-        write_report(folder)
-        assert is_locked(folder / ".lock")
-        assert main([str(folder)]) == 0
+        assert main([str(folder)]) == 0 and is_locked(folder / ".lock"), "the run must keep its lock"
         assert '<span class="status running">' in (folder / "report.html").read_text()
     assert main([str(folder)]) == 0
     assert '<span class="status stopped">' in (folder / "report.html").read_text()
@@ -347,15 +280,11 @@ def test_samples_come_back_as_they_were_written(tmp_path):
     write_samples(tmp_path, 5, [("old", "x", images)])
     # A resumed run comes by this step once more.
     write_samples(tmp_path, 5, [("two", "y", images[:1])])
-    early, late = read_samples(tmp_path)
-    assert (early.step, late.step) == (5, 20)
-    assert [(sample.prompt, sample.text) for sample in late.samples] == [("two", ""), (NASTY, "words\n")]
-    assert [(sample.prompt, sample.text) for sample in early.samples] == [("two", "y")]
-    for path, image in zip(late.samples[0].image_paths, images, strict=True):
+    found = {one.step: [(s.prompt, s.text, len(s.image_paths)) for s in one.samples] for one in read_samples(tmp_path)}
+    assert found == {5: [("two", "y", 1)], 20: [("two", "", 2), (NASTY, "words\n", 0)]} and list(found) == [5, 20]
+    for path, image in zip(read_samples(tmp_path)[1].samples[0].image_paths, images, strict=True):
         assert Image.open(path).tobytes() == image.tobytes()
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step00000005", "step00000020"]
-    assert len(early.samples[0].image_paths) == 1 and not late.samples[1].image_paths
-    assert read_samples(tmp_path / "none") == []
 
 
 @pytest.mark.parametrize(
@@ -377,9 +306,8 @@ def test_images_of_a_prompt_stand_beside_its_words(tmp_path):
     samples = read_samples(folder)[0].samples
     assert [Image.open(one.given_paths[0]).getpixel((0, 0)) for one in samples] == [(255, 0, 0), (0, 0, 255)]
     asked = re.findall(r'<th scope="row">(.*?)</th><td>(.*?)</td>', write_report(folder).read_text())
-    assert [re.sub('src="[^"]*"', "", question) for question, _ in asked] == [
-        '<img class="pixelated" alt="" title="8 × 4 pixels" >Describe it.'
-    ] * 2
+    words = {re.sub('src="[^"]*"', "", question) for question, _ in asked}
+    assert words == {'<img class="pixelated" alt="" title="8 × 4 pixels" >Describe it.'}
     assert asked[0][0] != asked[1][0] and [answer for _, answer in asked] == ["<p>it is red</p>", "<p>it is blue</p>"]
     path = folder / "samples" / "step00000002" / "samples.json"
     path.write_text(json.dumps([{"prompt": "<|image|>Describe it.", "text": "it is red", "files": []}]))
@@ -402,18 +330,12 @@ def test_the_losses_on_top_are_the_ends_of_the_drawn_curves(tmp_path):
     assert how == "loss, smoothed" and 1.9 < float(value) < 2.1 and validation == ("2.25", "validation loss, last")
 
 
-@pytest.mark.parametrize("number, kind", [(60, "dots"), (61, "dots many")])
-def test_many_validations_do_not_hide_the_training(tmp_path, number, kind):
-    lines = [{"step": step, "epoch": 0.1, "val_loss": 2.0} for step in range(1, number + 1)]
-    kinds = set(re.findall(r'<path class="(dots[^"]*) c-val"', write_report(write_lines(tmp_path, lines)).read_text()))
-    assert kinds == {kind}
-
-
-def test_many_steps_of_samples_are_thinned(tmp_path):
-    folder = write_lines(tmp_path, [line_at(30)])
+def test_many_validations_and_samples_are_thinned(tmp_path):
+    folder = write_lines(tmp_path, [{"step": step, "epoch": 0.1, "val_loss": 2.0} for step in range(1, 62)])
     for step in range(1, 31):
         write_samples(folder, step, [("a", f"answer {step}", [])])
     text = write_report(folder).read_text()
+    assert set(re.findall(r'<path class="(dots[^"]*) c-val"', text)) == {"dots many"}
     columns = [int(step) for step in re.findall(r"<th>step (\d+)</th>", text)]
     assert len(columns) == 8 and columns[0] == 1 and columns[-1] == 30 and columns == sorted(columns)
     assert "22 of 30 steps" in text

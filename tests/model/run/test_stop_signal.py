@@ -1,5 +1,7 @@
 """Runs that get SIGTERM or SIGUSR1: they save, and the same command resumes them."""
 
+import errno
+import multiprocessing
 import os
 import signal
 import time
@@ -62,6 +64,28 @@ def test_a_run_that_waits_for_rows_ends_by_sigterm(small_task, tmp_path, monkeyp
     monkeypatch.setattr(TokenDataset, "read", hang_in_worker)
     code, message = call_main(solver_args(small_task, tmp_path / "out", num_workers=1))
     assert code == 143 and message.count("ended by SIGTERM without saving: no row came") == 1, message
+
+
+def test_a_loader_that_cannot_start_or_dies_ends_the_run_with_one_line(small_task, tmp_path, monkeypatch):
+    """/dev/shm without room for semaphores, and a worker that the kernel kills for memory."""
+    read, rank, semaphore = TokenDataset.read, os.getpid(), multiprocessing.Semaphore
+
+    def die_in_worker(dataset: TokenDataset, index: int, *rest: object):
+        if os.getpid() != rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(dataset, index, *rest)
+
+    def no_room():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    args = solver_args(small_task, tmp_path / "out", num_workers=1)
+    monkeypatch.setattr(multiprocessing, "Semaphore", no_room)
+    code, message = call_main(args)
+    monkeypatch.setattr(multiprocessing, "Semaphore", semaphore)
+    monkeypatch.setattr(TokenDataset, "read", die_in_worker)
+    assert code == 1 and "rank 0: no DataLoader worker can start: No space left on device (/dev/shm); the" in message
+    code, message = call_main(args)
+    assert code == 1 and "rank 0: DataLoader worker (pid" in message and message.count("\n") == 1
 
 
 def test_a_run_on_slurm_requeues_itself(tmp_path, monkeypatch):

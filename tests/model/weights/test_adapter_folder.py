@@ -21,8 +21,8 @@ from model.weights.adapter_folder import (
     fingerprint_weights,
     open_weights,
 )
+from model.weights.export import write_config
 from model.weights.load import check_weights, clean_name, load_pretrained
-from model.weights.stock_folder import write_config
 from tests.helpers.hub_helpers import COMMIT, put_into_cache
 from tests.helpers.small_run import export_hf
 from tests.model.decoder.test_trainable import (
@@ -100,10 +100,10 @@ def test_adapters_are_merged_in_fp32(base, tmp_path):
     stored = load_file(tmp_path / "bf16" / "model.safetensors")[f"{PROJECTION}.weight"]
     assert a.dtype == b.dtype == torch.float32 and stored.dtype == torch.bfloat16
     expected = stored.float() + 10.0 / 4 * (b @ a)
-    for dtype in (None, torch.float32):
-        convert_checkpoint(tmp_path / "epoch0", tmp_path / f"merged-{dtype}", dtype=dtype)
-        merged = load_file(tmp_path / f"merged-{dtype}" / "model.safetensors")[f"{PROJECTION}.weight"]
-        assert torch.equal(merged, expected.to(dtype or torch.bfloat16))
+    for name, dtype in (("kept", torch.bfloat16), ("fp32", torch.float32)):
+        convert_checkpoint(tmp_path / "epoch0", tmp_path / name, dtype=dtype if name == "fp32" else None)
+        merged = load_file(tmp_path / name / "model.safetensors")[f"{PROJECTION}.weight"]
+        assert torch.equal(merged, expected.to(dtype))
 
 
 def test_image_rows_replace_those_of_the_base_and_a_base_may_have_adapters_itself(base, tmp_path):
@@ -137,28 +137,12 @@ def test_a_base_that_is_gone_or_changed_is_named(base, tmp_path):
     load_pretrained(folder)
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [
-        ("adapter_config.json", '{"r": 4}', "adapter_config.json is damaged .*lora_alpha"),
-        ("base_weights.json", "{", "base_weights.json is damaged"),
-        ("base_weights.json", '{"source": null, "fingerprint": ""}', "base_weights.json is damaged .*source is None"),
-        ("adapter_model.safetensors", None, f"adapter_model.safetensors has no {PROJECTION}.lora_B"),
-    ],
-)
-def test_a_damaged_adapter_is_named(base, tmp_path, file, content, message):
-    folder = tmp_path / "epoch0"
-    write_trained(LORA, base, folder)
-    if content is None:
-        tensors = load_file(folder / file)
-        del tensors[f"base_model.model.{PROJECTION}.lora_B.weight"]
-        save_file(tensors, folder / file)
-    else:
-        (folder / file).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        open_weights(folder)
-    assert main([str(folder), str(tmp_path / "merged")]) == 2
-    assert not list(tmp_path.glob("merged*"))
+@pytest.mark.parametrize("file", ["base_weights.json", "adapter_model.safetensors"])
+def test_a_damaged_adapter_is_named(base, tmp_path, capsys, file):
+    write_trained(LORA, base, tmp_path / "epoch0")
+    (tmp_path / "epoch0" / file).write_text("{")
+    assert main([str(tmp_path / "epoch0"), str(tmp_path / "merged")]) == 2
+    assert f"{file} is damaged" in capsys.readouterr().err and not list(tmp_path.glob("merged*"))
 
 
 def test_the_fingerprint_sees_any_tensor_of_a_large_file(tmp_path):
@@ -166,25 +150,17 @@ def test_the_fingerprint_sees_any_tensor_of_a_large_file(tmp_path):
     torch.manual_seed(0)
     tensors = {f"model.layers.{n}.mlp.up_proj.weight": torch.randn(512, 512) for n in range(4)}
     tensors |= {"model.norm.weight": torch.ones(8), "lm_head.weight": torch.randn(32768, 64)}
-
-    def fingerprint() -> str:
+    seen = []
+    changed = [("lm_head.weight", slice(0)), ("lm_head.weight", slice(4100, 6000))]
+    changed += [("model.layers.2.mlp.up_proj.weight", slice(None)), ("model.norm.weight", slice(3, 4))]
+    for name, rows in changed:
+        tensors[name][rows] *= 1.01
         save_file(tensors, tmp_path / "model.safetensors")
-        return fingerprint_weights(tmp_path)
-
-    seen = [fingerprint(), fingerprint()]
-    assert seen[0] == seen[1]
-    tensors["lm_head.weight"][4100:6000] = 0
-    seen.append(fingerprint())
-    tensors["model.layers.2.mlp.up_proj.weight"] *= 1.01
-    seen.append(fingerprint())
-    tensors["model.norm.weight"][3] = 2
-    seen.append(fingerprint())
+        seen.append(fingerprint_weights(tmp_path))
+        assert seen[-1] == fingerprint_weights(tmp_path)
     assert len(set(seen)) == 4, seen
     sampled = sum(len(part) for part in _sample(0, 32768 * 64 * 4, _NUM_ROW_SAMPLES))
     assert sampled == 1 << 20 and sampled < (tmp_path / "model.safetensors").stat().st_size / 10
-    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 20)
-    with pytest.raises(ValueError, match="is damaged"):
-        fingerprint_weights(tmp_path)
 
 
 def test_a_base_that_was_moved_with_the_run_is_found_though_others_took_its_place(base, tmp_path):
@@ -192,17 +168,14 @@ def test_a_base_that_was_moved_with_the_run_is_found_though_others_took_its_plac
     base.rename(tmp_path / "run" / "base")
     trained = write_trained(LORA, tmp_path / "run" / "base", tmp_path / "run" / "epoch0")
     (tmp_path / "run").rename(tmp_path / "moved")
-
-    def check_moved() -> None:
+    for other in ("none", "another"):
+        if other == "another":
+            shutil.copytree(tmp_path / "moved" / "base", tmp_path / "run" / "base")
+            with (tmp_path / "run" / "base" / "model.safetensors").open("r+b") as file:
+                file.seek(-8, 2)
+                file.write(b"another.")
         loaded = load_pretrained(tmp_path / "moved" / "epoch0")
         torch.testing.assert_close(logits(loaded), logits(trained), rtol=1e-4, atol=1e-4)
-
-    check_moved()
-    shutil.copytree(tmp_path / "moved" / "base", tmp_path / "run" / "base")
-    with (tmp_path / "run" / "base" / "model.safetensors").open("r+b") as file:
-        file.seek(-8, 2)
-        file.write(b"another.")
-    check_moved()
 
 
 def test_a_base_of_the_hub_is_noted_with_its_commit(base, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import shutil
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,12 +17,11 @@ from model.decoder.chameleon import build_model, init_weights, reset_rotary_buff
 from model.vqgan.vqgan import HF_PREFIX, VQGAN, load_vqgan, save_vqgan
 from model.weights.adapter_folder import open_weights
 from model.weights.export import carried_vqgan
-from model.weights.hf_folder import load_config, resolve_checkpoint
+from model.weights.hf_folder import load_config
 from model.weights.load import load_checkpoint_weights, load_pretrained
 from model.weights.weight_files import INDEX_FILE, WeightReader, write_weights
 from tests.helpers import forked
 from tests.helpers.decoder_helpers import random_tokens, small_config, small_model
-from tests.helpers.hub_helpers import put_into_cache
 from tests.helpers.small_run import export_hf
 
 GROUPED = {"model_parallel_size": 2, "num_key_value_heads": 2, "swin_norm": True}
@@ -37,15 +37,16 @@ def vqgan_dir(tmp_path_factory):
     return folder
 
 
-def write_stock_checkpoint(folder) -> ChameleonForConditionalGeneration:
-    """A small model as stock transformers draws and saves it; it is returned."""
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory) -> Path:
+    """A small model as stock transformers draws and saves it."""
     values = small_config().to_dict()
     for ours in ("dropout", "z_loss_weight", "mask_image_logits", "tie_head_norm", "architectures"):
         values.pop(ours, None)
     torch.manual_seed(0)
-    stock = ChameleonForConditionalGeneration(ChameleonConfig.from_dict(values)).eval()
-    stock.save_pretrained(folder)
-    return stock
+    folder = tmp_path_factory.mktemp("stock")
+    ChameleonForConditionalGeneration(ChameleonConfig.from_dict(values)).save_pretrained(folder)
+    return folder
 
 
 def load_stock(folder) -> ChameleonForConditionalGeneration:
@@ -70,10 +71,6 @@ def same_tensors(one, other) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def image_rows(folder) -> torch.Tensor:
-    return WeightReader(folder).read("lm_head.weight")[IMAGE_IDS]
-
-
 @pytest.mark.parametrize("overrides", [{}, GROUPED])
 def test_both_shapes_load_bit_equal(tmp_path, vqgan_dir, overrides):
     model = small_model(**overrides).eval()
@@ -86,45 +83,33 @@ def test_both_shapes_load_bit_equal(tmp_path, vqgan_dir, overrides):
     assert config.model_type == "chameleon_xllmx" and config.vocab_size == model.config.vocab_size
     assert config.architectures == ["ChameleonXLLMXForConditionalGeneration"]
 
-    command = [str(tmp_path / "out"), str(tmp_path / "hf"), "--shape", "hf", "--vqgan_dir", str(vqgan_dir)]
-    assert main(command) == 0
+    convert_checkpoint(tmp_path / "out", tmp_path / "hf", shape="hf", vqgan_dir=vqgan_dir)
     expected = load_stock(tmp_path / "hf").model(input_ids=tokens, use_cache=False).last_hidden_state
     assert torch.equal(model.model(tokens), expected)
     # The q/k-norms are tied again.
     assert same_parameters(model, load_pretrained(tmp_path / "hf"))
 
 
-def test_the_vqgan_is_carried_along(tmp_path):
+def test_the_vqgan_is_carried_along(stock, tmp_path):
     """From stock's shape to ours and back, by files and by a model in memory."""
-    stock = write_stock_checkpoint(tmp_path / "stock")
-    convert_checkpoint(tmp_path / "stock", tmp_path / "xllmx", image_head_init="keep")
+    convert_checkpoint(stock, tmp_path / "xllmx", image_head_init="keep")
     convert_checkpoint(tmp_path / "xllmx", tmp_path / "back", shape="hf", max_file_bytes=100_000)
     model = load_pretrained(tmp_path / "xllmx")
     assert not any("vqmodel" in name for name in model.state_dict())
     carried = carried_vqgan(model.config)
     # As a training removes the checkpoint that it resumed from.
     shutil.rmtree(tmp_path / "xllmx")
-    assert same_tensors(carried, stored(tmp_path / "stock", HF_PREFIX)) and len(carried) > 10
-    assert same_tensors(stored(tmp_path / "back"), stored(tmp_path / "stock"))
-    configs = [AutoConfig.from_pretrained(tmp_path / name).vq_config.to_dict() for name in ("back", "stock")]
+    assert same_tensors(carried, stored(stock, HF_PREFIX)) and len(carried) > 10
+    assert same_tensors(stored(tmp_path / "back"), stored(stock))
+    configs = [AutoConfig.from_pretrained(folder).vq_config.to_dict() for folder in (tmp_path / "back", stock)]
     assert configs[0] == configs[1]
     pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    codes = stock.model.vqmodel.encode(pixels).image_tokens.view(2, 2, 2)
-    assert torch.equal(load_stock(tmp_path / "back").model.vqmodel.encode(pixels).image_tokens.view(2, 2, 2), codes)
+    codes = load_stock(tmp_path / "back").model.vqmodel.encode(pixels).image_tokens.view(2, 2, 2)
     assert torch.equal(load_vqgan(tmp_path / "back").encode(pixels), codes) and codes.unique().numel() > 1
 
 
-def test_a_start_with_a_damaged_vqgan_can_be_saved(tmp_path):
-    write_stock_checkpoint(tmp_path / "stock")
-    model = load_pretrained(tmp_path / "stock")
-    (tmp_path / "stock" / "model.safetensors").write_bytes(b"torn")
-    with pytest.warns(UserWarning, match="model.safetensors is damaged"):
-        export_hf(model, model.config, tmp_path / "out")
-    assert same_parameters(model, load_pretrained(tmp_path / "out"))
-
-
-def test_types_are_kept_or_cast(tmp_path):
-    write_stock_checkpoint(tmp_path / "fp32")
+def test_types_are_kept_or_cast(stock, tmp_path):
+    (tmp_path / "fp32").symlink_to(stock)
     for source, out, flags, dtype in (
         ("fp32", "xllmx", [], torch.float32),
         ("fp32", "bf16", ["--dtype", "bf16"], torch.bfloat16),
@@ -140,11 +125,10 @@ def test_types_are_kept_or_cast(tmp_path):
     name = "model.layers.0.mlp.up_proj.weight"
     expected = WeightReader(tmp_path / "fp32").read(name).bfloat16()
     assert torch.equal(WeightReader(tmp_path / "hf-fp32").read(name), expected.float())
-    loaded = load_pretrained(tmp_path / "bf16")
-    assert loaded.lm_head.weight.dtype == torch.bfloat16 and torch.equal(loaded.get_parameter(name), expected)
-    assert loaded.model.rotary_emb.inv_freq.dtype == torch.float32
-    into_fp32 = load_pretrained(tmp_path / "bf16", dtype=torch.float32)
-    assert torch.equal(into_fp32.get_parameter(name), expected.float())
+    for dtype in (None, torch.float32):
+        loaded = load_pretrained(tmp_path / "bf16", dtype)
+        assert loaded.dtype == (dtype or torch.bfloat16) and torch.equal(loaded.get_parameter(name), expected.to(dtype))
+        assert loaded.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
 def test_weights_are_written_one_file_at_a_time(tmp_path):
@@ -169,17 +153,17 @@ def test_weights_are_written_one_file_at_a_time(tmp_path):
         WeightReader(tmp_path)
 
 
-def test_stock_norms_that_differ_are_rejected_or_kept_untied(tmp_path, capsys):
-    write_stock_checkpoint(tmp_path / "stock")
+def test_stock_norms_that_differ_are_rejected_or_kept_untied(stock, tmp_path, capsys):
+    shutil.copytree(stock, tmp_path / "stock")
     weights = load_file(tmp_path / "stock" / "model.safetensors")
     weights[NORM][2] += 0.5
     save_file(weights, tmp_path / "stock" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="layers.1.self_attn.q_norm.weight.*tie_head_norm=False"):
         load_pretrained(tmp_path / "stock")
     untied = load_pretrained(tmp_path / "stock", tie_head_norm=False)
-    stock = ChameleonForConditionalGeneration.from_pretrained(tmp_path / "stock")
     tokens = random_tokens(20)[None]
-    assert torch.equal(untied.model(tokens), stock.model(input_ids=tokens, use_cache=False).last_hidden_state)
+    expected = load_stock(tmp_path / "stock").model(input_ids=tokens, use_cache=False).last_hidden_state
+    assert torch.equal(untied.model(tokens), expected)
 
     assert main([str(tmp_path / "stock"), str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
@@ -189,24 +173,10 @@ def test_stock_norms_that_differ_are_rejected_or_kept_untied(tmp_path, capsys):
     assert torch.equal(load_pretrained(tmp_path / "out").get_parameter(NORM), weights[NORM])
 
 
-def test_a_hub_id_is_read_from_the_local_cache(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    model = small_model()
-    export_hf(model, model.config, tmp_path / "model")
-    there = put_into_cache(tmp_path / "cache", "some/model", tmp_path / "model")
-    assert resolve_checkpoint("some/model") == there
-    assert main(["some/model", str(tmp_path / "out")]) == 0
-    assert same_parameters(model, load_pretrained(tmp_path / "out"))
-    assert main(["some/other", str(tmp_path / "new")]) == 2
-    assert "some/other is not a folder here, and could not be fetched from the hub" in capsys.readouterr().err
-
-
 def test_bad_folders_are_named(tmp_path, capsys):
-    with pytest.raises(FileNotFoundError, match="the checkpoint .*absent is not a folder"):
-        resolve_checkpoint(tmp_path / "absent")
-    with pytest.raises(FileNotFoundError, match="config.json"):
-        load_config(tmp_path)
+    for name, said in (("absent", "the checkpoint .*absent is not a folder"), (".", "has no config.json")):
+        with pytest.raises(FileNotFoundError, match=said):
+            load_config(tmp_path / name)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="llama"):
         load_config(tmp_path)
@@ -227,9 +197,9 @@ def test_bad_folders_are_named(tmp_path, capsys):
     assert "--vqgan_dir" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
-def test_image_rows_are_zeroed_only_from_stock_to_a_start(tmp_path, capsys):
+def test_image_rows_are_zeroed_only_from_stock_to_a_start(stock, tmp_path, capsys):
     """An export of ours in stock's shape is not taken for stock Chameleon. The command prints what was done."""
-    write_stock_checkpoint(tmp_path / "stock")
+    (tmp_path / "stock").symlink_to(stock)
     model = small_model()
     export_hf(model, model.config, tmp_path / "trained")
     for source, out, flags, done in (
@@ -243,25 +213,24 @@ def test_image_rows_are_zeroed_only_from_stock_to_a_start(tmp_path, capsys):
     ):
         assert main([str(tmp_path / source), str(tmp_path / out), *flags]) == 0
         assert f"image rows of lm_head: {done})" in capsys.readouterr().out
-        kept = torch.equal(image_rows(tmp_path / out), image_rows(tmp_path / source))
-        assert image_rows(tmp_path / source).any() and (
-            kept if done == "keep" else not image_rows(tmp_path / out).any()
-        )
+        before, after = (stored(tmp_path / name, "lm_head")["lm_head.weight"][IMAGE_IDS] for name in (source, out))
+        assert before.any() and torch.equal(after, before if done == "keep" else torch.zeros_like(before))
 
 
 @pytest.mark.parametrize("how", ["zero", "normal"])
 def test_only_the_image_rows_are_reinitialized(tmp_path, how):
     model = small_model()
     export_hf(model, model.config, tmp_path / "source", dtype=torch.bfloat16)
-    written = convert_checkpoint(tmp_path / "source", tmp_path / "start", image_head_init=how, seed=1)
-    before, head = (WeightReader(folder).read("lm_head.weight") for folder in (tmp_path / "source", written))
-    expected = torch.zeros(len(IMAGE_IDS), head.shape[1])
+    drawn = torch.zeros(len(IMAGE_IDS), model.config.hidden_size)
     if how == "normal":
-        expected.normal_(0.0, model.config.initializer_range, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(head, before.index_copy(0, IMAGE_IDS, expected.bfloat16()))
+        drawn.normal_(0.0, model.config.initializer_range, generator=torch.Generator().manual_seed(1))
+    expected = stored(tmp_path / "source")
+    expected["lm_head.weight"] = expected["lm_head.weight"].index_copy(0, IMAGE_IDS, drawn.bfloat16())
     reader = open_weights(tmp_path / "source", how, seed=1)
-    assert torch.equal(reader.read("lm_head.weight"), head)
-    assert torch.equal(reader.read("model.embed_tokens.weight"), model.model.embed_tokens.weight.bfloat16())
+    assert same_tensors({name: reader.read(name) for name in reader.names}, expected)
+    assert same_tensors(
+        stored(convert_checkpoint(tmp_path / "source", tmp_path / "start", image_head_init=how, seed=1)), expected
+    )
 
 
 def test_without_image_tokens_the_head_can_only_be_kept(tmp_path):
