@@ -147,6 +147,8 @@ def process_group(launch: Launch, device_name: str, timeout_s: float) -> Iterato
     slow.daemon = True
     if is_slurm and launch.is_main:
         slow.start()
+    # Joining waits outside of Python, where Ctrl-C would count only after `timeout_s`.
+    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -161,6 +163,7 @@ def process_group(launch: Launch, device_name: str, timeout_s: float) -> Iterato
         raise SystemExit(f"rank {launch.rank} cannot join the other ranks at {place}: {reason}{advice}") from None
     finally:
         slow.cancel()
+        signal.signal(signal.SIGINT, on_ctrl_c)
     yield device
     # Not reached after an error: other ranks may be inside a collective, and would never come to this barrier.
     barrier()

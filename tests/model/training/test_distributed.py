@@ -3,6 +3,7 @@
 import os
 import select
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -115,6 +116,23 @@ def test_a_lone_rank_of_srun_prints_what_it_waits_for_and_ends_with_one_line(mon
     assert printed.startswith(f"rank 0 waits for other ranks at 127.0.0.1:{port}; SLURM_NTASKS says that there are 2")
     assert message.startswith(f"rank 0 cannot join the other ranks at 127.0.0.1:{port}: ")
     assert message.endswith("start the command with SLURM_NTASKS=1") and "\n" not in message
+
+
+def test_ctrl_c_ends_a_rank_that_waits_for_others(monkeypatch):
+    monkeypatch.setattr(distributed, "SLOW_MEETING_S", 0.2)
+    launch = Launch("srun", master_port=20000 + os.getpid() % 10000, **TWO_RANKS)
+    monkeypatch.setattr(distributed, "die_with_launcher", lambda launch: None)
+    reader, writer = os.pipe()
+    rank = os.fork()
+    if rank == 0:
+        sys.stderr = os.fdopen(writer, "w")
+        with process_group(launch, "cpu", 30):
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as printed:
+        assert printed.readline().startswith("rank 0 waits for other ranks")
+        os.kill(rank, signal.SIGINT)
+        assert os.WTERMSIG(os.waitpid(rank, 0)[1]) == signal.SIGINT
 
 
 def test_a_rank_dies_with_its_launcher():
