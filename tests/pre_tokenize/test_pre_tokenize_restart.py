@@ -279,7 +279,7 @@ def test_a_lock_is_not_shared_by_a_forked_child(tmp_path):
     path, is_forked, is_over = tmp_path / "log", FORK.Event(), FORK.Event()
     first = open_locked(path)
     first.write("once\n")
-    child = FORK.Process(target=lambda: (is_forked.set(), is_over.wait(), first.close()))
+    child = FORK.Process(target=lambda: (is_forked.set(), is_over.wait(), first.close()), daemon=True)
     child.start()
     is_forked.wait()
     assert is_locked(path)
