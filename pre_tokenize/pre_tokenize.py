@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -301,15 +301,19 @@ def encode_windows(
     """Each window with the codes of its images. On CUDA the next is encoded while the caller writes the current."""
     num_ahead = 1 if encoder.device.type == "cuda" else 0
     pending: deque[tuple[Window, Callable[[], list[np.ndarray]]]] = deque()
-    for window in chain(windows, [None] * num_ahead):
-        if window is not None:
-            with encoding:
-                pending.append((window, encoder.begin([image for item in window for image in item.images])))
-        if len(pending) > (num_ahead if window is not None else 0):
-            window, collect = pending.popleft()
-            with encoding:
-                codes = collect()
-            yield window, codes
+
+    def fetch() -> tuple[Window, list[np.ndarray]]:
+        window, collect = pending.popleft()
+        with encoding:
+            return window, collect()
+
+    for window in windows:
+        with encoding:
+            pending.append((window, encoder.begin([image for item in window for image in item.images])))
+        if len(pending) > num_ahead:
+            yield fetch()
+    while pending:
+        yield fetch()
 
 
 def write_window(worker: Worker, window: Window, codes: list[np.ndarray]) -> None:

@@ -145,7 +145,7 @@ def measure_recipe(
 
 
 def share_of_equal_codes(recipe_dir: Path, our_dir: Path, work_dir: Path) -> float:
-    """The share of codes that are the same both ways, in items of both. Raises ValueError if all else differs."""
+    """The share of equal codes in the items that both ways have. Raises ValueError if anything but codes differs."""
     image_ids = ChameleonVocab.from_tokenizer(load_text_tokenizer(work_dir / "tokenizer")).image_token_ids
     num_codes = num_equal = 0
     names = {path.name for path in (our_dir / "files").glob("*.pkl")}

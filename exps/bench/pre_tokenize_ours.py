@@ -28,6 +28,7 @@ class ZeroEncoder:
     """Stands for the encoder on a GPU: its windows and batches, no work."""
 
     device = SimpleNamespace(type="cuda")
+    num_encoded_again = 0
 
     def begin(self, images: Sequence) -> Callable[[], list[np.ndarray]]:
         sides = ((width // CODE_PIXELS, height // CODE_PIXELS) for width, height in (image.size for image in images))
@@ -50,8 +51,7 @@ def measure_ours(
     Without a `precision` there is no encoder.
     """
     flags = {"in_filename": f"{work_dir}/in.json", "out_dir": out_dir, "target_size": target_size, "device": device}
-    flags |= {"tokenizer": f"{work_dir}/tokenizer", "vqgan_dir": vqgan_dir}
-    flags |= {"precision": precision} if precision else {}
+    flags |= {"tokenizer": f"{work_dir}/tokenizer", "vqgan_dir": vqgan_dir, "precision": precision or "fp32"}
     flags |= {"num_workers": num_workers} if num_workers is not None else {}
     # (time, CPU seconds of the main process, images) at the start, and by the end of each window
     marks = [(time.perf_counter(), time.process_time(), 0)]

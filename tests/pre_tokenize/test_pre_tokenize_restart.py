@@ -276,11 +276,12 @@ def test_many_workers_settling_at_once_clear_the_folder_once(tmp_path):
 
 def test_a_lock_is_not_shared_by_a_forked_child(tmp_path):
     """As a loader worker that outlives its run. What the parent had not flushed is written once."""
-    path, is_over = tmp_path / "log", FORK.Event()
+    path, is_forked, is_over = tmp_path / "log", FORK.Event(), FORK.Event()
     first = open_locked(path)
     first.write("once\n")
-    child = FORK.Process(target=lambda: (is_over.wait(), first.close()))
+    child = FORK.Process(target=lambda: (is_forked.set(), is_over.wait(), first.close()), daemon=True)
     child.start()
+    is_forked.wait()
     assert is_locked(path)
     first.close()
     assert not is_locked(path)
