@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from exps.inference_table import TABLE_BEGIN, flag_table
 from tests.exps.test_exps import parse_call, write_stub
 from tests.helpers.small_run import ROOT
 
@@ -82,8 +81,3 @@ def test_data_and_code_can_be_read_and_named_files_exist(doc):
         ast.parse(textwrap.dedent(text))
     for name in re.findall(r"`((?:exps|model|data|pre_tokenize|tests)/[\w/.]+\.\w+)`", (ROOT / doc).read_text()):
         assert (ROOT / name).exists(), name
-
-
-def test_the_table_of_inference_flags_is_that_of_the_parser():
-    manual = (ROOT / "TRAIN.md").read_text()
-    assert TABLE_BEGIN not in manual or flag_table() in manual, "run python exps/inference_table.py"
