@@ -31,7 +31,7 @@ import transformers  # noqa: E402
 from data.items.vocab import CODES_PER_GRID, ChameleonVocab  # noqa: E402
 from exps.bench import common  # noqa: E402
 from exps.bench.synthetic import fill_weights, special_names  # noqa: E402
-from model.decoder.chameleon import MODEL_SIZES, build_config, build_model, reset_rotary_buffers  # noqa: E402
+from model.decoder.chameleon import build_config, build_model, reset_rotary_buffers  # noqa: E402
 from model.generation.decode_step import LeanForward  # noqa: E402
 from model.generation.image_grammar import ImageGrammar, Kind  # noqa: E402
 from model.generation.loop import SamplingOptions, generate_batch  # noqa: E402
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     device = common.choose_device(args.device)
     num_tokens = args.num_tokens or (1024 if device == "cuda" else 256)
     precision = args.precision or ("bf16" if device == "cuda" else "fp32")
-    most = MODEL_SIZES[args.model_size]["max_position_embeddings"] - PROMPT_LEN - 3
+    most = build_config(args.model_size).max_position_embeddings - PROMPT_LEN - 3
     if num_tokens > most:
         parser.error(f"--num_tokens must be at most {most}, got {num_tokens}: the model has no more")
     cases = list(product(args.batch_sizes, args.cfg))

@@ -103,7 +103,7 @@ def test_one_gpu_script_trains_all_weights(tmp_path, card, expected):
     assert options["batch_size"] * options["accum_iter"] == 8
 
 
-@pytest.mark.parametrize("script", ["7B", "34B", "7B_lora", "7B_one_gpu"])
+@pytest.mark.parametrize("script", ["7B", "34B", "7B_lora"])
 def test_script_by_torchrun_from_another_folder(tmp_path, script):
     """Relative paths belong to the caller's folder; flags of the command line win."""
     env = {"NPROC": "8", "PACKING": "1", "DATA_CONFIG": "my data.yaml", "OUTPUT_DIR": "out"}

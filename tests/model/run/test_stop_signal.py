@@ -78,7 +78,7 @@ def test_a_loader_that_cannot_start_or_dies_ends_the_run_with_one_line(small_tas
     code, message = call_main(args)
     monkeypatch.setattr(multiprocessing, "Semaphore", semaphore)
     monkeypatch.setattr(TokenDataset, "read", die_in_worker)
-    assert code == 1 and "rank 0: no DataLoader worker can start: No space left on device (/dev/shm); the" in message
+    assert code == 1 and "rank 0: no DataLoader worker can start: No space left on device (/dev/shm); give" in message
     code, message = call_main(args)
     assert code == 1 and "rank 0: DataLoader worker (pid" in message and message.count("\n") == 1
 
