@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +19,7 @@ from PIL import Image
 
 from inference_solver import main
 from model.generation.kv_cache import KVCache
+from model.generation.sampling import SamplingOptions
 from model.generation.serve import GRADIO_PIN, NO_SIZE, Page, free_port
 from tests.helpers.browser_helpers import needs_browser
 from tests.model.generation.test_inference_solver import make_picture
@@ -43,7 +45,7 @@ def ask(page: Page, report=lambda meter: None, **changes):
 
 @pytest.fixture
 def page(solver) -> Page:
-    return Page(solver)
+    return Page(solver, SamplingOptions())
 
 
 def test_images_side_by_side_are_those_of_the_seeds(page, solver):
@@ -54,6 +56,11 @@ def test_images_side_by_side_are_those_of_the_seeds(page, solver):
         found = [image for image, caption in shown if caption == f"seed {seed}"]
         assert [image.tobytes() for image in found] == [image.tobytes() for image in images]
     assert text.count("seed ") == 3 and "tokens/s" in status
+    # What the page has no field for is that of the command line.
+    options = replace(options, seed=PAGE_SEED, speculative=2)
+    expected = solver.answer_many([{"qas": [["a cat", None]], "size": SIZE}], MAX_GEN_LEN, options)[0]
+    shown, *_ = ask(Page(solver, SamplingOptions(speculative=2)), size="64x32", num_answers=1)
+    assert [image.tobytes() for image, _ in shown] == [image.tobytes() for image in expected.images]
 
 
 def test_the_status_says_what_was_cut_off(page):
