@@ -132,7 +132,7 @@ def _parse(raw: str, entry: Any, name: str, path: Path, size: tuple[int, int] | 
     if entry.get("id") is not None:
         name = entry["id"]
     if not isinstance(name, str | int) or has_surrogates(str(name)):
-        raise ValueError(f"`id` must be a text in valid UTF-8 or a number, got {brief(name)}")
+        raise ValueError(f"`id` must be a text or a number, in valid UTF-8, got {brief(name)}")
     if has_template and size and not images and not text.startswith(TEMPLATE_START):
         text = TEMPLATE.format(width=size[0], height=size[1], text=text)
     return Prompt(text, str(name), raw, images, size, seed)

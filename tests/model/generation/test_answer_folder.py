@@ -109,28 +109,25 @@ def test_a_second_run_draws_what_is_missing(folders, prompts, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_ranks_and_kills_draw_the_same_images(folders, prompts, tmp_path):
-    """Two ranks, killed by SIGKILL while they write, against one process; a rank has more than one batch."""
-    prompts.write_text("\n".join([*LINES, *[json.dumps({"prompt": "a car " * n}) for n in range(1, 38)]]))
+def test_ranks_and_a_kill_draw_the_same_images(folders, prompts, tmp_path):
+    """Two ranks, killed by SIGKILL while they write, against one process; a rank has more answers than a batch."""
+    prompts.write_text("\n".join([*LINES, *[json.dumps({"prompt": "a car " * n}) for n in range(1, 31)]]))
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     assert main(flags(folders, prompts, alone, "--size", "32x32")) == 0
     command = ["python", "-m", "torch.distributed.run", "--nproc_per_node=2", "inference_solver.py"]
     command += flags(folders, prompts, shared, "--size", "32x32")
-    num_there = 0
-    for _ in range(2):
-        process, deadline = forked.Popen(command, environment(), start_new_session=True), time.monotonic() + 120
-        while len(list(shared.rglob("*.png"))) <= num_there and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        process.kill()
-        assert process.wait(60) != 0
-        images = list(shared.rglob("*.png"))
-        for path in images:
-            assert same_image(path, Image.open(alone / path.relative_to(shared)))
-        assert all((folder / "metadata.jsonl").read_text().endswith("}\n") for folder in shared.iterdir())
-        assert {path.suffix for path in shared.rglob("*") if path.is_file()} == {".png", ".jsonl"}
-        num_there = len(images)
-    assert 2 <= num_there < 160
+    process, deadline = forked.Popen(command, environment(), start_new_session=True), time.monotonic() + 120
+    while not list(shared.rglob("*.png")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait(60) != 0
+    images = list(shared.rglob("*.png"))
+    for path in images:
+        assert same_image(path, Image.open(alone / path.relative_to(shared)))
+    assert all((folder / "metadata.jsonl").read_text().endswith("}\n") for folder in shared.iterdir())
+    assert {path.suffix for path in shared.rglob("*") if path.is_file()} == {".png", ".jsonl"}
+    assert 1 <= len(images) < 132
     done = forked.run(command, environment())
     assert done.returncode == 0, done.stderr
     assert same_files(shared, alone) and not (tmp_path / ".shared.partial").exists()

@@ -88,7 +88,7 @@ def test_seeds_depend_on_the_run_s_seed_the_place_and_the_number(tmp_path):
         ('{"prompt": "a", "size": "100x64"}', "100x64 must be in multiples of 32"),
         ('{"prompt": "a", "seed": -1}', "`seed` must be a whole number"),
         ('{"prompt": "a", "id": []}', "`id` must be a text or a number"),
-        ('{"prompt": "a", "id": "\\ud800"}', "`id` must be a text in valid UTF-8"),
+        ('{"prompt": "a", "id": "\\ud800"}', "`id` must be a text or a number, in valid UTF-8"),
         ('{"prompt": "a", "image": "' + "a" * 5000 + '"}', "image 'aaaa.*aaaa' is not there"),
         ("[" * 100_000, "line 1 of .*no JSON"),
         ("[]\n" * 8, "(?s)line 5 of .*\nand 3 more like these"),
