@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from data.hub import DEFAULT_VQGAN_DIR, VQGAN_HELP, find_vqgan_problems
+from data.hub import DEFAULT_VQGAN_DIR, VQGAN_HELP, find_vqgan, find_vqgan_problems
 from data.items.image_transform import crop_sizes, open_image
 from data.items.vocab import IMAGE_SYMBOL
 from data.whole_file import open_whole
@@ -37,6 +37,7 @@ from model.training.distributed import (
     process_group,
     stop_at_start,
 )
+from model.vqgan.vqgan import hash_vqgan
 from model.weights.adapter_folder import fingerprint_weights
 from model.weights.hf_folder import resolve_checkpoint
 
@@ -45,6 +46,8 @@ RANK_TIMEOUT_S = 24 * 3600.0
 # What else decides how an answer to one of --prompts looks.
 FOLDER_SETTINGS = ("layout", "num_images", "seed", "temperature", "cfg", "image_top_k", "text_top_k", "max_gen_len")
 FOLDER_SETTINGS += ("precision", "target_size", "speculative", "max_positions", "tokenizer")
+# Flags that say nothing without --prompts.
+PROMPTS_FLAGS = ("out_dir", "num_images", "layout", "no_prompt_template")
 
 logger = logging.getLogger(__name__)
 
@@ -89,34 +92,41 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def find_problems(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the arguments, as far as it shows before a model is loaded; one sentence each."""
-    checks: list[tuple[str, Callable[[], Any]]] = [
-        ("", lambda: build_options(args)),
-        ("--target_size: ", lambda: crop_sizes(args.target_size)),
-        ("--size: ", lambda: args.size and parse_size(args.size)),
-        ("--prompt, --image: ", lambda: check_image_symbols([args.prompt], len(args.image))),
-        *(("--image: ", lambda path=path: open_image(path)) for path in args.image),
-    ]
-    if args.prompts and args.out_dir:
-        checks.append(("--prompts: ", lambda: build_folder(args).check()))
-    problems = []
-    for flag, check in checks:
+def find_problems(args: argparse.Namespace) -> tuple[list[str], AnswerFolder | None]:
+    """What is wrong with the arguments, as far as it shows before a model is loaded, one sentence each.
+
+    Also returns the folder of the answers to `--prompts`.
+    """
+    problems: list[str] = []
+
+    def attempt(flag: str, check: Callable[[], Any]) -> Any:
         try:
-            check()
+            return check()
         except (ValueError, OSError) as error:
             problems.append(f"{flag}{error}")
+
+    attempt("", lambda: build_options(args))
+    attempt("--target_size: ", lambda: crop_sizes(args.target_size))
+    attempt("--prompt, --image: ", lambda: check_image_symbols([args.prompt], len(args.image)))
+    for path in args.image:
+        attempt("--image: ", lambda path=path: open_image(path))
+    size, folder = attempt("--size: ", lambda: args.size and parse_size(args.size)), None
+    if args.prompts and args.out_dir and bool(size) == bool(args.size):
+        folder = attempt("--prompts: ", lambda: build_folder(args, size or None))
     if args.max_gen_len < 1:
         problems.append(f"--max_gen_len is {args.max_gen_len}; it must be at least 1")
-    if needs_vqgan(args):
+    if needs_vqgan(args, folder):
         problems += find_vqgan_problems(args.vqgan_dir)
+    if not args.prompts:
+        given = [flag for flag in PROMPTS_FLAGS if getattr(args, flag) != build_parser().get_default(flag)]
+        problems += [f"--{flag} is for --prompts, which is not given" for flag in given]
     if args.serve or args.prompts:
-        others = {"prompts", "prompt", "image", "size", "out", "out_dir"} if args.serve else {"prompt", "image", "out"}
+        others = {"prompts", "prompt", "image", "size", "out"} if args.serve else {"prompt", "image", "out"}
         place = "is asked for on the page; leave it out with --serve" if args.serve else "is not for --prompts"
         problems += [f"--{flag} {place}" for flag in sorted(others) if getattr(args, flag)]
         if args.prompts and not args.out_dir:
             problems.append("--prompts needs --out_dir, the folder for the answers")
-        return problems
+        return problems, folder
     if args.prompt is None:
         problems.append("--prompt is missing: say what to draw or to answer (or give --prompts, or --serve)")
     if args.out and (args.out.is_dir() or args.out.suffix.lower() != ".png"):
@@ -125,21 +135,29 @@ def find_problems(args: argparse.Namespace) -> list[str]:
         problems.append("--size draws an image: add --out FILE.png, where to write the image")
     if args.out and not (args.out.parent.is_dir() and os.access(args.out.parent, os.W_OK | os.X_OK)):
         problems.append(f"--out {args.out}: the folder {args.out.parent} is not there or cannot be written")
-    return problems
+    return problems, folder
 
 
 def build_options(args: argparse.Namespace) -> SamplingOptions:
     return SamplingOptions(*(getattr(args, field.name) for field in fields(SamplingOptions)))
 
 
-def build_folder(args: argparse.Namespace) -> AnswerFolder:
-    prompts = read_prompts(args.prompts, args.size and parse_size(args.size), not args.no_prompt_template)
-    return AnswerFolder(args.out_dir, args.layout, prompts, args.num_images)
+def build_folder(args: argparse.Namespace, size: tuple[int, int] | None) -> AnswerFolder:
+    prompts = read_prompts(args.prompts, size, not args.no_prompt_template)
+    folder = AnswerFolder(args.out_dir, args.layout, prompts, args.num_images)
+    folder.check()
+    return folder
 
 
-def needs_vqgan(args: argparse.Namespace) -> bool:
+def draws_images(args: argparse.Namespace) -> bool:
+    """Whether images are kept or shown."""
+    return bool(args.out or args.serve or (args.prompts and args.layout != TEXT))
+
+
+def needs_vqgan(args: argparse.Namespace, folder: AnswerFolder | None) -> bool:
     """Whether images are certain to be drawn or put in."""
-    return bool(args.image or args.size or args.out or args.serve or (args.prompts and args.layout != TEXT))
+    has_images = folder is not None and any(prompt.images for prompt in folder.prompts)
+    return bool(args.image or args.size or has_images or draws_images(args))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -147,10 +165,11 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     launch = detect_launch() if args.prompts else Launch()
     try:
-        if problems := find_problems(args):
+        problems, folder = find_problems(args)
+        if problems:
             raise ValueError("\n".join(problems))
-        if args.prompts:
-            return answer_file(args, launch)
+        if folder:
+            return answer_file(args, folder, launch)
         if not args.serve:
             return answer_once(build_solver(args), args)
         serve(lambda: build_solver(args), build_options(args), args.max_gen_len, args.host, args.port, args.model_path)
@@ -162,15 +181,15 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def build_solver(args: argparse.Namespace) -> FlexARInferenceSolver:
+def build_solver(args: argparse.Namespace, folder: AnswerFolder | None = None) -> FlexARInferenceSolver:
     """The solver of the command line; a VQGAN that is needed is loaded and checked."""
     more = dict(tokenizer=args.tokenizer, vqgan_dir=args.vqgan_dir, any_vqgan=args.any_vqgan, device=args.device)
     more |= dict(compile_step=args.compile, max_positions=args.max_positions)
     # Ranks of one node have a GPU each.
     more["may_spread"] = not args.prompts or detect_launch().local_world_size == 1
     solver = FlexARInferenceSolver(args.model_path, args.precision, args.target_size, **more)
-    if needs_vqgan(args):
-        solver.check_vqgan(with_decoder=not args.image or args.out is not None)
+    if needs_vqgan(args, folder):
+        solver.check_vqgan(with_decoder=draws_images(args))
     return solver
 
 
@@ -193,28 +212,35 @@ def answer_once(solver: FlexARInferenceSolver, args: argparse.Namespace) -> int:
     return 3 if answer.cut_by == CUT_BY_NAN else 0
 
 
-def answer_file(args: argparse.Namespace, launch: Launch) -> int:
-    """All answers to `--prompts`, shared by the ranks. Returns the exit code."""
-    folder, options = build_folder(args), build_options(args)
+def folder_settings(args: argparse.Namespace, folder: AnswerFolder) -> dict[str, Any]:
+    """What the answers in a folder depend on besides the prompts."""
     settings = {name: getattr(args, name) for name in FOLDER_SETTINGS}
     settings["checkpoint"] = fingerprint_weights(resolve_checkpoint(args.model_path))
+    settings["vqgan"] = hash_vqgan(find_vqgan(args.vqgan_dir)) if needs_vqgan(args, folder) else None
+    return settings
+
+
+def answer_file(args: argparse.Namespace, folder: AnswerFolder, launch: Launch) -> int:
+    """All answers to `--prompts`, shared by the ranks. Returns the exit code."""
     with process_group(launch, args.device, RANK_TIMEOUT_S):
         problem = None
         if launch.is_main:
             try:
-                folder.open(settings)
+                folder.open(folder_settings(args, folder))
             except (ValueError, OSError) as error:
                 problem = str(error)
                 print(f"inference_solver.py: {problem}", file=sys.stderr, flush=True)
         if from_main(problem):
             return 2
         if missing := folder.missing(launch.rank, launch.world_size):
-            draw_missing(build_solver(args), folder, missing, options, args.max_gen_len, is_shown=launch.is_main)
+            solver, options = build_solver(args, folder), build_options(args)
+            draw_missing(solver, folder, missing, options, args.max_gen_len, is_shown=launch.is_main)
         barrier()
         num_missing = 0
         if launch.is_main:
-            num_missing, page_path = folder.finish(), folder.page_path()
-            write_page(render("contact_sheet.html", **folder.page_values()), page_path)
+            missing, page_path = folder.finish(), folder.page_path()
+            num_missing = len(missing)
+            write_page(render("contact_sheet.html", **folder.page_values(missing)), page_path)
             note = f"; {num_missing} are missing, the same command tries them again" if num_missing else ""
             print(f"The answers are in {args.out_dir}{note}. Look at {page_path}", flush=True)
         return 3 if from_main(num_missing) else 0

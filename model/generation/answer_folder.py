@@ -4,8 +4,8 @@
     dpg       DIR/NAME.png and nothing else, for four images a square of 2 x 2, row by row
     text      DIR/00000/samples/0000.txt and metadata.jsonl; at the end all answers in DIR/answers.jsonl
 
-Beside DIR is `DIR.run.json`, what the answers were drawn with. Files appear atomically: a run that was killed continues
-with what is missing.
+Beside DIR is `DIR.run.json`, what the answers were drawn with; a run locks it. Files appear atomically: a run that was
+killed continues with what is missing.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +22,8 @@ from typing import Any, BinaryIO
 import torch
 from PIL import Image
 
-from data.messages import brief
-from data.whole_file import open_whole
+from data.messages import brief, one_line
+from data.whole_file import open_locked, open_whole, replace_locked
 from model.generation.loop import CUT_BY_NAN, check_length
 from model.generation.prompt_files import Prompt, answer_seed
 from model.generation.requests import Answer
@@ -33,12 +34,21 @@ LAYOUTS = GENEVAL, DPG, TEXT = "geneval", "dpg", "text"
 DPG_COLUMNS = {1: 1, 4: 2}
 # Answers at a time, where memory allows.
 MAX_BATCH = 64
+# Keys of a line of answers.jsonl beside those of the prompt.
+ANSWER_KEYS = ("place", "number", "text")
+MAX_NAME_BYTES = 200
+# A run that was killed has the folder until all its processes have ended.
+LOCK_PATIENCE_S = 10.0
 
 
 class AnswerFolder:
     """Where answers go and which are there. An answer is named by the place of its prompt and its number."""
 
     def __init__(self, out_dir: Path, layout: str, prompts: Sequence[Prompt], num_answers: int):
+        # Names beside the folder are made from its own: not from a link's, `.` or `..`.
+        out_dir = Path(os.path.realpath(out_dir))
+        if out_dir.is_mount():
+            raise ValueError(f"--out_dir {out_dir} is a mount point; give a folder in it")
         self.out_dir, self.layout, self.prompts, self.num_answers = out_dir, layout, prompts, num_answers
         self._run_path = out_dir.with_name(f"{out_dir.name}.run.json")
         # Nothing unfinished is ever under DIR: GenEval would read 0000.png.partial, DPG-Bench any file.
@@ -56,43 +66,57 @@ class AnswerFolder:
                 raise ValueError(f"prompt {place} has a size, which draws an image; --layout {TEXT} is for texts")
             if self.layout == DPG and prompt.size and prompt.size[0] != prompt.size[1]:
                 raise ValueError(f"prompt {place} has the size {prompt.size}; --layout {DPG} needs squares")
-            if self.layout == DPG and (Path(prompt.name).name != prompt.name or prompt.name.startswith(".")):
+            is_name = Path(prompt.name).name == prompt.name and not prompt.name.startswith(".")
+            if self.layout == DPG and not (is_name and 0 < len(prompt.name.encode()) <= MAX_NAME_BYTES):
                 raise ValueError(f"prompt {place} has the id {brief(prompt.name)}, which cannot be the name of a file")
-        names = [prompt.name for prompt in self.prompts]
-        if self.layout == DPG and len(set(names)) < len(names):
-            double = next(name for place, name in enumerate(names) if name in names[:place])
-            raise ValueError(f"two prompts have the id {brief(double)}; --layout {DPG} needs different ones")
+            if self.layout == TEXT and (keys := set(ANSWER_KEYS).intersection(json.loads(prompt.source))):
+                raise ValueError(f"prompt {place} has the key {min(keys)!r}, which is the answer's; rename the key")
+        [(name, num)] = Counter(prompt.name for prompt in self.prompts).most_common(1)
+        if self.layout == DPG and num > 1:
+            raise ValueError(f"two prompts have the id {brief(name)}; --layout {DPG} needs different ones")
 
     def open(self, settings: Mapping[str, Any]) -> None:
-        """Make the folder ready, by one rank. Raises ValueError if answers in it were drawn with other settings."""
-        prompts = [[p.text, p.name, [str(path) for path in p.images], p.size, p.seed] for p in self.prompts]
+        """Make the folder ready, by one rank, and lock it until `finish`.
+
+        Raises ValueError if answers in it were drawn with other settings, or if another run has the lock.
+        """
+        prompts = [[p.text, p.name, list(map(_identify, p.images)), p.size, p.seed, p.source] for p in self.prompts]
         run = json.loads(json.dumps({"settings": settings, "prompts": prompts}))
-        if self.out_dir.is_dir() and any(self.out_dir.iterdir()):
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        if any(self.out_dir.iterdir()) and not self._run_path.is_file():
+            problem = f"is not empty, but there is no {self._run_path}"
+            raise ValueError(f"--out_dir {self.out_dir} {problem}. Give another folder")
+        try:
+            self._lock = open_locked(self._run_path, LOCK_PATIENCE_S)
+        except BlockingIOError:
+            raise ValueError(f"--out_dir {self.out_dir}: another run writes there; wait until the run ends") from None
+        if any(self.out_dir.iterdir()):
             if difference := self._find_difference(run):
                 raise ValueError(
                     f"--out_dir {self.out_dir} holds other answers: {difference}. Give another folder, or remove this "
                     f"one and {self._run_path}"
                 )
-        self.out_dir.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self._partial_dir, ignore_errors=True)
         self._partial_dir.mkdir()
-        with open_whole(self._run_path) as file:
-            file.write(json.dumps(run).encode())
+        with self._lock:
+            self._lock = replace_locked(self._run_path, [json.dumps(run)])
 
     def _find_difference(self, run: dict) -> str:
         """The first difference from what the answers in the folder were drawn with."""
-        if not self._run_path.is_file():
-            return f"it is not empty, but there is no {self._run_path}"
-        there = json.loads(self._run_path.read_text())
-        for name, value in run["settings"].items():
-            if there["settings"].get(name) != value:
-                return f"{name} was {brief(there['settings'].get(name))} and is {brief(value)}"
-        if len(there["prompts"]) != len(run["prompts"]):
-            return f"there were {len(there['prompts'])} prompts and are {len(run['prompts'])}"
-        for place, (old, new) in enumerate(zip(there["prompts"], run["prompts"], strict=True)):
-            for name, before, now in zip(("text", "id", "image", "size", "seed"), old, new, strict=True):
-                if before != now:
-                    return f"the {name} of prompt {place} was {brief(before)} and is {brief(now)}"
+        names = ("text", "id", "image", "size", "seed", "line")
+        try:
+            there = json.loads(self._run_path.read_text(encoding="utf-8"))
+            for name, value in run["settings"].items():
+                if there["settings"].get(name) != value:
+                    return f"{name} was {brief(there['settings'].get(name))} and is {brief(value)}"
+            if len(there["prompts"]) != len(run["prompts"]):
+                return f"there were {len(there['prompts'])} prompts and are {len(run['prompts'])}"
+            for place, (old, new) in enumerate(zip(there["prompts"], run["prompts"], strict=True)):
+                for name, before, now in zip(names, old, new, strict=True):
+                    if before != now:
+                        return f"the {name} of prompt {place} was {brief(before)} and is {brief(now)}"
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            return f"{self._run_path} is damaged ({one_line(repr(error))})"
         return ""
 
     def path(self, place: int, number: int) -> Path:
@@ -155,16 +179,18 @@ class AnswerFolder:
             yield file
         os.replace(partial, path)
 
-    def finish(self) -> int:
-        """Write the file of all texts, by one rank at the end. Returns how many answers are missing."""
+    def finish(self) -> list[tuple[int, int]]:
+        """Write the file of all texts, by one rank at the end. Returns the answers that are missing."""
         shutil.rmtree(self._partial_dir, ignore_errors=True)
         if self.layout == TEXT:
             with open_whole(self.out_dir / "answers.jsonl") as file:
                 for place, prompt in enumerate(self.prompts):
                     for number, text in self._texts(place):
-                        entry = json.loads(prompt.source) | {"place": place, "number": number, "text": text}
-                        file.write(f"{json.dumps(entry, ensure_ascii=False)}\n".encode())
-        return len(self.missing())
+                        answer = dict(zip(ANSWER_KEYS, (place, number, text), strict=True))
+                        # Escaped: half a surrogate in a prompt's line cannot be encoded.
+                        file.write(f"{json.dumps(json.loads(prompt.source) | answer)}\n".encode())
+        self._lock.close()
+        return self.missing()
 
     def _texts(self, place: int) -> Iterator[tuple[int, str]]:
         for number in range(self.num_answers):
@@ -180,21 +206,20 @@ class AnswerFolder:
     def _page_mark(self) -> str:
         return f"/* answers in {hashlib.sha256(self.out_dir.name.encode()).hexdigest()[:16]} */"
 
-    def page_values(self) -> dict[str, Any]:
+    def page_values(self, missing: Sequence[tuple[int, int]]) -> dict[str, Any]:
         """For `contact_sheet.html`; paths are relative to the page."""
-        parent, rows = self.out_dir.parent, []
+        parent, rows, lacking = self.out_dir.parent, [], set(missing)
         for place, prompt in enumerate(self.prompts):
-            paths = [self.path(place, number) for number in range(self.num_answers)]
-            there = [path for path in paths if path.exists()]
+            there = [self.path(place, n) for n in range(self.num_answers) if (place, n) not in lacking]
             row = {"place": f"{place:05}", "name": prompt.name, "text": prompt.text}
             row["given"] = [os.path.relpath(path, parent) for path in prompt.images]
             row["images"] = (
                 [] if self.layout == TEXT else [os.path.relpath(path, parent) for path in dict.fromkeys(there)]
             )
             row["texts"] = [text for _, text in self._texts(place)] if self.layout == TEXT else []
-            rows.append({**row, "num_missing": len(paths) - len(there)})
-        num_missing = len(self.missing())
-        counts = {"num_missing": num_missing, "num_there": len(self.prompts) * self.num_answers - num_missing}
+            rows.append({**row, "num_missing": self.num_answers - len(there)})
+        num_there = len(self.prompts) * self.num_answers - len(lacking)
+        counts = {"num_missing": len(lacking), "num_there": num_there}
         return {"title": self.out_dir.name, "mark": self._page_mark(), "rows": rows, **counts}
 
 
@@ -216,6 +241,7 @@ def draw_missing(
     """
     most, num_all, contexts = MAX_BATCH, len(missing), {}
     while missing:
+        impossible = set()
         for place in sorted({place for place, _ in missing[:most]} - contexts.keys()):
             prompt = folder.prompts[place]
             try:
@@ -225,7 +251,8 @@ def draw_missing(
                 contexts[place] = tokens, start
             except (ValueError, OSError) as error:
                 _report(folder, place, error)
-                missing = [job for job in missing if job[0] != place]
+                impossible.add(place)
+        missing = [job for job in missing if job[0] not in impossible]
         jobs = missing[:most]
         if any(place not in contexts for place, _ in jobs) or not jobs:
             # Others have moved up.
@@ -236,14 +263,15 @@ def draw_missing(
         if all(sizes):
             # What follows the image is not kept.
             longest = min(longest, 1 + max(solver.vocab.num_image_tokens(*size) for size in sizes))
-        most = solver.fit_batch_size(tokens, starts, longest, options, most)
-        jobs = jobs[:most]
+        jobs = jobs[: solver.fit_batch_size(tokens, starts, longest, options, len(jobs))]
         seeds = [answer_seed(folder.prompts[place], place, number, options.seed) for place, number in jobs]
         first = num_all - len(missing) + 1
         desc = f"answers {first} to {first + len(jobs) - 1} of {num_all}" if is_shown else None
         try:
-            more = {"seeds": seeds, "batch_size": most, "desc": desc}
-            answers = solver.answer_prompts(tokens[:most], sizes[:most], longest, options, **more)
+            more = {"seeds": seeds, "batch_size": len(jobs), "desc": desc, "with_images": folder.layout != TEXT}
+            answers = solver.answer_prompts(tokens[: len(jobs)], sizes[: len(jobs)], longest, options, **more)
+            # Later prompts may be shorter than the one that had no room.
+            most = min(2 * most, MAX_BATCH)
         except torch.OutOfMemoryError as error:
             if len(jobs) > 1:
                 most = len(jobs) // 2
@@ -257,6 +285,12 @@ def draw_missing(
                 _report(folder, place, error)
         missing = missing[len(jobs) :]
         contexts = {place: contexts[place] for place, _ in missing if place in contexts}
+
+
+def _identify(path: Path) -> list[Any]:
+    """Path, size and time of an image of a prompt: another image may have the same path."""
+    status = path.stat()
+    return [str(path), status.st_size, status.st_mtime_ns]
 
 
 def _report(folder: AnswerFolder, place: int, error: Exception) -> None:

@@ -85,7 +85,7 @@ class Batch:
     guesses: Tensor
     num_certain: Tensor
     num_steps: Tensor
-    # CUDA graphs of a step, by all that is no tensor.
+    # CUDA graphs of a step with these options, by all else that is no tensor.
     graphs: dict = field(default_factory=dict)
 
     @property
@@ -233,15 +233,21 @@ def take_batch(
             num_certain=ints(branches),
             num_steps=ints(1),
         )
-    return replace(kept, options=options).first(num_rows)
+    if replace(kept.options, seed=0) != replace(options, seed=0):
+        kept.graphs.clear()
+    kept.options = options
+    return kept.first(num_rows)
 
 
-def capture_graph(step: Callable[[], None], changing: list[Tensor]) -> torch.cuda.CUDAGraph:
+def capture_graph(
+    step: Callable[[], None], changing: list[Tensor], other: torch.cuda.CUDAGraph | None
+) -> torch.cuda.CUDAGraph:
     """
     A CUDA graph of one step, which works on tensors that stay in place.
 
     The values of the tensors that the step changes are put back: the step runs before the capture, since libraries set
-    themselves up and code is compiled in the first run.
+    themselves up and code is compiled in the first run. The graph shares the memory of an `other` one, if any: nothing
+    that a step leaves behind is in that memory.
     """
     before = [tensor.clone() for tensor in changing]
     stream = torch.cuda.Stream()
@@ -253,6 +259,6 @@ def capture_graph(step: Callable[[], None], changing: list[Tensor]) -> torch.cud
                 tensor.copy_(old)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=other and other.pool()):
         step()
     return graph

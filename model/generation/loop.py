@@ -5,7 +5,7 @@ may come next, `sampling.py` draws it, `decode_step.py` is the forward of one to
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from model.generation.batch import CUDA_SLOTS, Batch, capture_graph, is_cuda, nu
 from model.generation.decode_step import LeanForward, RootForward
 from model.generation.image_grammar import open_image_start
 from model.generation.kv_cache import row_bytes
-from model.generation.sampling import SamplingOptions, draw_noise
+from model.generation.sampling import MAX_SEED, SamplingOptions, draw_noise
 
 CUT_BY_LENGTH, CUT_BY_POSITIONS, CUT_BY_NAN = "max_gen_len", "positions", "nan"
 
@@ -86,7 +86,7 @@ def generate_batch(
         progress: called with (new tokens, finished answers) of every forward.
         forward: of one token per row, built of the model; it keeps the buffers and CUDA graphs for the next call.
             None builds a `LeanForward`. A sharded model needs a `RootForward`, and the same arguments on all ranks.
-        seeds: of each prompt; by default `options.seed` + its index.
+        seeds: of each prompt; by default `options.seed` + its index, after MAX_SEED from 0 on.
 
     Raises:
         ValueError: an empty prompt, or one that leaves no room for an answer.
@@ -100,9 +100,9 @@ def generate_batch(
         except ValueError as error:
             raise ValueError(f"prompt {index}: {error}") from None
     forward = forward or LeanForward(model, vocab)
-    seeds = seeds or range(options.seed, options.seed + len(prompts))
-    # Neighbours of like length: little padding.
-    order = sorted(range(len(contexts)), key=lambda index: len(contexts[index]))
+    seeds = seeds or [(options.seed + index) & MAX_SEED for index in range(len(prompts))]
+    # Neighbours of like length: little padding. The longest first: the buffers of the first batch do for the others.
+    order = sorted(range(len(contexts)), key=lambda index: len(contexts[index]), reverse=True)
     answers: dict[int, Generation] = {}
     # What a sharded model gathers under inference_mode could not be trained with afterwards.
     with torch.no_grad() if isinstance(forward, RootForward) else torch.inference_mode():
@@ -119,6 +119,8 @@ def generate_batch(
             new_tokens = _decode(batch, forward, width, max(room), progress)
             for row, new in zip(rows, new_tokens, strict=True):
                 answers[row] = _finish(new, starts[row], len(contexts[row]), vocab, max_gen_len, max_len)
+            # Larger buffers take the place of these: both might not fit.
+            del batch
     return [answers[index] for index in range(len(prompts))]
 
 
@@ -253,11 +255,12 @@ def _run(batch: Batch, forward: LeanForward | RootForward, kind: str, num_visibl
     if not is_cuda(forward.device) or isinstance(forward, RootForward):
         step()
         return
-    key = len(batch.tokens), num_visible, kind, replace(batch.options, seed=0)
+    key = len(batch.tokens), num_visible, kind
     if key not in batch.graphs:
         # The cache is not among what the step changes: a step that is run again writes the same there.
         changing = [batch.index, batch.new_tokens, batch.tokens, batch.positions, batch.mask, *batch.state]
-        batch.graphs[key] = capture_graph(step, [*changing, batch.guesses, batch.num_certain])
+        changing += [batch.guesses, batch.num_certain]
+        batch.graphs[key] = capture_graph(step, changing, next(iter(batch.graphs.values()), None))
     batch.graphs[key].replay()
 
 

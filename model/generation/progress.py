@@ -1,4 +1,4 @@
-"""How far a generation has come: a bar in a terminal, else a line every few seconds; the page shows the same line."""
+"""How far a generation has come: a bar on stderr, a line on the page in the browser."""
 
 import sys
 import time
@@ -8,8 +8,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-# Between two lines of a log.
-LINE_INTERVAL_S = 5.0
+# Between two updates of the bar in a log.
+LOG_INTERVAL_S = 5.0
 
 
 class GenerationMeter:
@@ -42,24 +42,16 @@ class GenerationMeter:
 
 
 @contextmanager
-def show_progress(
-    name: str, meter: GenerationMeter, stream: TextIO | None = None, interval_s: float = LINE_INTERVAL_S
-) -> Iterator[None]:
-    """Shows a meter: on a bar in a terminal, else on a line every `interval_s` and at the end."""
+def show_progress(name: str, meter: GenerationMeter, stream: TextIO | None = None) -> Iterator[None]:
+    """Shows a meter on a bar, which a log gets every few seconds."""
     stream = stream or sys.stderr
-    is_terminal, next_line_at = stream.isatty(), time.monotonic() + interval_s
-    options = {"desc": name, "total": meter.max_tokens, "unit": " tokens", "dynamic_ncols": True}
-    with tqdm(file=stream, disable=not is_terminal, **options) as bar:
+    interval_s = 0.1 if stream.isatty() else LOG_INTERVAL_S
+    options = {"unit": " tokens", "file": stream, "mininterval": interval_s, "dynamic_ncols": True}
+    with tqdm(desc=name, total=meter.max_tokens, **options) as bar:
 
         def show(meter: GenerationMeter) -> None:
-            nonlocal next_line_at
             bar.set_postfix_str(meter.answers(), refresh=False)
             bar.update(meter.num_tokens - bar.n)
-            if not is_terminal and time.monotonic() >= next_line_at:
-                next_line_at = time.monotonic() + interval_s
-                print(f"{name}: {meter.line()}", file=stream, flush=True)
 
         meter.show = show
         yield
-    if not is_terminal:
-        print(f"{name}: {meter.line()}", file=stream, flush=True)

@@ -8,14 +8,15 @@ evaluation_metadata.jsonl; only `prompt` is needed. A folder has one prompt per 
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data.items.vocab import GRID_PIXELS
-from data.messages import brief, one_line
-from model.generation.requests import check_image_symbols, parse_size
+from data.messages import MAX_VALUE, brief, one_line
+from model.generation.requests import check_image_symbols, has_surrogates, parse_size
 from model.generation.sampling import MAX_SEED
 
 # The words of the recipe's training data.
@@ -80,7 +81,7 @@ def read_prompts(path: Path, size: tuple[int, int] | None, has_template: bool) -
 def answer_seed(prompt: Prompt, place: int, number: int, seed: int) -> int:
     """The seed of answer `number` to the prompt at `place`: the same on any number of ranks."""
     if prompt.seed is not None:
-        return min(prompt.seed + number, MAX_SEED)
+        return (prompt.seed + number) & MAX_SEED
     digest = hashlib.sha256(f"{seed} {place} {number}".encode()).digest()
     return int.from_bytes(digest[:8], "big") & MAX_SEED
 
@@ -100,7 +101,7 @@ def _read_entries(path: Path) -> Iterator[tuple[str, str, Any]]:
             continue
         try:
             entry = json.loads(line) if is_json else {"prompt": line}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             entry = ValueError(f"no JSON ({one_line(error)}): {brief(line)}")
         yield f"line {number} of {path}", line if is_json else json.dumps(entry), entry
 
@@ -122,24 +123,28 @@ def _parse(raw: str, entry: Any, name: str, path: Path, size: tuple[int, int] | 
     images = _find_images(entry.get("image"), folder)
     check_image_symbols([text], len(images))
     if entry.get("size") is not None:
-        size = parse_size(str(entry["size"]))
+        size = parse_size(entry["size"] if isinstance(entry["size"], str) else brief(entry["size"]))
     if size and any(side % GRID_PIXELS for side in size):
-        raise ValueError(f"the size {size[0]}x{size[1]} must be in multiples of {GRID_PIXELS} pixels")
+        shown = one_line(f"{size[0]}x{size[1]}", MAX_VALUE)
+        raise ValueError(f"the size {shown} must be in multiples of {GRID_PIXELS} pixels")
     if seed is not None and not (type(seed) is int and 0 <= seed <= MAX_SEED):
         raise ValueError(f"`seed` must be a whole number from 0 to {MAX_SEED}, got {brief(seed)}")
-    if not isinstance(entry.get("id", ""), str | int):
-        raise ValueError(f"`id` must be a text or a number, got {brief(entry['id'])}")
+    if entry.get("id") is not None:
+        name = entry["id"]
+    if not isinstance(name, str | int) or has_surrogates(str(name)):
+        raise ValueError(f"`id` must be a text or a number, in valid UTF-8, got {brief(name)}")
     if has_template and size and not images and not text.startswith(TEMPLATE_START):
         text = TEMPLATE.format(width=size[0], height=size[1], text=text)
-    return Prompt(text, str(entry.get("id", name)), raw, images, size, seed)
+    return Prompt(text, str(name), raw, images, size, seed)
 
 
 def _find_images(raw: Any, folder: Path) -> tuple[Path, ...]:
     """Paths beside the file of prompts, else in the working directory."""
     names = [raw] if isinstance(raw, str) else [] if raw is None else raw
-    if not (isinstance(names, list) and all(isinstance(name, str) and name for name in names)):
+    if not (isinstance(names, list) and all(isinstance(n, str) and n and not has_surrogates(n) for n in names)):
         raise ValueError(f"`image` must be a path or a list of paths, got {brief(raw)}")
-    paths = [next((path for path in (folder / name, Path(name)) if path.is_file()), None) for name in names]
+    # `Path.is_file` raises an error for a name that is too long.
+    paths = [next((path for path in (folder / name, Path(name)) if os.path.isfile(path)), None) for name in names]
     if None in paths:
         missing = names[paths.index(None)]
         raise ValueError(f"image {brief(missing)} is not there, neither in {folder} nor in the working directory")

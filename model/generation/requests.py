@@ -181,7 +181,7 @@ def check_image_symbols(texts: Iterable[str | None], num_images: int) -> None:
     texts = [text for text in texts if text is not None]
     for text in texts:
         # Bytes of the shell that are not UTF-8.
-        if any("\ud800" <= char <= "\udfff" for char in text):
+        if has_surrogates(text):
             raise ValueError(f"the text {ascii(text[:60])} is not valid UTF-8; convert it to UTF-8 first")
     num_symbols = sum(text.count(IMAGE_SYMBOL) for text in texts)
     if num_images and not num_symbols and (problem := foreign_symbol_problem(texts)):
@@ -191,6 +191,11 @@ def check_image_symbols(texts: Iterable[str | None], num_images: int) -> None:
             f"the text has {num_symbols} {IMAGE_SYMBOL}, but there are {num_images} images; give one for each, or "
             "leave the symbols out"
         )
+
+
+def has_surrogates(text: str) -> bool:
+    """Whether a text has halves of surrogate pairs, which cannot be encoded."""
+    return any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def check_turns(qas: Any) -> None:

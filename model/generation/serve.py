@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,9 +44,13 @@ class Stopped(Exception):
 class Page:
     """Answers the requests of the page, one at a time."""
 
-    def __init__(self, solver: Any):
-        """`solver`: a FlexARInferenceSolver, with a VQGAN that has a decoder."""
-        self.solver = solver
+    def __init__(self, solver: Any, options: SamplingOptions):
+        """
+        Args:
+            solver: a FlexARInferenceSolver, with a VQGAN that has a decoder.
+            options: what the page has no field for.
+        """
+        self.solver, self.options = solver, options
         # The sizes that the model was trained to draw, as far as the vocabulary has them.
         sides = {grids * GRID_PIXELS for grids in solver.vocab.grid_size_ids}
         sizes = [size for size in crop_sizes(solver.item_processor.target_size) if sides.issuperset(size)]
@@ -82,7 +87,8 @@ class Page:
                 raise ValueError("the prompt is empty; say what to draw or to answer")
             if max_gen_len is None or max_gen_len < 1:
                 raise ValueError("the longest answer must be at least 1 token")
-            options = SamplingOptions(temperature, image_top_k, text_top_k, cfg, seed)
+            values = dict(temperature=temperature, image_top_k=image_top_k, text_top_k=text_top_k, cfg=cfg, seed=seed)
+            options = replace(self.options, **values)
             paths = [path for path, _ in images or ()]
             request = {"qas": [[prompt, None]], "images": paths, "size": self.sizes[size]}
             answers = self.solver.answer_many([request] * num_answers, max_gen_len, options, on_progress=watch)
@@ -119,7 +125,7 @@ def serve(
         except ImportError as error:
             raise ImportError(f"--serve needs Gradio, which is not here ({error}): pip install {GRADIO_PIN}") from error
         port = free_port(host, port)
-        page = Page(build_solver())
+        page = Page(build_solver(), options)
         blocks = build_page(gradio, page, options, max_gen_len, title)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
@@ -162,8 +168,10 @@ def build_page(gradio: Any, page: Page, options: SamplingOptions, max_gen_len: i
                 drawn = gradio.Gallery(label="Images", format="png", columns=4, buttons=buttons, elem_id="drawn")
                 text = gradio.Textbox(label="Answer", lines=2, max_lines=12, buttons=["copy"], elem_id="answer")
                 status = gradio.Textbox(label="Status", elem_id="status")
+        # One at a time, whatever Gradio's settings are: answers share the buffers of the solver.
+        queue = {"concurrency_id": "answer", "concurrency_limit": 1}
         for trigger in (go.click, inputs[0].submit):
-            trigger(answer, inputs, [drawn, text, status], concurrency_id="answer", show_progress_on=drawn)
+            trigger(answer, inputs, [drawn, text, status], show_progress_on=drawn, **queue)
         stop.click(page.stop, queue=False, show_progress="hidden")
     return blocks
 

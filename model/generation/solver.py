@@ -167,20 +167,31 @@ class FlexARInferenceSolver(RequestCodec):
         batch_size: int = 64,
         desc: str | None = None,
         on_progress: Callable[[GenerationMeter], None] | None = None,
+        with_images: bool = True,
     ) -> list[Answer]:
-        """Answers to encoded prompts. Without `desc`, `on_progress` is called after every forward, and may raise."""
+        """
+        Answers to encoded prompts; only `with_images` decodes the images in them.
+
+        Without `desc`, `on_progress` is called after every forward, and may raise.
+        """
         starts = [self.image_start(size) for size in sizes]
         batch_size = self.fit_batch_size(prompts, starts, max_gen_len, options, batch_size)
         advice = f"make --max_gen_len ({max_gen_len}), --size or the number of answers ({len(prompts)}) smaller"
         longest = [min(max_gen_len, self.vocab.num_image_tokens(*size)) if size else max_gen_len for size in sizes]
         meter = GenerationMeter(sum(longest), len(prompts), on_progress)
-        with naming_shortage(advice), tf32_allowed(self.allow_tf32):
-            with show_progress(desc, meter) if desc else nullcontext():
-                arguments = (self.model, prompts, self.vocab, options, max_gen_len, starts, batch_size, meter.update)
-                generations = generate_batch(*arguments, forward=self.forward, seeds=seeds)
-            if free_bytes(self.device) < DECODING_BYTES:
-                self.forward.kept_batch = None
-            return self.decode(generations)
+        try:
+            with naming_shortage(advice), tf32_allowed(self.allow_tf32):
+                with show_progress(desc, meter) if desc else nullcontext():
+                    arguments = (self.model, prompts, self.vocab, options, max_gen_len, starts, batch_size)
+                    more = {"forward": self.forward, "seeds": seeds}
+                    generations = generate_batch(*arguments, meter.update, **more)
+                if free_bytes(self.device) < DECODING_BYTES:
+                    self.forward.kept_batch = None
+                return self.decode(generations, with_images)
+        except torch.OutOfMemoryError:
+            # Fewer answers at a time need the memory.
+            self.forward.kept_batch = None
+            raise
 
     def fit_batch_size(
         self,

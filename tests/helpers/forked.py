@@ -135,6 +135,8 @@ def _launch(command: list[str], env: dict[str, str], outputs: tuple[str, str], s
         os.setsid()
     os.environ.clear()
     os.environ.update(env)
+    # The server has looked up its own TMPDIR.
+    tempfile.tempdir = None
     os.chdir(ROOT)
     for number, path in enumerate(outputs, start=1):
         # In append mode ranks do not overwrite each other's lines.

@@ -1,11 +1,11 @@
 """Sampling and the loop over the cache, against transformers' own generation and a plain loop without a cache."""
 
-import weakref
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import ChameleonForConditionalGeneration, LogitsProcessor, LogitsProcessorList
 
 from data.items.vocab import ChameleonVocab
@@ -310,7 +310,7 @@ class Replay:
 
     num_captured = 0
 
-    def __init__(self, step, changing):
+    def __init__(self, step, changing, other):
         before = [tensor.clone() for tensor in changing]
         step()
         for tensor, old in zip(changing, before, strict=True):
@@ -363,15 +363,33 @@ def test_buffers_are_given_back():
     model, prompts = make_model(), make_prompts((4, 4))
     forward, sizes = LeanForward(model, VOCAB), []
     for cfg, max_gen_len in ((2.0, 12), (1.0, 12), (2.0, 40)):
-        before = forward.kept_batch and weakref.ref(forward.kept_batch.cache.layers[0])
+        before = forward.kept_batch and StorageWeakRef(forward.kept_batch.cache.layers[0].untyped_storage())
         generate_batch(model, prompts, VOCAB, replace(GREEDY, cfg=cfg), max_gen_len, forward=forward)
         sizes.append(forward.kept_batch.cache.keys[0].shape[:3:2])
-        is_kept = before is not None and before() is not None
+        is_kept = before is not None and not before.expired()
         assert is_kept == (cfg == 1)
     assert sizes == [(4, 16), (4, 16), (4, 44)]
-    left = weakref.ref(forward.kept_batch.cache.layers[0])
+    left = StorageWeakRef(forward.kept_batch.cache.layers[0].untyped_storage())
     del forward
-    assert left() is None
+    assert left.expired()
+
+
+def test_no_two_caches_are_alive_at_once(monkeypatch):
+    """Also where a later batch of the same call needs a larger one."""
+    plain, storages = KVCache.allocate, []
+
+    def allocate(*arguments):
+        assert all(storage.expired() for storage in storages)
+        cache = plain(*arguments)
+        storages.extend(StorageWeakRef(layer.untyped_storage()) for layer in cache.layers)
+        return cache
+
+    monkeypatch.setattr(KVCache, "allocate", allocate)
+    model, prompts = make_model(), make_prompts((8, 10))
+    for forced in ([IMAGE_START, []], [[], []]):
+        storages.clear()
+        generate_batch(model, prompts, VOCAB, GREEDY, 20, forced, 1)
+        assert len(storages) == len(model.model.layers) * (2 if forced[0] else 1)
 
 
 def test_a_nan_of_an_earlier_call_does_not_stay():

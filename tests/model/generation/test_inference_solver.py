@@ -204,6 +204,15 @@ def test_answers_at_a_time_are_those_that_have_room(solver, monkeypatch):
         cache = solver.forward.kept_batch.cache
         assert len(cache.keys[0]) == num_branches and (num_bytes == 1 or cache.nbytes <= CACHE_SHARE * num_bytes)
 
+    def fail(*arguments, **more):
+        raise torch.OutOfMemoryError
+
+    # The next try gets the memory of the cache.
+    monkeypatch.setattr("model.generation.solver.generate_batch", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        solver.answer_many(requests, 30, options)
+    assert solver.forward.kept_batch is None
+
 
 def test_too_little_memory_is_one_message(folders, monkeypatch, capsys):
     monkeypatch.setattr(KVCache, "allocate", lambda *args: torch.empty(1 << 60))
@@ -276,10 +285,11 @@ def test_a_checkpoint_of_nan_draws_nothing_and_says_so(folders, tmp_path, capsys
         (["--max_gen_len", "0"], "--max_gen_len is 0"),
         (["--vqgan_dir", "absent/a/b/c", "--out", "a.png"], "absent/a/b/c"),
         (["--size", "32x32"], "--size draws an image: add --out FILE.png"),
+        (["--num_images", "4"], "--num_images is for --prompts, which is not given"),
     ],
 )
 def test_arguments_are_checked_before_the_model_is_loaded(folders, extra, message):
-    problems = find_problems(build_parser().parse_args(command(folders, *extra)))
+    problems, _ = find_problems(build_parser().parse_args(command(folders, *extra)))
     assert len(problems) == 1 and message in problems[0]
 
 

@@ -1,10 +1,12 @@
 """Many prompts: what files of prompts may hold, and what is named before a model is loaded."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from model.generation.prompt_files import answer_seed, read_prompts
+from model.generation.sampling import MAX_SEED
 
 SIZE = (64, 32)
 TEMPLATE = "Generate an image of 64x32 according to the following prompt:\n"
@@ -23,7 +25,7 @@ def test_json_lines_have_more(tmp_path):
     (tmp_path / "cat.png").touch()
     lines = [
         '{"prompt": "a cat",   "image": ["cat.png", "pyproject.toml"], "size": "32x64", "seed": 3, "id": 7}',
-        '{"tag": "counting", "include": [{"class": "bench", "count": 2}], "prompt": "two benches"}',
+        '{"tag": "counting", "include": [{"class": "bench", "count": 2}], "prompt": "two benches", "id": null}',
     ]
     path = tmp_path / "evaluation_metadata.jsonl"
     path.write_text("\n".join(lines))
@@ -69,6 +71,7 @@ def test_seeds_depend_on_the_run_s_seed_the_place_and_the_number(tmp_path):
     # Written down: other seeds would be other images under the same command.
     assert answer_seed(prompts[0], 0, 0, 0) == 5_346_321_772_774_276_043
     assert [answer_seed(prompts[2], 2, number, seed) for number, seed in ((0, 0), (0, 9), (1, 0))] == [5, 5, 6]
+    assert answer_seed(replace(prompts[2], seed=MAX_SEED), 2, 1, 0) == 0
 
 
 @pytest.mark.parametrize(
@@ -85,6 +88,9 @@ def test_seeds_depend_on_the_run_s_seed_the_place_and_the_number(tmp_path):
         ('{"prompt": "a", "size": "100x64"}', "100x64 must be in multiples of 32"),
         ('{"prompt": "a", "seed": -1}', "`seed` must be a whole number"),
         ('{"prompt": "a", "id": []}', "`id` must be a text or a number"),
+        ('{"prompt": "a", "id": "\\ud800"}', "`id` must be a text or a number, in valid UTF-8"),
+        ('{"prompt": "a", "image": "' + "a" * 5000 + '"}', "image 'aaaa.*aaaa' is not there"),
+        ("[" * 100_000, "line 1 of .*no JSON"),
         ("[]\n" * 8, "(?s)line 5 of .*\nand 3 more like these"),
         ("\udcff", "is not valid UTF-8"),
     ],
