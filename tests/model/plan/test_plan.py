@@ -288,3 +288,17 @@ def test_table_holds_the_plans():
     assert lines[0] == "| trained | 4 ranks |" and len(lines) == 2 + len(plan_table.METHODS)
     planned = plan_table.make_plan(("tiny", "image head", 4), batch_size=1, max_seq_len=256)
     assert lines[-1] == f"| tiny, image head | {plan_table.format_cell(planned)} |"
+
+
+@pytest.mark.slow
+def test_a_plan_of_adapters_needs_no_peft(small_task, monkeypatch):
+    """The plan's own adapters count the same. A training names what to install."""
+    pytest.importorskip("peft")
+    changes = {"lora_rank": 4, "train_only": "image_head", "precision": "bf16"}
+    by_peft = plan(small_task, **changes).most
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "peft", None)
+        assert plan(small_task, **changes).most == by_peft
+        assert call_main(solver_args(small_task, small_task / "none", plan=True, **changes))[0] == 0
+        code, message = call_main(solver_args(small_task, small_task / "none", **changes))
+        assert code == 2 and "pip install peft==" in message
