@@ -82,7 +82,12 @@ class CheckpointSaver:
         self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
         self.first_rank_group = dist.new_group([0], backend="gloo")
         # A checkpoint of adapters notes where the frozen weights are, and the VQGAN is there.
-        self.vqgan = carried_vqgan(config) if self._is_main and not adapted else {}
+        self.vqgan: Mapping[str, torch.Tensor] = {}
+        if self._is_main and not adapted:
+            try:
+                self.vqgan = carried_vqgan(config)
+            except (ValueError, OSError) as error:
+                say(f"warning: the VQGAN of the start cannot be read, and checkpoints hold none: {error}")
         self._stager = HostStager(split_parameters(model), say)
         self._saving: Future[Any] | None = None
         self._folder = Path()

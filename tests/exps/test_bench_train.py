@@ -170,6 +170,7 @@ def test_the_options_of_the_lora_script_train_here():
         (["--item_len", "30", "20"], "--item_len must be one or two lengths of 2 to --row_len 4096"),
         (["--rows", "0"], "argument --rows: must be at least 1, got 0"),
         (["--device", "cpu", "--float8"], "--float8 needs a GPU"),
+        (["--device", "cpu", "--float8", "--num_items", "1", "--item_len", "20"], "of 16 tokens, got 20"),
         (["--dropout", "2"], "--dropout must be at most 0.99, got 2"),
         (["--checkpontin"], "--checkpointing"),
     ],

@@ -256,6 +256,11 @@ def test_what_training_rejects_is_not_planned(small_task, tmp_path):
     assert code == 2 and all(message in said for _, message in wrong.values()) and "needs a GPU" not in said
 
 
+def test_a_row_beyond_int32_is_one_line(small_task, tmp_path):
+    code, said = call_main(solver_args(small_task, tmp_path / "out", plan=True, batch_size=2**31))
+    assert code == 2 and said.count("\n") == 2 and "a row of 137,438,953,472 tokens is too long" in said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "card", "trained"),

@@ -153,7 +153,7 @@ def test_parts_of_an_adapter_that_fit_nothing_are_named(base, tmp_path, change):
     half = tensors.pop(f"base_model.model.{PROJECTION}.lora_B.weight")
     if change == "unknown":
         tensors[f"base_model.model.{PROJECTION}.lora_B.weight"] = half
-        tensors["base_model.model.model.layers.9.mlp.up_proj.lora_A.weight"] = half
+        tensors["base_model.model.model.layers.9.mlp.up_proj.lora_A.weight"] = half.clone()
     save_file(tensors, path, metadata={"format": "pt"})
     name = PROJECTION if change == "half" else "model.layers.9.mlp.up_proj"
     with pytest.raises(ValueError, match=f"lora_A of {name} fits no parameter of the model"):
