@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -19,9 +20,11 @@ from model.decoder.trainable import choose_trainable, init_adapters
 from model.plan import storage_tracker
 from model.plan.plan import (
     CARDS_GIB,
+    GIB,
     MOMENTS_BYTES,
     checkpoint_bytes,
     count_trained,
+    find_config,
     needed_gib,
     plan_memory,
 )
@@ -184,16 +187,16 @@ def test_memory_falls_as_the_options_promise(small_task):
     assert offloaded.peak <= full.peak - full.at_peak[PARAMETERS] - full.at_peak[OPTIMIZER]
 
     whole = trained_flops_per_token(build_model(load_config(small_task / "init")), 64)
-    for changes in ({"lora_rank": 2}, {"train_only": "image_head"}):
-        found = plan(small_task, precision="bf16", row_len=1024, **changes)
-        options = parse(small_task, **changes)
-        model = choose_trainable(build_model(load_config(small_task / "init")), options.trainable)
-        trained = count_trained(model)
-        frozen = sum(p.numel() for p in model.parameters()) - trained
-        assert found.most[GRADIENTS] == 4 * trained < full.most[GRADIENTS]
-        assert found.most[PARAMETERS] == 2 * frozen + 4 * trained
-        assert checkpoint_bytes(model, options)["weights"] == 4 * trained
-        assert 1 / 3 < trained_flops_per_token(model, 64) / whole < 1
+    changes = {"lora_rank": 2, "train_only": "image_head"}
+    found = plan(small_task, precision="bf16", row_len=1024, **changes)
+    options = parse(small_task, **changes)
+    model = choose_trainable(build_model(load_config(small_task / "init")), options.trainable)
+    trained = count_trained(model)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    assert found.most[GRADIENTS] == 4 * trained < full.most[GRADIENTS]
+    assert found.most[PARAMETERS] == 2 * frozen + 4 * trained
+    assert checkpoint_bytes(model, options)["weights"] == 4 * trained
+    assert 1 / 3 < trained_flops_per_token(model, 64) / whole < 1
 
 
 @pytest.mark.slow
@@ -263,25 +266,24 @@ def test_a_row_beyond_int32_is_one_line(small_task, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "card", "trained"),
-    [("7B_lora", {"CARD_GIB": "24"}, (0.001, 0.02)), ("7B_one_gpu", {"CARD_GB": "80"}, (1, 1))],
+    ("script", "card", "peak_gib"), [("7B_lora", {"CARD_GIB": "24"}, 19.9), ("7B_one_gpu", {"CARD_GB": "80"}, 62.0)]
 )
-def test_the_scripts_for_one_gpu_fit_their_card(tmp_path, capsys, script, card, trained):
+def test_the_scripts_for_one_gpu_fit_their_card(tmp_path, script, card, peak_gib):
+    """All layers take the same: the plans of two and three give that of 32."""
     ((_, size),) = card.items()
     # Micro-steps add to the same gradients: the plan of one takes half the time.
-    flags = ["--plan", "--accum_iter", "1", "--plan_gpu_gib", "78"]
+    flags = ["--plan", "--accum_iter", "1"]
     call = record_call(tmp_path, f"exps/{script}.sh", *flags, OUTPUT_DIR=str(tmp_path / "out"), **card)
     assert call[:3] == ["python", "-u", "finetune_solver.py"]
-    assert call_main(call[3:])[0] == 0
-    out = capsys.readouterr().out
-    figures = json.loads(out.splitlines()[-1])
-    share = figures["num_trained_parameters"] / figures["num_parameters"]
-    assert figures["world_size"] == 1 and trained[0] <= share <= trained[1]
-    assert figures["fits"] is True and figures["needed_gib"] < CARDS_GIB[int(size)]
-    assert 0.5 * CARDS_GIB[int(size)] < figures["peak_gib"] <= 72.8
-    assert sum(figures["at_peak_gib"].values()) == pytest.approx(figures["peak_gib"], abs=0.05)
-    # The sample data are not there.
-    assert "steps and tokens per epoch are not known" in out and not (tmp_path / "out").exists()
+    options = Options.from_namespace(build_parser().parse_args(call[3:]))
+    config, plans = find_config(options), []
+    num_layers = config.num_hidden_layers
+    for config.num_hidden_layers in (2, 3):
+        plans.append(plan_memory(config, options, 1, options.data.max_row_len, 4096))
+    assert plans[0].peak_during == plans[1].peak_during
+    peak = plans[0].peak + (num_layers - 2) * (plans[1].peak - plans[0].peak)
+    assert peak / GIB == pytest.approx(peak_gib, abs=0.1)
+    assert needed_gib(peak / GIB) < CARDS_GIB[int(size)]
 
 
 @pytest.mark.slow
@@ -291,8 +293,7 @@ def test_table_holds_the_plans():
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
     assert lines[0] == "| trained | 4 ranks |" and len(lines) == 2 + len(plan_table.METHODS)
-    planned = plan_table.make_plan(("tiny", "image head", 4), batch_size=1, max_seq_len=256)
-    assert lines[-1] == f"| tiny, image head | {plan_table.format_cell(planned)} |"
+    assert re.fullmatch(r"\| tiny, image head \| 0\.\d: 24 GB \|", lines[-1])
 
 
 @pytest.mark.slow
