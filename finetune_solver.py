@@ -52,7 +52,7 @@ from model.training.optim import lr_at, set_lr
 from model.training.step import micro_step, optimizer_step
 from model.weights.load import load_checkpoint_weights
 
-# The start, and what follows a step (log, validation, samples, checkpoint), may take so many times --hang_timeout_s.
+# The start, and what follows a step's line of the log (samples, ...), may take so many times --hang_timeout_s.
 PATIENCE = 4
 
 
@@ -138,8 +138,8 @@ def train(setup: Setup) -> int:
             finish(run)
     if stopped_by:
         advice = (requeue_on_slurm() if launch.is_main else None) or "the same command resumes from here"
-        name = signal.Signals(stopped_by).name
-        raise RunError(f"ended by {name} after step {position.global_step}, saved; {advice}", 128 + stopped_by)
+        ended = f"ended by {signal.Signals(stopped_by).name} after step {position.global_step}"
+        raise RunError(f"{ended}, saved; {advice}", 128 + stopped_by)
     return 0
 
 
@@ -153,8 +153,8 @@ def train_epochs(run: Run, profile_step: Callable[[], None]) -> tuple[Position, 
             # The data have changed, and the epoch has fewer steps than were taken.
             position = Position(epoch + 1, 0, position.global_step)
             continue
-        loader = build_loader(rows, options.data.num_workers, options.data.pin_mem, start_step=position.step)
-        loader = run.stop_signal.waiting(loader)
+        settings = options.data.num_workers, options.data.pin_mem, position.step
+        loader = run.stop_signal.waiting(build_loader(rows, *settings))
         for done in range(position.step + 1, num_steps + 1):
             lr = lr_at(epoch + (done - 1) / num_steps, options.optim)
             run.hang_watch.restart()
@@ -165,8 +165,7 @@ def train_epochs(run: Run, profile_step: Callable[[], None]) -> tuple[Position, 
             profile_step()
             step = position.global_step + 1
             position = Position(epoch, done, step) if done < num_steps else Position(epoch + 1, 0, step)
-
-            run.hang_watch.restart(PATIENCE)
+            run.hang_watch.restart()
             is_end = is_finished(options, position)
             is_last = is_end or bool(stopped_by)
             place = epoch, done, num_steps, rows.micro_steps
@@ -177,6 +176,7 @@ def train_epochs(run: Run, profile_step: Callable[[], None]) -> tuple[Position, 
             line = {"step": step, "epoch": round(epoch + done / num_steps, 6)}
             if step % options.run.log_interval == 0 or checkpoint or validates or samples:
                 log_step(run, line | {"lr": lr}, grad_norm, rows.order.fill)
+            run.hang_watch.restart(PATIENCE)
             # Not counted as training time, which is why a line of the log comes before it.
             with run.log.paused():
                 if validates:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What this checkout does on one GPU, in about 5 minutes: the first thing to run on a GPU machine.
+# What this checkout does on one GPU, in 5 to 16 minutes (the sum of the limits): the first thing to run on a GPU machine.
 #
 #   bash exps/bench/gpu.sh
 #   STAGES="pre_tokenize train" OUT=/tmp/out bash exps/bench/gpu.sh
@@ -9,7 +9,8 @@
 #   encoder       the VQGAN's encoder alone in each precision: images per second, TFLOP/s, codes equal to fp32
 #   tiny          the laptop default, exps/tiny.sh, with few items
 #   pre_tokenize  images per second at 768 pixels: pre_tokenize.py, the recipe's way, encoder, host and one core alone
-#   train         five variants of the 7B step (1B on a GPU under 110 GiB) with memory and the allocator's counters
+#   train         five variants of the 7B step (1B on a GPU under 110 GiB) with memory and the allocator's counters;
+#                 the one of exps/7B_one_gpu.sh only where torchao is installed
 #   generate      one image of 768 x 768 pixels by 7B
 # OUT (default output/gpu) gets NAME.log of each stage, one per variant, and summary.txt. A stage that fails
 # stops no other one; the exit code is then 1. No network is needed: weights are random, and inputs are made here.
@@ -62,8 +63,10 @@ stage train train_2rows 75 "$PYTHON" exps/bench/train.py --rows 2
 stage train train_4rows_selective 75 "$PYTHON" exps/bench/train.py --rows 4 --checkpointing_selective
 stage train train_8rows_checkpointing 75 "$PYTHON" exps/bench/train.py --rows 8 --checkpointing
 stage train train_4rows_split 75 "$PYTHON" exps/bench/train.py --rows 4 --checkpointing_selective --master_weights split
-stage train train_one_gpu 75 "$PYTHON" exps/bench/train.py --model_size 7B --rows 1 --checkpointing --accum_iter 2 \
-  --master_weights split --optim adamw_8bit
+if "$PYTHON" -c 'import torchao' 2> /dev/null; then
+  stage train train_one_gpu 75 "$PYTHON" exps/bench/train.py --model_size 7B --rows 1 --checkpointing --accum_iter 2 \
+    --master_weights split --optim adamw_8bit
+fi
 stage generate generate 75 "$PYTHON" exps/bench/generate.py --model_size 7B --batch_sizes 1 --cfg 4 --num_tokens 2300 \
   --repeats 1 --ways ours
 

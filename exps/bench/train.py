@@ -28,6 +28,7 @@ from exps.bench.train_measure import parse_training  # noqa: E402
 from exps.bench.train_ways import Work, fill_rows, spread_lengths  # noqa: E402
 from model.decoder.chameleon import MODEL_SIZES  # noqa: E402
 from model.run.flops import peak_flops  # noqa: E402
+from model.training.float8 import MULTIPLE_OF  # noqa: E402
 
 # 16 bytes for each of its parameters are 104 GiB.
 MIN_GIB_FOR_7B = 110
@@ -76,7 +77,11 @@ def main(argv: list[str] | None = None) -> int:
         ["--precision", precision, "--z_loss_weight", "1e-5", *training, *map(str, sizes)]
         for precision in args.precision or ["bf16" if device == "cuda" else "fp32"]
     ]
-    if problems := parse_training(lines[0]).problems(1, 1):
+    options = parse_training(lines[0])
+    problems = options.problems(1, 1)
+    if options.float8.float8 and work.row_len % MULTIPLE_OF:
+        problems.append(f"--float8 needs rows of a multiple of {MULTIPLE_OF} tokens, got {work.row_len} (--num_items)")
+    if problems:
         parser.error("; ".join(problems))
     rows = [measure_row(line, device, work, args.repeats, args.baseline) for line in lines]
     items = f"{len(item_lens)} items of {min(item_lens):,} to {max(item_lens):,} tokens"

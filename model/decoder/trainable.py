@@ -50,8 +50,8 @@ class TrainableOptions:
     def trains_image_rows(self) -> bool:
         return IMAGE_HEAD in (self.train_only or [])
 
-    def problems(self) -> list[str]:
-        """What is wrong with these options, one sentence each."""
+    def problems(self, is_plan: bool = False) -> list[str]:
+        """What is wrong with these options, one sentence each; a plan needs no peft."""
         found = []
         if self.lora_rank < 0:
             found.append(f"--lora_rank must not be negative, got {self.lora_rank}")
@@ -67,7 +67,7 @@ class TrainableOptions:
                 f"--train_only {' '.join(self.patterns)}: with --lora_rank it may only be {IMAGE_HEAD}; train the "
                 "adapters, or name parameters without --lora_rank"
             )
-        if self.lora_rank:
+        if self.lora_rank and not is_plan:
             try:
                 import_peft()
             except ImportError as error:
@@ -162,7 +162,30 @@ def _match_names(names: list[str], options: TrainableOptions) -> set[str]:
 def _add_adapters(model: nn.Module, options: TrainableOptions) -> None:
     """Puts peft's adapters beside the projections of a model on meta; each weight then belongs to a `base_layer`."""
     try:
-        import_peft().inject_adapter_in_model(lora_config(options), model, low_cpu_mem_usage=True)
+        peft = import_peft()
+    except ImportError:
+        # Only a plan comes this far without peft (`TrainableOptions.problems`).
+        for name, module in list(model.named_modules()):
+            if name.rpartition(".")[2] in (options.lora_targets or LORA_TARGETS):
+                model.set_submodule(name, _PlannedAdapter(module, options))
+        return
+    try:
+        peft.inject_adapter_in_model(lora_config(options), model, low_cpu_mem_usage=True)
     except ImportError as error:
         # peft looks for other libraries here, and rejects versions that are too old.
         raise ImportError(f"--lora_rank: peft does not work here: {error}; upgrade or uninstall it") from error
+
+
+class _PlannedAdapter(nn.Module):
+    """Stands in for peft's adapter in a plan: the same names, shapes, and tensors of the forward."""
+
+    def __init__(self, base_layer: nn.Linear, options: TrainableOptions) -> None:
+        super().__init__()
+        self.base_layer, self.scaling = base_layer, options.lora_alpha / options.lora_rank
+        like = {"bias": False, "device": base_layer.weight.device, "dtype": base_layer.weight.dtype}
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base_layer.in_features, options.lora_rank, **like)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(options.lora_rank, base_layer.out_features, **like)})
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        added = self.lora_B["default"](self.lora_A["default"](hidden_states)) * self.scaling
+        return self.base_layer(hidden_states) + added

@@ -45,6 +45,8 @@ GIB = 2**30
 # Chameleon's vocabulary, where no tokenizer and no config.json is at hand. For memory the number of names is enough.
 VOCAB_SIZE = 65536
 IMAGE_TOKENS = {f"{IMAGE_TOKEN_PREFIX}{number}": 4 + number for number in range(8192)}
+# Positions in a row are int32.
+MAX_ROW_LEN = 2**31 - 1
 # The node of --data_parallel hsdp, unless --hsdp_shard_size says otherwise.
 RANKS_PER_NODE = 8
 # Memory that torch finds on cards by the gigabytes they are sold with: RTX 4090, L40, H100, H200 (the least seen in
@@ -81,6 +83,9 @@ def print_plan(options: Options, launch: Launch) -> int:
         return 0
     world_size = options.planning.plan_world_size
     problems = options.problems(world_size, min(RANKS_PER_NODE, world_size), is_plan=True)
+    if options.data.max_row_len > MAX_ROW_LEN:
+        row = f"a row of {options.data.max_row_len:,} tokens is too long (at most {MAX_ROW_LEN:,})"
+        problems.append(f"{row}: lower --batch_size or --max_seq_len")
     try:
         config = find_config(options)
         model = choose_trainable(build_model(config, device="meta"), options.trainable)

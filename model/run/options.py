@@ -149,11 +149,11 @@ class Options:
     def problems(self, world_size: int, local_world_size: int, is_plan: bool = False) -> list[str]:
         """What is wrong with the options by themselves, one sentence each; files are not looked at.
 
-        A plan asks neither for a GPU nor for the packages of trackers.
+        A plan asks neither for a GPU nor for the packages of trackers and adapters.
         """
         parallel, trainable, device = self.parallel, self.trainable, None if is_plan else self.run.device
         found = [text for name in option_classes() for text in range_problems(getattr(self, name))]
-        found += trainable.problems() + self.optim.problems()
+        found += trainable.problems(is_plan) + self.optim.problems()
         found += parallel.problems(world_size, local_world_size, trainable.is_partial)
         found += self.float8.problems(device, parallel.precision, trainable.is_partial, self.data.max_row_len)
         return found if is_plan else found + self.watch.problems() + self.trackers.problems()

@@ -39,13 +39,15 @@ class RunLog:
         if self._is_main:
             path = options.checkpoint.output_dir / METRICS_NAME
             damaged: list[int] = []
-            lines = [line for line in read_metrics(path, damaged) if line["step"] <= resume_step]
+            lines = list(read_metrics(path, damaged))
+            last_step = max((line["step"] for line in lines), default=0)
             if damaged:
                 setup.say(f"{describe_damage(path, damaged)}; these lines are dropped")
             with open_whole(path) as file:
-                file.writelines(f"{json.dumps(line)}\n".encode() for line in lines)
+                file.writelines(f"{json.dumps(line)}\n".encode() for line in lines if line["step"] <= resume_step)
             self._file = path.open("a")
-            self._trackers = Trackers(options.trackers, path.parent, resume_step, options.resolved, setup.say)
+            place = path.parent, resume_step
+            self._trackers = Trackers(options.trackers, *place, options.resolved, setup.say, last_step)
         is_terminal = self._is_main and sys.stderr.isatty()
         self._bar = tqdm(desc="train", unit="step", initial=resume_step, dynamic_ncols=True, disable=not is_terminal)
         self._num_done, self._num_steps, self._waited = 0, 0, 0.0

@@ -104,7 +104,9 @@ def build_model(setup: Setup, folder: Path | None) -> tuple[nn.Module, DeviceMes
     config.codebook_sha256 = settle_codebook(setup.dataset, config.codebook_sha256)
     mesh = build_mesh(options.parallel, setup.device.type, setup.launch.local_world_size)
     row_len, launch = options.data.max_row_len, setup.launch
-    if warning := options.parallel.slow_reduction(row_len, launch.world_size, launch.local_world_size):
+    warning = options.parallel.slow_reduction(row_len, launch.world_size, launch.local_world_size)
+    # Gradients of what a partial training trains are small.
+    if warning and not options.trainable.is_partial:
         setup.say(warning)
     # An evaluation reads adapters merged into the weights.
     trainable = TrainableOptions() if options.validation.eval_only else options.trainable

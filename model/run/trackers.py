@@ -1,11 +1,12 @@
 """Trackers: rank 0 sends the figures of `metrics.jsonl` also to TensorBoard, Weights & Biases or Trackio.
 
 accelerate's tracker classes do the work, without its `Accelerator`, which would take over the process group. A resumed
-run continues its curves: TensorBoard hides what was written after the resumed step (`purge_step`), the others find the
-run by an id kept in `output_dir`.
+run continues its curves: TensorBoard hides what was written after the resumed step (`purge_step`). The others find
+the run by an id kept in `output_dir`, and get no step twice.
 """
 
 import importlib.util
+import math
 import os
 import secrets
 from collections.abc import Callable, Mapping
@@ -59,8 +60,9 @@ class Trackers:
         resume_step: int,
         config: Mapping[str, Any],
         say: Callable[[str], None],
+        last_step: int = 0,
     ) -> None:
-        """Continues after `resume_step`. `config` is shown beside the curves.
+        """Continues after `resume_step`; `last_step` was logged before. `config` is shown beside the curves.
 
         `say` prints a line, once for a tracker that fails; the run continues without it.
         """
@@ -75,7 +77,7 @@ class Trackers:
         hidden = {name: os.environ.pop(name) for name in LAUNCHER_VARIABLES if name in os.environ}
         PartialState(cpu=True)
         os.environ.update(hidden)
-        run_id = find_run_id(output_dir)
+        run_id, self._last_step = open_run(output_dir, last_step)
         run = {
             "name": f"{output_dir.resolve().name}-{run_id}",
             "resume": "allow",
@@ -86,17 +88,21 @@ class Trackers:
             "wandb": (options.log_project, {"dir": output_dir, "id": run_id, **run}),
             "trackio": (options.log_project, run),
         }
-        for name in options.names:
+
+        def start(name: str, _: None) -> None:
             project, settings = arguments[name]
             self._trackers[name] = LOGGER_TYPE_TO_CLASS[name](project, **settings)
-        self._each(lambda name, tracker: tracker.start())
+            self._trackers[name].start()
+
+        self._trackers = dict.fromkeys(options.names)
+        self._each(start)
 
     def log(self, step: int, line: Mapping[str, Any]) -> None:
         """Sends the numbers of a line of metrics.jsonl, nested ones as `loss_by_type/captions`; None is left out."""
         nested = {key: part for key, part in line.items() if isinstance(part, Mapping)}
         numbers = dict(line) | {f"{key}/{name}": value for key, part in nested.items() for name, value in part.items()}
         numbers = {key: value for key, value in numbers.items() if isinstance(value, int | float) and key != "step"}
-        self._each(lambda name, tracker: tracker.log(numbers, step=step))
+        self._each(lambda name, tracker: tracker.log(numbers, step=step), step)
 
     def log_images(self, step: int, images: Mapping[str, Image.Image]) -> None:
         """Sends images of an optimizer step by name."""
@@ -113,14 +119,17 @@ class Trackers:
 
                 tracker.log({key: trackio.Image(image) for key, image in images.items()}, step=step)
 
-        self._each(send)
+        self._each(send, step)
 
     def close(self) -> None:
         """Waits until everything was sent."""
         self._each(lambda name, tracker: tracker.finish())
 
-    def _each(self, send: Callable[[str, Any], None]) -> None:
+    def _each(self, send: Callable[[str, Any], None], step: float = math.inf) -> None:
         for name, tracker in list(self._trackers.items()):
+            # TensorBoard has hidden a step that comes again, the others cannot.
+            if step <= self._last_step and name != "tensorboard":
+                continue
             try:
                 send(name, tracker)
             except Exception as error:
@@ -130,12 +139,13 @@ class Trackers:
                 self._say(f"--log_with {name} is off from here on: {reason}; metrics.jsonl continues")
 
 
-def find_run_id(output_dir: Path) -> str:
-    """The id of the run in that folder, a new one if there is none."""
+def open_run(output_dir: Path, last_step: int) -> tuple[str, int]:
+    """(id of the run in that folder, a new one if there is none; last step that any part of the run has logged).
+
+    The file keeps that step too: two kills in a row cut `metrics.jsonl` twice.
+    """
     path = output_dir / RUN_ID_NAME
-    # Older versions wrote more than the id.
-    words = path.read_text().split() if path.is_file() else []
-    if not words:
-        words = [secrets.token_hex(4)]
-        path.write_text(f"{words[0]}\n")
-    return words[0]
+    run_id, *steps = (path.read_text().split() if path.is_file() else []) or [secrets.token_hex(4)]
+    last_step = max([last_step, *(int(step) for step in steps if step.isdecimal())])
+    path.write_text(f"{run_id}\n{last_step}\n")
+    return run_id, last_step

@@ -6,7 +6,10 @@ no collective is the stuck one.
 
 import contextlib
 import faulthandler
+import math
 import re
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +55,12 @@ def profiling(
     num_before, num_profiled = first - 1 - resume_step, steps.stop - first
 
     def write(profiler: torch.profiler.profile) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(path))
-        say(f"the profile is in {path}; open it in https://ui.perfetto.dev")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(path))
+            say(f"the profile is in {path}; open it in https://ui.perfetto.dev")
+        except (OSError, RuntimeError) as error:
+            say(f"warning: the profile cannot be written to {path}: {error}")
 
     if num_profiled < 1:
         yield lambda: None
@@ -76,20 +82,32 @@ class HangWatch:
 
     def __init__(self, timeout_s: float, output_dir: Path, rank: int) -> None:
         """A `timeout_s` of 0 watches nothing."""
-        self._timeout_s, self._path = timeout_s, output_dir / f"hang-rank{rank}.txt"
+        self._timeout_s, self._path, self._rank = timeout_s, output_dir / f"hang-rank{rank}.txt", rank
+        self._started, self._limit_s = 0.0, math.inf
         if timeout_s:
             # Rank 0 has made the folder, but a network disk may not show it to other machines yet.
-            output_dir.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a")
+            try:
+                output_dir.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("a")
+            except OSError as error:
+                print(f"warning: no step of rank {rank} is watched: {error}", file=sys.stderr)
+                self._timeout_s = 0
 
     def restart(self, patience: float = 1.0) -> None:
         """What begins now, such as a step, should end within `patience` times the timeout."""
+        self.stop()
         if self._timeout_s:
-            faulthandler.dump_traceback_later(patience * self._timeout_s, file=self._file)
+            self._started, self._limit_s = time.monotonic(), patience * self._timeout_s
+            faulthandler.dump_traceback_later(self._limit_s, file=self._file)
 
     def stop(self) -> None:
         """What comes now may take any time."""
         faulthandler.cancel_dump_traceback_later()
+        seconds = time.monotonic() - self._started
+        if seconds > self._limit_s:
+            took = f"took {seconds:.1f} s, more than {self._limit_s:g} s (--hang_timeout_s)"
+            print(f"rank {self._rank}: a step {took}; its stacks are in {self._path}", file=sys.stderr, flush=True)
+        self._limit_s = math.inf
 
     def close(self) -> None:
         """Ends the watch, and removes a file without stacks."""

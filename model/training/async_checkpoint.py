@@ -82,8 +82,13 @@ class CheckpointSaver:
         self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
         self.first_rank_group = dist.new_group([0], backend="gloo")
         # A checkpoint of adapters notes where the frozen weights are, and the VQGAN is there.
-        self.vqgan = carried_vqgan(config) if self._is_main and not adapted else {}
-        self._stager = HostStager(split_parameters(model))
+        self.vqgan: Mapping[str, torch.Tensor] = {}
+        if self._is_main and not adapted:
+            try:
+                self.vqgan = carried_vqgan(config)
+            except (ValueError, OSError) as error:
+                say(f"warning: the VQGAN of the start cannot be read, and checkpoints hold none: {error}")
+        self._stager = HostStager(split_parameters(model), say)
         self._saving: Future[Any] | None = None
         self._folder = Path()
 
@@ -203,24 +208,23 @@ class HostStager:
 
     torch's stagers cannot copy moments in 8 bits, and round each page-locked tensor up to a power of two: 106 GB for
     84 GB at 7B. Here a thread locks the pages of exact memory after the first save, which takes longer than to copy.
+    Copies meanwhile are slow, and right.
     """
 
-    def __init__(self, split: Mapping[str, nn.Parameter]) -> None:
-        self.split = split
+    def __init__(self, split: Mapping[str, nn.Parameter], say: Callable[[str], None] = print) -> None:
+        self.split, self._say = split, say
         self.copies: dict[tuple[Any, ...], torch.Tensor] = {}
-        self._locking: threading.Thread | None = None
+        self._is_locked = False
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state with its tensors on the host; returns when the copies are done."""
-        if self._locking is not None:
-            self._locking.join()
         staged = self._map(state_dict, self._copy)
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-            if self._locking is None:
-                place = list(self.copies.values()), torch.cuda.current_device()
-                self._locking = threading.Thread(target=lock_pages, args=place, daemon=True)
-                self._locking.start()
+            if not self._is_locked:
+                place = list(self.copies.values()), torch.cuda.current_device(), self._say
+                threading.Thread(target=lock_pages, args=place, daemon=True).start()
+                self._is_locked = True
         return staged
 
     def _copy(self, path: tuple[Any, ...], value: torch.Tensor) -> torch.Tensor:
@@ -255,13 +259,17 @@ class _Staged(AsyncStager):
         return state_dict
 
 
-def lock_pages(tensors: Sequence[torch.Tensor], device: int) -> None:
+def lock_pages(tensors: Sequence[torch.Tensor], device: int, say: Callable[[str], None]) -> None:
     """Page-locks memory where it is, so that a GPU copies to it at full speed. Copies work without it, too."""
     # A new thread starts at the first GPU, which may be another rank's.
     torch.cuda.set_device(device)
+    cudart = torch.cuda.cudart()
     for tensor in tensors:
         if tensor.nbytes:
-            torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
+            error = cudart.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
+            if error != cudart.cudaError.success:
+                say(f"warning: saves copy slowly to the host: its memory cannot be page-locked ({error})")
+                return
 
 
 def _empty_on_own_pages(like: torch.Tensor) -> torch.Tensor:
@@ -269,6 +277,10 @@ def _empty_on_own_pages(like: torch.Tensor) -> torch.Tensor:
     if not like.nbytes:
         return torch.empty(like.shape, dtype=like.dtype)
     memory = mmap.mmap(-1, like.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # Locked pages are copied at a fork, and loader workers never read them. Huge pages lock faster.
+    for advice in ("MADV_DONTFORK", "MADV_HUGEPAGE"):
+        with contextlib.suppress(AttributeError, OSError):
+            memory.madvise(getattr(mmap, advice))
     return torch.frombuffer(memory, dtype=like.dtype).view(like.shape)
 
 

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from data.flags import flag
 from data.whole_file import open_locked, open_whole, sync_path
 from model.decoder.local_shards import set_local
+from model.decoder.trainable import LORA_TARGETS
 from model.training.optim import ADAMW_8BIT
 from model.weights.adapter_folder import NOTE_NAME
 from model.weights.hf_folder import name_checkpoints_in
@@ -272,7 +273,7 @@ def find_changes(
         name: f"--{name} was {saved[name]} and is {now[name]}"
         for name in (*FIXED_OPTIONS, *OPTIONS_TO_KEEP)
         # Without adapters `lora_alpha` has no meaning.
-        if str(saved[name]) != str(now[name]) and (name != "lora_alpha" or now["lora_rank"])
+        if _meaning(name, saved[name]) != _meaning(name, now[name]) and (name != "lora_alpha" or now["lora_rank"])
     }
     others = [text for name, text in changed.items() if name in OPTIONS_TO_KEEP]
     if state.data_fingerprint not in ("", data_fingerprint):
@@ -320,6 +321,13 @@ def collect_versions() -> dict[str, str | None]:
     except (OSError, subprocess.CalledProcessError):
         commit = ""
     return {"torch": torch.__version__, "transformers": transformers.__version__, "commit": commit.strip() or None}
+
+
+def _meaning(option: str, value: Any) -> Any:
+    """The value of an option without the order of its names; None means all `lora_targets`."""
+    if option == "lora_targets" and value is None:
+        return set(LORA_TARGETS)
+    return set(value) if isinstance(value, list) else str(value)
 
 
 def _complete_checkpoints(output_dir: Path) -> tuple[list[Path], list[str]]:

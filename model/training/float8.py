@@ -59,10 +59,7 @@ def use_float8(model: nn.Module, emulate: bool = False) -> nn.Module:
     `emulate` rounds to fp8 and multiplies in the type of the weights, for tests without a GPU. Raises ImportError if
     torchao is missing.
     """
-    try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    except ImportError as error:
-        raise ImportError(f"--float8 needs torchao: pip install --no-deps {TORCHAO_PIN} ({error})") from error
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     def is_converted(module: nn.Linear, _name: str) -> bool:
         return module.in_features % MULTIPLE_OF == 0 and module.out_features % MULTIPLE_OF == 0

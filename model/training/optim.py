@@ -106,8 +106,8 @@ class SplitMasters(torch.optim.Optimizer):
     clip_factor: torch.Tensor | None = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        # torch has cast moments to the type of the parameters.
+        # Without states: torch would cast moments to the type of the parameters.
+        super().load_state_dict(state_dict | {"state": {}})
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):

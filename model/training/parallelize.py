@@ -5,6 +5,7 @@
 
 import contextlib
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,12 +17,17 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from data.flags import flag
 from model.decoder.chameleon import reset_rotary_buffers
+
+try:
+    from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+except ImportError:
+    # Of torch 2.11 to 2.13, not of its public interface.
+    ReduceScatter = object
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -32,6 +38,7 @@ DTYPES = {
     "fp64": torch.float64,
 }
 
+CAN_REUSE_BUFFER = ReduceScatter is not object and hasattr(FSDPModule, "set_custom_reduce_scatter")
 # Attributes of FSDP's communication context in torch 2.11 to 2.13.
 STREAMS = ("all_gather_copy_in_stream", "all_gather_stream", "reduce_scatter_stream", "all_reduce_stream")
 
@@ -197,7 +204,7 @@ def parallelize(
             # A sum over the ranks. With one rank no factor is needed: dividing by 1.0 would copy each gradient in fp32.
             if mesh.size() > 1:
                 module.set_gradient_divide_factor(1.0)
-            else:
+            elif CAN_REUSE_BUFFER:
                 module.set_custom_reduce_scatter(_SameBuffer())
             # A plain sum: gloo has no premultiplied one, and NCCL's mean is not reliable with one rank.
             module.set_force_sum_reduction_for_comms(True)
@@ -228,23 +235,26 @@ def allocate(model: nn.Module, device: torch.device, options: ParallelOptions) -
     if options.master_weights == SPLIT:
         for parameter in model.parameters():
             parameter.low_bits = torch.zeros_like(parameter.to_local(), dtype=torch.int16)
-    if dist.get_world_size() == 1 and not share_one_stream(model):
-        print(f"warning: torch {torch.__version__} has other streams in FSDP: a GPU alone may idle", file=sys.stderr)
+    if dist.get_world_size() == 1 and not options.cpu_offload and not (CAN_REUSE_BUFFER and share_one_stream(model)):
+        what = "has other streams and buffers in FSDP: a GPU alone is slower and takes more memory"
+        print(f"warning: torch {torch.__version__} {what}", file=sys.stderr)
 
 
 class _SameBuffer(ReduceScatter):
     """Lets FSDP in a group of one "reduce" gradients where they are: its output is the tensor of its input."""
 
     def __init__(self) -> None:
-        self._unpaired: torch.Tensor | None = None
+        # The input without its output; weak, so that a buffer is never given out again.
+        self._unpaired: Callable[[], torch.Tensor | None] = lambda: None
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         # FSDP asks for an input, then for an output, and copies the input into the output: onto itself, which is free.
-        if self._unpaired is not None:
-            output, self._unpaired = self._unpaired, None
-            return output
-        self._unpaired = torch.empty(*size, dtype=dtype, device=device)
-        return self._unpaired
+        buffer, self._unpaired = self._unpaired(), lambda: None
+        if buffer is None:
+            buffer = torch.empty(*size, dtype=dtype, device=device)
+            self._unpaired = weakref.ref(buffer)
+        assert (*buffer.shape, buffer.dtype) == (*size, dtype), "FSDP asks for no output of the size of its input"
+        return buffer
 
     def __call__(self, *arguments: Any, **settings: Any) -> None:
         raise RuntimeError("a group of one has nothing to reduce")

@@ -31,6 +31,7 @@ TRAINED_NAME = "trained.safetensors"
 ADAPTER_NAME, ADAPTER_CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
 _PEFT_PREFIX = "base_model.model."
 _PEFT_ROWS = "token_adapter.trainable_tokens_delta"
+_HALVES = {"lora_A", "lora_B"}
 IMAGE_HEAD_INITS = ("zero", "keep", "normal")
 # Samples of every tensor in a fingerprint.
 _SAMPLE_BYTES, _NUM_SAMPLES = 1 << 12, 3
@@ -200,17 +201,27 @@ def _change_to_trained(reader: WeightReader) -> None:
     """Makes a reader of frozen weights give what was trained, from the files in `reader.folder`."""
     path, scale = reader.folder / TRAINED_NAME, 0.0
     if (reader.folder / ADAPTER_CONFIG_NAME).is_file():
-        adapter = json.loads((reader.folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
-        path, scale = reader.folder / ADAPTER_NAME, adapter["lora_alpha"] / adapter["r"]
+        path = reader.folder / ADAPTER_CONFIG_NAME
+        try:
+            adapter = json.loads(path.read_text(encoding="utf-8"))
+            scale = adapter["lora_alpha"] / adapter["r"]
+        except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+            raise ValueError(f"{path} is damaged ({error!r}); copy the checkpoint again.") from None
+        path = reader.folder / ADAPTER_NAME
     file = open_file(path)
     ids = image_token_ids(load_config(reader.folder))
     # By the whole model's parameter: the halves of its adapter, its image rows, or all of it.
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name in file.keys():  # noqa: SIM118
         module, _, kind = _own_name(name).rpartition(".")
-        target = f"{module}.weight" if kind in (ROWS_NAME, "lora_A", "lora_B") else f"{module}.{kind}"
+        target = f"{module}.weight" if kind in {ROWS_NAME, *_HALVES} else f"{module}.{kind}"
         parts.setdefault(target, {})[kind] = file.get_tensor(name).float()
     for target, trained in parts.items():
+        if target not in reader or len(trained) != (2 if _HALVES & trained.keys() else 1):
+            raise ValueError(
+                f"{path}: {', '.join(sorted(trained))} of {target.rpartition('.')[0]} fits no parameter of the model; "
+                "an adapter is a pair of lora_A and lora_B. Copy the checkpoint again."
+            )
         reader.change(target, functools.partial(_merge, trained=trained, ids=ids, scale=scale))
 
 

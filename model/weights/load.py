@@ -14,7 +14,7 @@ from model.decoder.trained_rows import ROWS_NAME
 from model.vqgan.vqgan import HF_PREFIX
 from model.weights.adapter_folder import open_weights
 from model.weights.hf_folder import load_config, resolve_checkpoint
-from model.weights.weight_files import WeightReader
+from model.weights.weight_files import FLOATS, WeightReader
 
 # What a checkpoint may hold beside the decoder, which never loads it.
 _IGNORED = (HF_PREFIX, "model.rotary_emb.")
@@ -94,11 +94,13 @@ def regroup_head_norm(name: str, tensor: torch.Tensor, num_rows: int) -> torch.T
     """
     A q/k-norm [rows, head_dim] with another number of rows: repeated, or tied if the rows of each group are equal.
 
-    Other tensors are returned unchanged. Raises ValueError if rows to tie differ.
+    Other tensors are returned unchanged. Raises ValueError if rows to tie differ, or cannot be divided.
     """
     stored_rows = tensor.shape[0]
     if num_rows % stored_rows == 0:
         return tensor.repeat_interleave(num_rows // stored_rows, 0) if num_rows > stored_rows else tensor
+    if stored_rows % num_rows:
+        raise ValueError(f"{name}: {stored_rows} rows on file cannot be divided among {num_rows} rows of the model.")
     groups = tensor.unflatten(0, (num_rows, -1))
     if not torch.equal(groups, groups[:, :1].expand_as(groups)):
         raise ValueError(
@@ -111,6 +113,7 @@ def regroup_head_norm(name: str, tensor: torch.Tensor, num_rows: int) -> torch.T
 def check_names_and_shapes(parameters: dict[str, torch.Tensor], reader: WeightReader) -> None:
     """Raises ValueError unless a checkpoint has the parameters of a decoder, by name and shape, and no others."""
     missing = [name for name in parameters if name not in reader]
+    quantized = [name for name in parameters if name in reader and not reader.is_float(name)]
     unknown = [name for name in reader.names if name not in parameters and not name.startswith(_IGNORED)]
     # Rows of q/k-norms are regrouped.
     fixed = {name: p for name, p in parameters.items() if name in reader and "_norm." not in name}
@@ -121,7 +124,10 @@ def check_names_and_shapes(parameters: dict[str, torch.Tensor], reader: WeightRe
     ]
     problems = [
         f"{len(names)} {what} (e.g. {', '.join(names[:3])})"
-        for names, what in ((missing, "missing"), (unknown, "unknown"), (other, "of another shape"))
+        for names, what in (
+            *((missing, "missing"), (unknown, "unknown"), (other, "of another shape")),
+            (quantized, f"quantized: training reads {', '.join(FLOATS)}"),
+        )
         if names
     ]
     if problems:

@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# The types of weights on file; others are quantized.
+FLOATS = ("F64", "F32", "BF16", "F16")
 # The default of the hub's own tools.
 MAX_FILE_BYTES = 5 * 10**9
 
@@ -45,6 +47,10 @@ class WeightReader:
     def dtype(self, name: str) -> torch.dtype:
         """The type on file."""
         return self._open(self._file_of[name]).get_tensor(name).dtype
+
+    def is_float(self, name: str) -> bool:
+        """Whether the tensor on file is of one of `FLOATS`."""
+        return self._open(self._file_of[name]).get_slice(name).get_dtype() in FLOATS
 
     def change(self, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """From now on `read` gives what `change` makes of the tensor, after earlier changes of the same name."""

@@ -127,10 +127,8 @@ def test_tiny_trains_two_rows_a_step_on_one_gpu_too(tmp_path, gpus, ranks, expec
     assert len([parse_call(call.split()) for call in calls.splitlines()]) == 7 + int(ranks or 2)
 
 
-def test_recipe_scripts_differ_in_the_model_alone():
-    texts = [(ROOT / f"exps/{size}.sh").read_text().split("set -euo")[1] for size in RECIPE_SCRIPTS]
-    assert texts[0].replace("7B", "34B") == texts[1]
-    assert "tee" not in texts[0], "a pipe would stand between a launcher's signals and the training"
+def test_no_pipe_stands_between_a_launchers_signals_and_the_training():
+    assert all("tee" not in path.read_text() for path in (ROOT / "exps").glob("*B*.sh"))
 
 
 def test_slurm_job(tmp_path):

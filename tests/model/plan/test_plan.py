@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -184,16 +185,16 @@ def test_memory_falls_as_the_options_promise(small_task):
     assert offloaded.peak <= full.peak - full.at_peak[PARAMETERS] - full.at_peak[OPTIMIZER]
 
     whole = trained_flops_per_token(build_model(load_config(small_task / "init")), 64)
-    for changes in ({"lora_rank": 2}, {"train_only": "image_head"}):
-        found = plan(small_task, precision="bf16", row_len=1024, **changes)
-        options = parse(small_task, **changes)
-        model = choose_trainable(build_model(load_config(small_task / "init")), options.trainable)
-        trained = count_trained(model)
-        frozen = sum(p.numel() for p in model.parameters()) - trained
-        assert found.most[GRADIENTS] == 4 * trained < full.most[GRADIENTS]
-        assert found.most[PARAMETERS] == 2 * frozen + 4 * trained
-        assert checkpoint_bytes(model, options)["weights"] == 4 * trained
-        assert 1 / 3 < trained_flops_per_token(model, 64) / whole < 1
+    changes = {"lora_rank": 2, "train_only": "image_head"}
+    found = plan(small_task, precision="bf16", row_len=1024, **changes)
+    options = parse(small_task, **changes)
+    model = choose_trainable(build_model(load_config(small_task / "init")), options.trainable)
+    trained = count_trained(model)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    assert found.most[GRADIENTS] == 4 * trained < full.most[GRADIENTS]
+    assert found.most[PARAMETERS] == 2 * frozen + 4 * trained
+    assert checkpoint_bytes(model, options)["weights"] == 4 * trained
+    assert 1 / 3 < trained_flops_per_token(model, 64) / whole < 1
 
 
 @pytest.mark.slow
@@ -256,6 +257,11 @@ def test_what_training_rejects_is_not_planned(small_task, tmp_path):
     assert code == 2 and all(message in said for _, message in wrong.values()) and "needs a GPU" not in said
 
 
+def test_a_row_beyond_int32_is_one_line(small_task, tmp_path):
+    code, said = call_main(solver_args(small_task, tmp_path / "out", plan=True, batch_size=2**31))
+    assert code == 2 and said.count("\n") == 2 and "a row of 137,438,953,472 tokens is too long" in said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "card", "trained"),
@@ -286,5 +292,18 @@ def test_table_holds_the_plans():
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
     assert lines[0] == "| trained | 4 ranks |" and len(lines) == 2 + len(plan_table.METHODS)
-    planned = plan_table.make_plan(("tiny", "image head", 4), batch_size=1, max_seq_len=256)
-    assert lines[-1] == f"| tiny, image head | {plan_table.format_cell(planned)} |"
+    assert re.fullmatch(r"\| tiny, image head \| 0\.\d: 24 GB \|", lines[-1])
+
+
+@pytest.mark.slow
+def test_a_plan_of_adapters_needs_no_peft(small_task, monkeypatch):
+    """The plan's own adapters count the same. A training names what to install."""
+    pytest.importorskip("peft")
+    changes = {"lora_rank": 4, "train_only": "image_head", "precision": "bf16"}
+    by_peft = plan(small_task, **changes).most
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "peft", None)
+        assert plan(small_task, **changes).most == by_peft
+        assert call_main(solver_args(small_task, small_task / "none", plan=True, **changes))[0] == 0
+        code, message = call_main(solver_args(small_task, small_task / "none", **changes))
+        assert code == 2 and "pip install peft==" in message

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from model.run import trackers as trackers_module
-from model.run.trackers import RUN_ID_NAME, TENSORBOARD_DIR, TrackerOptions, Trackers, find_run_id
+from model.run.trackers import RUN_ID_NAME, TENSORBOARD_DIR, TrackerOptions, Trackers, open_run
 from tests.helpers.small_run import call_main, read_lines, solver_args
 
 
@@ -95,15 +95,17 @@ def test_a_resumed_run_continues_under_its_id(tmp_path, monkeypatch):
 
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Recorder)
     line = {"step": 1, "loss": 1.5, "mfu": None, "note": "x", "loss_by_type": {"a": 1.0, "b": None}}
-    for resume_step in (0, 2):
-        trackers = Trackers(TrackerOptions("wandb", "a_project"), tmp_path, resume_step, {}, pytest.fail)
-        trackers.log(resume_step + 1, line)
+    # After a kill steps come again, after two kills metrics.jsonl does not know it.
+    for last_step, steps in ((0, [1]), (2, [1, 2, 3]), (0, [2, 3])):
+        trackers = Trackers(TrackerOptions("wandb", "a_project"), tmp_path, 0, {}, pytest.fail, last_step)
+        for step in steps:
+            trackers.log(step, line)
         trackers.close()
-    run_id = (tmp_path / RUN_ID_NAME).read_text().strip()
-    assert len(run_id) == 8 and starts == [("a_project", run_id, "allow")] * 2
-    assert sent == [(1, {"loss": 1.5, "loss_by_type/a": 1.0}), (3, {"loss": 1.5, "loss_by_type/a": 1.0})]
+    run_id, _ = (tmp_path / RUN_ID_NAME).read_text().split()
+    assert len(run_id) == 8 and starts == [("a_project", run_id, "allow")] * 3
+    assert sent == [(step, {"loss": 1.5, "loss_by_type/a": 1.0}) for step in (1, 3, 3)]
     (tmp_path / RUN_ID_NAME).write_text("0a1b2c3d\n5\n")
-    assert find_run_id(tmp_path) == "0a1b2c3d"
+    assert open_run(tmp_path, 3) == ("0a1b2c3d", 5)
 
 
 def test_unknown_and_missing_trackers_are_problems(monkeypatch):

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from data.epoch.dataset import TokenDataset
-from model.run.watch import HangWatch, WatchOptions
+from model.run.watch import HangWatch, WatchOptions, profiling
 from tests.helpers.small_run import call_main, losses, solver_args
 
 
@@ -31,7 +31,7 @@ def test_bad_values_are_problems(value):
     assert list(WatchOptions("3:5").profiled_steps) == [3, 4, 5]
 
 
-def test_only_a_late_step_writes_stacks(tmp_path):
+def test_only_a_late_step_writes_stacks(tmp_path, capsys):
     for timeout_s, is_stopped in ((0, False), (60, False), (0.3, True), (0.3, False)):
         assert not any(tmp_path.iterdir())
         watch = HangWatch(timeout_s, tmp_path, rank=3)
@@ -41,7 +41,20 @@ def test_only_a_late_step_writes_stacks(tmp_path):
         time.sleep(0.6)
         watch.close()
     written = (tmp_path / "hang-rank3.txt").read_text()
+    said = capsys.readouterr().err
+    assert said.startswith("rank 3: a step took 0.") and said.endswith(f"in {tmp_path}/hang-rank3.txt\n")
     assert "most recent call first" in written and "test_only_a_late_step_writes_stacks" in written
+
+
+def test_a_folder_that_cannot_be_written_ends_no_training(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    HangWatch(0.1, tmp_path / "file", rank=3).close()
+    assert "warning: no step of rank 3 is watched: " in capsys.readouterr().err
+    said = []
+    with profiling(range(2, 3), 0, tmp_path / "file", 0, said.append) as step:
+        step()
+        step()
+    assert said[0].startswith("warning: the profile cannot be written to ")
 
 
 def test_stacks_show_where_a_run_hangs(small_task, tmp_path, monkeypatch):

@@ -141,7 +141,7 @@ def test_no_async_save_writes_the_same(small_task, tmp_path, monkeypatch):
 def test_host_memory_is_of_exact_size_and_its_pages_are_locked_after_the_first_save(monkeypatch):
     """A second save goes to the same memory."""
     locked = threading.Event()
-    monkeypatch.setattr(async_checkpoint, "lock_pages", lambda tensors, device: locked.set())
+    monkeypatch.setattr(async_checkpoint, "lock_pages", lambda tensors, device, say: locked.set())
     for name, value in {"is_initialized": True, "synchronize": None, "current_device": 0}.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     state = {"model": {str(n): torch.full((100 * n, 1), float(n)) for n in range(1, 5)}, "optimizer": {"step": 3}}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from model.decoder.trainable import LORA_TARGETS
 from model.training import checkpoint
 from model.training.checkpoint import (
     CheckpointOptions,
@@ -104,6 +105,9 @@ def test_what_is_trained_must_stay(tmp_path):
     make_checkpoint(tmp_path / "out" / "epoch0", 5, seed=0)
     # Without adapters lora_alpha has no meaning.
     assert find_changes(options, now | {"lora_alpha": 3.0}, "") == ([], ["--seed was 0 and is 1"])
+    # All projections are the default, in any order.
+    targets = {"lora_targets": [*reversed(LORA_TARGETS)]}
+    assert find_changes(options, now | targets, "") == find_changes(options, now, "")
     changes, _ = find_changes(options, now | {"lora_rank": 8, "train_only": ["image_head"]}, "")
     assert changes == ["--lora_rank was 0 and is 8", "--train_only was None and is ['image_head']"]
 

@@ -137,12 +137,27 @@ def test_a_base_that_is_gone_or_changed_is_named(base, tmp_path):
     load_pretrained(folder)
 
 
-@pytest.mark.parametrize("file", ["base_weights.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("file", ["base_weights.json", "adapter_config.json", "adapter_model.safetensors"])
 def test_a_damaged_adapter_is_named(base, tmp_path, capsys, file):
     write_trained(LORA, base, tmp_path / "epoch0")
     (tmp_path / "epoch0" / file).write_text("{")
     assert main([str(tmp_path / "epoch0"), str(tmp_path / "merged")]) == 2
     assert f"{file} is damaged" in capsys.readouterr().err and not list(tmp_path.glob("merged*"))
+
+
+@pytest.mark.parametrize("change", ["half", "unknown"])
+def test_parts_of_an_adapter_that_fit_nothing_are_named(base, tmp_path, change):
+    write_trained(LORA, base, tmp_path / "epoch0")
+    path = tmp_path / "epoch0" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    half = tensors.pop(f"base_model.model.{PROJECTION}.lora_B.weight")
+    if change == "unknown":
+        tensors[f"base_model.model.{PROJECTION}.lora_B.weight"] = half
+        tensors["base_model.model.model.layers.9.mlp.up_proj.lora_A.weight"] = half.clone()
+    save_file(tensors, path, metadata={"format": "pt"})
+    name = PROJECTION if change == "half" else "model.layers.9.mlp.up_proj"
+    with pytest.raises(ValueError, match=f"lora_A of {name} fits no parameter of the model"):
+        open_weights(tmp_path / "epoch0")
 
 
 def test_the_fingerprint_sees_any_tensor_of_a_large_file(tmp_path):
