@@ -185,13 +185,15 @@ def test_a_tar_that_was_damaged_since_costs_the_samples_from_there_on(tmp_path, 
         patch.setattr(containers, "MAX_MEMBER_BYTES", 0)
         assert all("0.txt has more than 1 GiB" in str(row) for row in source.read(0, 1))
     content = (tmp_path / "a.tar").read_bytes()
-    for damaged, reason in (
-        (content[: 8 * 512] + b"\xff" * 512 + content[9 * 512 :], "a damaged header at byte 4,096"),
-        (content[: 8 * 512] + bytes(4096), "it ends too early"),
+    # Behind a damaged header may be more members of the second sample.
+    for damaged, reason, num_good in (
+        (content[: 8 * 512] + b"\xff" * 512 + content[9 * 512 :], "a damaged header at byte 4,096", 1),
+        (content[: 8 * 512] + bytes(4096), "it ends too early", 2),
     ):
         (tmp_path / "a.tar").write_bytes(damaged)
-        rows = list(source.read(1, 4))
-        assert rows[0]["caption"] == "b" and list(map(str, rows[1:])) == [f"a.tar is damaged: {reason}"] * 2
+        rows = list(source.read())
+        assert [row["caption"] for row in rows[:num_good]] == ["a", "b"][:num_good]
+        assert list(map(str, rows[num_good:])) == [f"a.tar is damaged: {reason}"] * (4 - num_good)
 
 
 def test_a_damaged_row_group_costs_its_rows_alone(tmp_path):
