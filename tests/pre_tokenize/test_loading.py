@@ -96,10 +96,15 @@ def test_loaders_run_before_torch_is_imported(task, tmp_path):  # noqa: F811
     code = """
 import sys
 from data.items.conversation import ItemError
+from exps.bench.pre_tokenize_ours import ZeroEncoder
 from pre_tokenize import pre_tokenize
 def process_item(self, raw_item, item_id):
     raise ItemError(f"torch: {'torch' in sys.modules}")
+def load_encoder(*_):
+    sys.modules["torch"] = None
+    return ZeroEncoder(), {"vqgan_sha256": ""}
 pre_tokenize.ItemProcessor.process_item = process_item
+pre_tokenize.load_encoder = load_encoder
 sys.exit(pre_tokenize.main(sys.argv[1:]))
 """
     argv = arguments(task, tmp_path, num_workers=2)
