@@ -48,8 +48,12 @@ note() {
 
 # In a job, but not inside of a step of it (srun --pty bash).
 if [[ -n ${SLURM_JOB_ID:-} && -z ${SLURM_STEP_ID:-} ]]; then
-  srun --kill-on-bad-exit=0 --output="$out_dir/logs/%t-of-$SLURM_NTASKS.log" bash -c \
-    'exec python -u "$0" --splits="$SLURM_NTASKS" --rank="$SLURM_PROCID" "$@"' "$script" "$@"
+  # srun does not take over the cores of the job's tasks. Each task sees its own alone, none of which it shares.
+  # shellcheck disable=SC2016
+  srun --kill-on-bad-exit=0 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
+    --output="$out_dir/logs/%t-of-$SLURM_NTASKS.log" bash -c \
+    'exec python -u "$0" --splits="$SLURM_NTASKS" --rank="$SLURM_PROCID" --num_workers="${SLURM_CPUS_PER_TASK:-2}" "$@"' \
+    "$script" "$@"
   note $?
 else
   if [[ -v CUDA_VISIBLE_DEVICES ]]; then
@@ -59,6 +63,10 @@ else
   fi
   workers="${GPUS:-${#devices[@]}}"
   if ((workers < 1)); then workers=1; fi
+  if ((${#devices[@]} && workers > ${#devices[@]})); then
+    echo "exps/pre_tokenize.sh: GPUS=$workers, but ${#devices[@]} GPUs are visible; give at most that many" >&2
+    exit 2
+  fi
   echo "$workers workers, logs in $out_dir/logs"
   pids=()
   for ((rank = 0; rank < workers; rank++)); do

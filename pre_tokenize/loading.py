@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from multiprocessing import connection
@@ -102,20 +102,23 @@ class Loaders:
     def __enter__(self) -> "Loaders":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if not self._executor:
-            return
-        if kind and issubclass(kind, BrokenExecutor):
-            # The executor waits for the others, which ignore its SIGTERM.
+    def __exit__(self, *_: object) -> None:
+        if self._executor:
+            # The executor would wait for tasks, and for ever if a loader was killed: the others ignore its SIGTERM.
             for process in self.processes:
                 process.kill()
-        self._executor.shutdown(cancel_futures=True)
+            self._executor.shutdown(cancel_futures=True)
 
     def pin_memory(self) -> None:
-        """Page-lock the memory of first images: the GPU then fetches them without this process."""
+        """Page-lock the memory of first images: the GPU then fetches them without this process. Raises ValueError."""
         import torch
 
-        torch.cuda.cudart().cudaHostRegister(self.memory[0].ctypes.data, self.memory[0].nbytes, 0)
+        address, nbytes = self.memory[0].ctypes.data, self.memory[0].nbytes
+        if error := int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)):
+            raise ValueError(
+                f"{nbytes >> 20:,} MiB of memory for images cannot be page-locked (CUDA error {error}); "
+                "give --num_workers 0"
+            )
 
     def windows(self, items: Iterable[tuple[int, dict]]) -> Iterator[Window]:
         """Windows of `window_items` items. The pixels of a window stay until the caller asks for the next but one.

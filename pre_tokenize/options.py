@@ -7,13 +7,11 @@ from functools import cached_property
 from pathlib import Path
 
 from data.formats.containers import FORMATS, InputFiles, find_files
-from data.formats.manifest import DEFAULT_PRECISION
+from data.formats.manifest import DEFAULT_PRECISION, PRECISIONS
 from data.hub import DEFAULT_TOKENIZER, DEFAULT_VQGAN_DIR, VQGAN_HELP, find_vqgan_problems
 from data.items.image_transform import crop_sizes
 from data.items.rows import TASKS, Pairs, parse_pairs
 from pre_tokenize.out_folder import recorded_precision
-
-PRECISIONS = ("fp16", "tf32", "fp32", "bf16")
 
 
 def flag(help: str, default: object = MISSING, **arguments: object) -> object:
@@ -102,10 +100,6 @@ def parse_options(args: argparse.Namespace) -> Options:
         args.device = "cuda" if _has_cuda() else "cpu"
         if args.device == "cpu":
             print("torch sees no CUDA GPU: images are encoded on the CPU", flush=True)
-    if args.precision is None:
-        args.precision = recorded_precision(args.out_dir, default_precision(args.device))
-    if args.batch_size is None:
-        args.batch_size = default_batch_size(args.target_size, args.device)
     if args.num_workers is None:
         args.num_workers = default_num_workers(args.device, args.splits)
     options = Options(**vars(args))
@@ -141,10 +135,21 @@ def find_problems(options: Options) -> list[str]:
     return problems
 
 
-def default_batch_size(target_size: int, device: str) -> int:
-    """As many pixels as keep the device busy and fit in its memory: 12 images of 768 on a GPU, 4 of 256 on a CPU."""
-    pixels, most = (12 * 768**2, 64) if device == "cuda" else (4 * 256**2, 16)
+def default_batch_size(target_size: int, device: str, is_fused: bool = False) -> int:
+    """As many pixels as keep the device busy and fit in its memory.
+
+    4 images of 256 on a CPU, and of 768 on a GPU 3, or 12 with `FusedEncoder`, which needs a third of the memory.
+    """
+    pixels, most = ((12 if is_fused else 3) * 768**2, 64) if device == "cuda" else (4 * 256**2, 16)
     return max(1, min(most, pixels // max(1, target_size) ** 2))
+
+
+def choose_precision(options: Options) -> str:
+    """The given precision, else that of the output folder. It may open CUDA: the loaders must be forked before."""
+    if options.precision:
+        return options.precision
+    default = default_precision(options.device)
+    return default if options.overwrite else recorded_precision(options.out_dir, default)
 
 
 def default_precision(device: str) -> str:
@@ -155,13 +160,15 @@ def default_precision(device: str) -> str:
     return "fp16" if has_fast_fp16(device) else DEFAULT_PRECISION
 
 
-def default_window_items(target_size: int, device: str, batch_size: int) -> int:
+def default_window_items(target_size: int, device: str, batch_size: int | None) -> int:
     """Items that are prepared, encoded and written at once.
 
     It decides which images share a batch, so on a GPU it depends on the target size alone: 256 items up to 768 pixels
     fill batches although images have many sizes. 8 batches on a CPU, where a window takes minutes.
     """
-    return min(256, max(1, 256 * 768**2 // target_size**2)) if device == "cuda" else 8 * batch_size
+    if device == "cuda":
+        return min(256, max(1, 256 * 768**2 // target_size**2))
+    return 8 * (batch_size or default_batch_size(target_size, device))
 
 
 def default_num_workers(device: str, splits: int) -> int:
@@ -172,7 +179,8 @@ def default_num_workers(device: str, splits: int) -> int:
 
 
 def _has_cuda() -> bool:
-    # Imported late, so that the processes that load images do not import torch.
+    # CUDA must not be opened before the loaders are forked. They do not import torch if it is imported late.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     import torch
 
     return torch.cuda.is_available()

@@ -163,7 +163,6 @@ def build_worker(options: Options) -> Worker:
             max_seq_len=options.max_seq_len,
             item_processor=_describe_processor(),
             pairs=options.pairs and str(options.pairs),
-            precision=options.precision,
             **vqgan_fields,
         )
         options.out_dir.mkdir(parents=True, exist_ok=True)
@@ -181,7 +180,10 @@ def build_worker(options: Options) -> Worker:
 def load_encoder(
     options: Options, vocab: ChameleonVocab, loaders: Loaders
 ) -> tuple["ImageEncoder", dict[str, str | None]]:
-    """The encoder, and the fields of the manifest that name its VQGAN. Raises ValueError if it lacks tokens."""
+    """The encoder, and the fields of the manifest that name its VQGAN and precision.
+
+    Raises ValueError if the tokenizer lacks tokens for it, or if it cannot run here.
+    """
     from model.vqgan.image_encoder import ImageEncoder
     from model.vqgan.vqgan import hash_vqgan, load_vqgan
 
@@ -192,22 +194,26 @@ def load_encoder(
         _prepare_cpu(options)
     elif options.num_workers:
         loaders.pin_memory()
-    encoder = ImageEncoder(vqgan, options.precision, options.batch_size, options.compile)
-    return encoder, {"vqgan_sha256": hash_vqgan(vqgan_dir), "codebook_sha256": vqgan.codebook_sha256}
+    precision = command_line.choose_precision(options)
+    encoder = ImageEncoder(vqgan, precision, compile=options.compile)
+    default = command_line.default_batch_size(options.target_size, options.device, encoder.fused is not None)
+    encoder.batch_size = options.batch_size or default
+    hashes = {"vqgan_sha256": hash_vqgan(vqgan_dir), "codebook_sha256": vqgan.codebook_sha256}
+    return encoder, hashes | {"precision": precision}
 
 
 def check_input(source: Source, processor: ItemProcessor, options: Options) -> tuple[int, str]:
     """The number of rows, and their form for people ("": the recipe's).
 
     All rows of JSON are checked, of other sources the first of this worker's share.
-    Raises ValueError for wrong JSON, an empty input, and rows that are not of the format at all. Rows that are
-    rejected for other reasons are left to `run`.
+    Raises ValueError for wrong JSON, an empty input, and rows that are not of the format at all: of a tar, where a
+    member may be lacking, if no row is. Rows that are rejected for other reasons are left to `run`.
     """
     first, stop = 0, None
     if source.num_rows is not None:
         first, stop = (source.num_rows * part // options.splits for part in (options.rank, options.rank + 1))
         stop = min(stop, first + CHECKED_ROWS)
-    count = num_wrong = 0
+    count = num_good = num_wrong = 0
     first_wrong, form = "", None
     for item_id, raw in enumerate(source.read(first, stop), first):
         count += 1
@@ -219,10 +225,12 @@ def check_input(source: Source, processor: ItemProcessor, options: Options) -> t
         except FormatError as error:
             first_wrong = first_wrong or f"item {item_id}: {one_line(error, MAX_REASON)}"
             num_wrong += 1
+            continue
         # `run` rejects this item and writes down the reason.
         except Exception:
-            continue
-    if num_wrong:
+            pass
+        num_good += 1
+    if num_wrong and not (num_good and options.files.format == "tar"):
         raise ValueError(
             f"input {options.in_filename}: {num_wrong} of {count} items are not of the input format, first "
             f"{first_wrong}; TRAIN.md describes the formats and how to adapt another (process_item in this script)"

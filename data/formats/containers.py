@@ -34,6 +34,7 @@ BATCH_ROWS = 64
 BUFFER_BYTES = 1 << 20
 # Of each file, hashed beside its name and size. Parquet has its statistics at the end.
 HEAD_TAIL_BYTES = 4096
+MAX_MEMBER_BYTES = 1 << 30
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm")
 _FORMAT_OF = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".tar": "tar"}
 _Row = object | ItemError
@@ -218,9 +219,15 @@ class TarSource:
             with open(path, "rb") as file:
                 members = _iter_members(file, int(self._index[begin, 1]))
                 samples = groupby(members, key=lambda found: _sample_key(found[0].name))
-                for key, of_sample in islice(samples, min(end, stop) - begin):
-                    contents = [(info.name, tar.extractfile(info).read()) for info, tar in of_sample]
-                    yield _build_sample(path.name, key, contents)
+                reason = "it ends too early"
+                try:
+                    for key, of_sample in islice(samples, min(end, stop) - begin):
+                        row = _read_sample(path.name, key, of_sample)
+                        begin += 1
+                        yield row
+                except tarfile.TarError as error:
+                    reason = one_line(error)
+            yield from repeat(ItemError(f"{path.name} is damaged: {reason}"), min(end, stop) - begin)
 
 
 Source = JsonSource | ParquetSource | DatasetSource | TarSource
@@ -257,7 +264,8 @@ def _batch_rows(batches: Iterable[Any], num_skipped: int = 0) -> Iterator[_Row]:
             wanted = batch.slice(num_skipped)
             try:
                 yield from wanted.to_pylist()
-            except UnicodeDecodeError:
+            # A text that is not UTF-8; a date after the year 9999.
+            except (ValueError, OverflowError):
                 yield from (_row_alone(wanted.slice(position, 1)) for position in range(wanted.num_rows))
         num_skipped = max(0, num_skipped - batch.num_rows)
 
@@ -267,6 +275,8 @@ def _row_alone(batch: Any) -> _Row:
         return batch.to_pylist()[0]
     except UnicodeDecodeError as error:
         return ItemError(f"a text of the row is not UTF-8: {error.reason}")
+    except (ValueError, OverflowError) as error:
+        return ItemError(f"a value of the row cannot be read: {one_line(error)}")
 
 
 def _find_samples(shard: int, path: Path) -> Iterator[tuple[int, int]]:
@@ -305,6 +315,16 @@ def _sample_key(name: str) -> str:
     return os.path.join(folder, base.partition(".")[0])
 
 
+def _read_sample(shard: str, key: str, members: Iterable[tuple[tarfile.TarInfo, tarfile.TarFile]]) -> _Row:
+    """Raises TarError."""
+    contents = []
+    for info, tar in members:
+        if info.size > MAX_MEMBER_BYTES:
+            return ItemError(f"sample {one_line(key)} of {shard}: {one_line(info.name)} has more than 1 GiB")
+        contents.append((info.name, tar.extractfile(info).read()))
+    return _build_sample(shard, key, contents)
+
+
 def _build_sample(shard: str, key: str, contents: list[tuple[str, bytes]]) -> _Row:
     where = f"sample {one_line(key)} of {shard}"
     fields, members, images = {}, {}, []
@@ -319,7 +339,7 @@ def _build_sample(shard: str, key: str, contents: list[tuple[str, bytes]]) -> _R
             else:
                 members[suffix] = content
                 images += [content] * (kind in IMAGE_SUFFIXES)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return ItemError(f"{where}: {one_line(name)} cannot be read: {one_line(error)}")
     if not isinstance(fields, dict):
         return ItemError(f"{where}: the .json member must hold an object, got {brief(fields)}")

@@ -11,6 +11,7 @@ from pathlib import Path
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 SHIPPED_PROCESSOR = "shipped"
+PRECISIONS = ("fp16", "tf32", "fp32", "bf16")
 DEFAULT_PRECISION = "tf32"
 WAY_OUT = "use another --out_dir, or --overwrite to begin this one again"
 

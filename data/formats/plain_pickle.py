@@ -40,11 +40,15 @@ def iter_list_file(path: str | os.PathLike) -> Iterator[dict]:
     with ExitStack() as opened:
         file = opened.enter_context(open(path, "rb"))
         if zipfile.is_zipfile(file):
-            archive = opened.enter_context(zipfile.ZipFile(file))
-            members = [member for member in archive.namelist() if member.rpartition("/")[2] == "data.pkl"]
-            if len(members) != 1:
-                raise ValueError(f"{name} is a zip file with {len(members)} data.pkl; torch.save writes one")
-            file = opened.enter_context(archive.open(members[0]))
+            try:
+                archive = opened.enter_context(zipfile.ZipFile(file))
+                members = [member for member in archive.namelist() if member.rpartition("/")[2] == "data.pkl"]
+                if len(members) != 1:
+                    raise ValueError(f"it is a zip file with {len(members)} data.pkl; torch.save writes one")
+                file = opened.enter_context(archive.open(members[0]))
+            # Damaged, encrypted, compressed in an unknown way.
+            except (zipfile.BadZipFile, RuntimeError, ValueError) as error:
+                raise ValueError(f"{name} cannot be read: {one_line(error)}") from None
         else:
             file.seek(0)
         values = load_plain(file, name)

@@ -7,6 +7,7 @@ ItemReadError, so that one bad file costs one item.
 import io
 import os
 import pickle
+import stat
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -93,8 +94,12 @@ def read_token_bytes(
     """The pickle of one item, of at most as many bytes as `expected_len` tokens can take. Raises ItemReadError."""
     allowed = MAX_ITEM_BYTES if expected_len is None else MAX_OTHER_BYTES + MAX_BYTES_PER_TOKEN * expected_len
     try:
+        status = os.stat(path)
+        # Opening a pipe would wait for its writer.
+        if not stat.S_ISREG(status.st_mode):
+            raise ItemReadError(f"token file {path} cannot be read: it is no regular file")
         with open(path, "rb") as file:
-            start, size = (0, os.fstat(file.fileno()).st_size) if offset is None else (offset, nbytes)
+            start, size = (0, status.st_size) if offset is None else (offset, nbytes)
             if size > allowed:
                 raise ItemReadError(
                     f"token file {path} cannot be read: {size} bytes are more than its item can take ({allowed}); it "

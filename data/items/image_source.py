@@ -29,6 +29,8 @@ RETRY_WAIT_S = 1.0
 SILENCE_S, TOTAL_S = 20.0, 120.0
 MAX_BYTES = 100 << 20
 _SCHEME = re.compile(r"([a-z][a-z\d+.-]+)://", re.IGNORECASE)
+# Addresses of IPv6 that stand for one of IPv4, and those of a site; `is_global` passes them.
+_PRIVATE_NETWORKS = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "2002::/16", "fec0::/10")))
 _DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 
 
@@ -123,9 +125,13 @@ class _CheckedRedirects(HTTPRedirectHandler):
         if parts.scheme not in ("http", "https"):
             raise ItemError(f"{where}, which is no http(s) address")
         addresses = {found[4][0].partition("%")[0] for found in socket.getaddrinfo(parts.hostname, None)}
-        if not all(ipaddress.ip_address(address).is_global for address in addresses):
+        if not all(map(_is_public, map(ipaddress.ip_address, addresses))):
             raise ItemError(f"{where}, which is a private address")
         return super().redirect_request(request, response, code, reason, headers, new_url)
+
+
+def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    return address.is_global and not any(address in network for network in _PRIVATE_NETWORKS)
 
 
 def _decode(url: str, name: str) -> bytes:

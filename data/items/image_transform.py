@@ -68,6 +68,9 @@ def open_image(source: str | os.PathLike | BytesIO, name: str = "") -> Image.Ima
         if not isinstance(source, BytesIO) and os.path.exists(source) and not os.path.isfile(source):
             raise ItemError("it is a folder" if os.path.isdir(source) else "it is no regular file")
         with Image.open(source) as file:
+            # Pillow runs Ghostscript, which executes programs of the file: not for what comes from the net.
+            if file.format == "EPS" and isinstance(source, BytesIO):
+                raise ItemError("EPS is read from files alone")
             file.load()
             return _upright(file)
     except FileNotFoundError:

@@ -77,10 +77,6 @@ class ItemProcessor:
         self.image_reader = ImageReader(tuple(image_dirs), confine_images, allow_urls)
         self.pairs = pairs
 
-    def __getstate__(self) -> dict:
-        """Sent to another process, it leaves the image encoder here, with the device."""
-        return {**self.__dict__, "image_encode": None}
-
     def process_item(self, raw_item: Mapping, item_id: int) -> Conversation:
         """The conversation of a raw item. Override it to adapt another format. Raises ItemError with the reason."""
         return parse_row(raw_item, self.pairs)
@@ -183,7 +179,7 @@ def hash_tokenizer(tokenizer) -> str:
 
 
 def build_text_encode(tokenizer) -> TextEncode:
-    """A function from text to its ids, which can be sent to another process. No text becomes a control token.
+    """A function from text to its ids. No text becomes a control token.
 
     It encodes with a copy of the tokenizer that lacks the control tokens, so their names stay text.
     """

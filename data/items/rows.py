@@ -59,7 +59,8 @@ def parse_row(raw: object, pairs: Pairs | None = None) -> Conversation:
     """The conversation of a row. Raises FormatError for a row of no known form, ItemError for any other reason."""
     if pairs is not None:
         return _parse_pair(raw, pairs)
-    if isinstance(raw, Mapping) and raw.get("messages"):
+    # `datasets` gives every row all keys, some without a value.
+    if isinstance(raw, Mapping) and "messages" in raw and (raw["messages"] or not raw.get("conversations")):
         raw = _from_messages(raw)
     return parse_conversation(raw)
 
@@ -106,8 +107,8 @@ def _from_messages(raw: Mapping) -> dict:
     if raw.get("conversations"):
         raise ItemError("`messages` and `conversations` are both there: keep one of them")
     messages, given = raw["messages"], list(parse_images(raw))
-    if not isinstance(messages, list):
-        raise ItemError(f"`messages` must be a list, got {brief(messages)}")
+    if not isinstance(messages, list) or not messages:
+        raise ItemError(f"`messages` must be a list that is not empty, got {brief(messages)}")
     turns, images, waiting = [], [], list(given)
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or message.get("role") not in MESSAGE_ROLES or "content" not in message:

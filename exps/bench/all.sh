@@ -72,7 +72,7 @@ if [[ $SCALE == gpu ]]; then
   bench exps/bench/train.py --rows 2 --checkpointing --baseline
   bench exps/bench/generate.py --model_size 1B --batch_sizes 8 --cfg 4 --num_tokens 256 --repeats 1 --ways ours batched
   bench exps/bench/checkpoint.py --gigabytes 2 --repeats 1
-  bench exps/bench/pre_tokenize.py --target_size 768 --precision fp16 tf32
+  bench exps/bench/pre_tokenize.py --target_size 768 --precision tf32 fp16
   bench exps/bench/data.py --num_items 100000 --repeats 1 --num_workers 0 4
 elif [[ $SCALE == cpu ]]; then
   bench exps/bench/train.py --model_size bench --baseline --num_items 4 --item_len 300 1100 --precision fp32 bf16

@@ -7,7 +7,6 @@ measured in its own process. The last line printed is one JSON object.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -55,10 +54,7 @@ def main(argv: list[str] | None = None) -> int:
                 case = {"precision": precision, "batch_size": batch_size}
                 figures = common.run_alone("encoder:measure", folder=folder, **case, **task)
                 rows.append(common.compare(case, figures, None))
-    print(f"images of {args.target_size} pixels, on {common.device_name(device)}, torch {torch.__version__}\n")
-    print(common.format_table(rows, COLUMNS))
-    print(json.dumps({"bench": "encoder", "device": common.device_name(device), "rows": rows}))
-    return int(any("failed" in row["ours"] for row in rows))
+    return common.report("encoder", f"Images of {args.target_size} pixels", device, rows, COLUMNS)
 
 
 def measure(

@@ -8,9 +8,14 @@
 #   tests         the tests marked `gpu`
 #   encoder       the VQGAN's encoder alone in each precision: images per second, TFLOP/s, codes equal to fp32
 #   tiny          the laptop default, exps/tiny.sh, with few items
+<<<<<<< HEAD
 #   pre_tokenize  images per second at 768 pixels: pre_tokenize.py, the recipe's way, encoder, host and one core alone
 #   train         five variants of the 7B step (1B on a GPU under 110 GiB) with memory and the allocator's counters;
 #                 the one of exps/7B_one_gpu.sh only where torchao is installed
+=======
+#   pre_tokenize  images per second at 768 pixels: pre_tokenize.py, the recipe's way, and the host alone
+#   train         five variants of the 7B step (1B on a GPU under 110 GiB) with memory and the allocator's counters
+>>>>>>> w_X1
 #   generate      one image of 768 x 768 pixels by 7B
 # OUT (default output/gpu) gets NAME.log of each stage, one per variant, and summary.txt. A stage that fails
 # stops no other one; the exit code is then 1. No network is needed: weights are random, and inputs are made here.
@@ -57,7 +62,7 @@ stage tests tests 120 "$PYTHON" -m pytest -o addopts=--import-mode=importlib -q 
   --durations=5 -m gpu "${gpu_tests[@]}"
 stage encoder encoder 110 "$PYTHON" exps/bench/encoder.py --batch_sizes 12
 stage tiny tiny 90 env OUT="$OUT/tiny" ITEMS=800 STEPS=40 PROMPTS=8 PYTHON="$PYTHON" bash exps/tiny.sh
-stage pre_tokenize pre_tokenize 130 "$PYTHON" exps/bench/pre_tokenize.py --target_size 768 --precision fp16 tf32
+stage pre_tokenize pre_tokenize 130 "$PYTHON" exps/bench/pre_tokenize.py --target_size 768 --precision tf32 fp16
 stage pre_tokenize pre_tokenize_host 50 "$PYTHON" exps/bench/pre_tokenize.py --target_size 768 --encoder none
 stage train train_2rows 75 "$PYTHON" exps/bench/train.py --rows 2
 stage train train_4rows_selective 75 "$PYTHON" exps/bench/train.py --rows 4 --checkpointing_selective

@@ -6,11 +6,10 @@
 `start_s` ends with the first written items. Rates are those of the steady state after it, which lasts `--seconds` at
 least if there are images enough. The recipe's way reads, encodes and writes one image at a time, in NCHW layout and
 with torch's own TF32 settings. It asks the tokenizer for its whole vocabulary at each of the 5 lookups of an image;
-`images_per_s_without_lookups` leaves the time of these out. Ours is `pre_tokenize.py` itself; beside it stand the
-rates of its two parts alone: the encoder on whole batches, and one core that reads and crops JPEGs. Both ways crop
-from the centre, so that `equal_codes` can compare their codes. `--encoder none` measures the host of a GPU alone: CPU
-time of the main process per image, with codes of zeros. The last line printed is one JSON object with the figures of
-the last size and precision.
+`images_per_s_without_lookups` leaves the time of these out. Ours is `pre_tokenize.py` itself; `encoder.py` measures the
+encoder alone. Both ways crop from the centre, so that `equal_codes` can compare their codes. `--encoder none` measures
+the host of a GPU alone: CPU time of the main process per image, with codes of zeros. The last line printed is one JSON
+object with the figures of the last size and precision.
 """
 
 import argparse
@@ -48,7 +47,7 @@ MAX_DIFFERENT_IMAGES = 24
 # Begin, height, width, new line, end.
 LOOKUPS_PER_IMAGE = 5
 COLUMNS = (
-    *("images_per_s", "images_per_s_without_lookups", "encoder_images_per_s", "core_images_per_s", "steady_s"),
+    *("images_per_s", "images_per_s_without_lookups", "steady_s"),
     *("start_s", "host.main_cpu_ms_per_image", "loaders_at_work_s", "equal_codes", "host_gib", "device_gib"),
 )
 
@@ -59,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num_images", type=common.positive, default=10000, help="most images per measurement (default 10000)")
     add("--seconds", type=float, default=10, help="seconds of the steady state to measure (default 10)")
     add("--target_size", type=int, nargs="+", default=[512, 768], help="sides in pixels (default 512 768)")
-    add("--precision", nargs="+", help="precisions of our way (default: tf32 fp32 bf16 on CUDA, fp32 bf16 on a CPU)")
+    add("--precision", nargs="+", help="precisions of our way (default: fp32 bf16, and on CUDA tf32 fp16)")
     add("--vqgan_dir", type=Path, help="folder of the VQGAN (default: Chameleon's size with seeded weights)")
     add("--num_workers", type=int, help="loaders of our way beside the encoder (default: that of pre_tokenize.py)")
     add("--encoder", choices=("vqgan", "none"), default="vqgan", help="none: the host alone (default vqgan)")
@@ -101,7 +100,8 @@ def main(argv: list[str] | None = None) -> int:
 def choose_precisions(wanted: list[str] | None, device: str, is_host: bool) -> Sequence[str | None]:
     if is_host:
         return [None]
-    return wanted or (["tf32"] if device == "cuda" else []) + ["fp32", "bf16"]
+    # The last is the main row: on CUDA what users get.
+    return wanted or ["fp32", "bf16", *(["tf32", "fp16"] if device == "cuda" else [])]
 
 
 def measure_recipe(

@@ -7,21 +7,15 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from PIL import Image
 
 from data.items.conversation import ItemError
-from data.items.image_transform import crop_to_rgb, open_image
 from data.items.item_processor import ItemProcessor
 from data.items.vocab import CODE_PIXELS
 from pre_tokenize import options, pre_tokenize
 from pre_tokenize.loading import Loaders
-
-# Of the encoder alone, after one to warm up.
-ENCODER_BATCHES = 4
 
 
 class ZeroEncoder:
@@ -55,7 +49,6 @@ def measure_ours(
     flags |= {"num_workers": num_workers} if num_workers is not None else {}
     # (time, CPU seconds of the main process, images) at the start, and by the end of each window
     marks = [(time.perf_counter(), time.process_time(), 0)]
-    more = {}
     run, write_window = pre_tokenize.run, pre_tokenize.write_window
 
     def timed_run(worker: pre_tokenize.Worker, sigterm: object) -> None:
@@ -67,8 +60,6 @@ def measure_ours(
 
         pre_tokenize.write_window = timed_write
         run(worker, sigterm)
-        if precision:
-            more["encoder_images_per_s"] = encoder_rate(worker)
 
     pre_tokenize.run = timed_run
     if not precision:
@@ -81,7 +72,6 @@ def measure_ours(
     steady_s, cpu_s, num_images = (last - first for last, first in zip(marks[-1], begin, strict=True))
     rate = num_images / steady_s
     figures = {"images_per_s": rate, "steady_s": steady_s, "start_s": marks[1][0] - marks[0][0]}
-    figures |= more | {"core_images_per_s": core_rate(Path(work_dir), target_size)}
     if not precision:
         figures["host"] = {"main_cpu_ms_per_image": 1000 * cpu_s / num_images, "images_per_s": rate}
         figures["loaders_at_work_s"] = loaders_start_s(num_workers or options.default_num_workers("cuda", splits=1))
@@ -90,26 +80,6 @@ def measure_ours(
     from exps.bench import common
 
     return figures | {"host_gib": common.resident_gib(), "device_gib": common.peak_device_gib(device)}
-
-
-def encoder_rate(worker: pre_tokenize.Worker) -> float:
-    """Images per second of the encoder alone, in batches of one size."""
-    side = worker.options.target_size
-    batch = [Image.new("RGB", (side, side), (99, 150, 201))] * worker.options.batch_size
-    worker.encoder(batch)
-    began = time.perf_counter()
-    for _ in range(ENCODER_BATCHES):
-        worker.encoder(batch)
-    return ENCODER_BATCHES * len(batch) / (time.perf_counter() - began)
-
-
-def core_rate(folder: Path, target_size: int) -> float:
-    """Images per second that one core reads and crops."""
-    paths = list(folder.glob("*.jpg"))
-    began = time.perf_counter()
-    for path in paths:
-        crop_to_rgb(open_image(path), target_size)
-    return len(paths) / (time.perf_counter() - began)
 
 
 class SlowProcessor(ItemProcessor):

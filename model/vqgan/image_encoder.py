@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from data.formats.manifest import PRECISIONS
+from data.messages import one_line
 from model.vqgan.vqgan import VQGAN, images_to_pixels, tf32_allowed
 
-PRECISIONS = ("fp16", "tf32", "fp32", "bf16")
 _AUTOCAST_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -21,7 +22,7 @@ class ImageEncoder:
         Args:
             precision: of the features; tf32 differs from fp32 on CUDA only, and codes are chosen in fp32. In 16 bits
                 `FusedEncoder` computes them where it can, else autocast. A batch that overflows in fp16 is encoded
-                again in tf32 and counted in `num_encoded_again`.
+                again in tf32 and counted in `num_encoded_again`. Raises ValueError if Triton cannot compile.
             batch_size: most images of one size at a time.
             compile: fuse what stands between the convolutions by torch.compile, which takes a minute at first;
                 ignored where `FusedEncoder` computes the features.
@@ -38,6 +39,14 @@ class ImageEncoder:
             from model.vqgan.fused_encoder import FusedEncoder
 
             self.fused = FusedEncoder(self.vqgan, _AUTOCAST_DTYPES[precision])
+            try:
+                self.fused(torch.zeros(1, 3, 64, 64, device=self.device))
+            # Without a C compiler or the headers of Python; the errors have no common class.
+            except Exception as error:
+                raise ValueError(
+                    f"--precision {precision} needs kernels that Triton compiles, which fails here: {one_line(error)}; "
+                    "install gcc, or give --precision tf32"
+                ) from error
         self.batch_size = batch_size
         self.num_encoded_again = 0
 

@@ -71,13 +71,23 @@ def test_pixels_stay_while_two_more_windows_are_taken_and_prepared(tiny_processo
             before = window
 
 
-def test_a_killed_process_ends_the_windows(tiny_processor, tmp_path):  # noqa: F811
-    with pytest.raises(BrokenExecutor), Loaders(tiny_processor, 2, 3) as loaders:
+@pytest.mark.parametrize("error", [BrokenExecutor, OSError])
+def test_a_killed_process_ends_the_windows(tiny_processor, tmp_path, error):  # noqa: F811
+    with pytest.raises(error), Loaders(tiny_processor, 2, 3) as loaders:
         windows = loaders.windows(items_of(tmp_path, 300))
         next(windows)
         loaders.processes[0].kill()
+        if error is OSError:
+            raise OSError
         list(windows)
     assert not any(process.is_alive() for process in loaders.processes)
+
+
+def test_memory_that_cannot_be_page_locked_is_an_error(tiny_processor, monkeypatch):  # noqa: F811
+    runtime = SimpleNamespace(cudaHostRegister=lambda *_: 2)
+    monkeypatch.setattr("torch.cuda.cudart", lambda: runtime)
+    with Loaders(tiny_processor, 1, 3) as loaders, pytest.raises(ValueError, match="CUDA error 2.*--num_workers 0"):
+        loaders.pin_memory()
 
 
 @pytest.mark.slow
@@ -86,10 +96,15 @@ def test_loaders_run_before_torch_is_imported(task, tmp_path):  # noqa: F811
     code = """
 import sys
 from data.items.conversation import ItemError
+from exps.bench.pre_tokenize_ours import ZeroEncoder
 from pre_tokenize import pre_tokenize
 def process_item(self, raw_item, item_id):
     raise ItemError(f"torch: {'torch' in sys.modules}")
+def load_encoder(*_):
+    sys.modules["torch"] = None
+    return ZeroEncoder(), {"vqgan_sha256": ""}
 pre_tokenize.ItemProcessor.process_item = process_item
+pre_tokenize.load_encoder = load_encoder
 sys.exit(pre_tokenize.main(sys.argv[1:]))
 """
     argv = arguments(task, tmp_path, num_workers=2)
@@ -104,8 +119,10 @@ sys.exit(pre_tokenize.main(sys.argv[1:]))
     + [("cuda", 64, 64, 256), ("cuda", 512, 27, 256), ("cuda", 768, 12, 256), ("cuda", 1536, 3, 64)],
 )
 def test_batches_and_windows_depend_on_target_size_and_kind_of_device(device, target_size, batch_size, window_items):
-    assert default_batch_size(target_size, device) == batch_size
-    assert default_window_items(target_size, device, batch_size) == window_items
+    assert default_batch_size(target_size, device, is_fused=True) == batch_size
+    for given in (batch_size, None):
+        assert default_window_items(target_size, device, given) == window_items
+    assert default_batch_size(768, "cuda") == 3
     # On a GPU another batch does not move the windows.
     assert default_window_items(target_size, "cuda", 5) == default_window_items(target_size, "cuda", 7)
 

@@ -181,9 +181,12 @@ def test_the_recipes_command_is_understood(task, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     argv = f"--splits=8 --rank=0 --in_filename {task}/in.json --out_dir out --target_size 768 --vqgan_dir {task}/vqgan"
     options = parse_options(build_parser().parse_args(argv.split()))
-    assert (options.splits, options.crop, options.precision, options.target_size) == (8, "center", "tf32", 768)
+    assert (options.splits, options.crop, options.precision, options.target_size) == (8, "center", None, 768)
     assert (options.device, options.num_workers) == ("cpu", 2)
     assert capsys.readouterr().out == "torch sees no CUDA GPU: images are encoded on the CPU\n"
+    assert pre_tokenize([*argv.split(), "--device=cuda"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--device cuda: no CUDA device is visible" in line
 
 
 @pytest.mark.gpu

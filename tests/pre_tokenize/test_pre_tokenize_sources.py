@@ -13,11 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.formats.record import read_record
-from data.formats.token_file import load_token_file
 from pre_tokenize import pre_tokenize as script
+from pre_tokenize.concat_record import main as concat
 from pre_tokenize.pre_tokenize import main as pre_tokenize
 from pre_tokenize.worker_log import read_failed
 from tests.data.formats.test_containers import write_tar
+from tests.exps.test_exps import write_stub
 from tests.helpers import forked
 from tests.helpers.tokenize_helpers import ROOT, command, environment, snapshot
 from tests.pre_tokenize.test_pre_tokenize import BAD, NUM_ITEMS, SCRIPT, arguments, task, undisturbed  # noqa: F401
@@ -121,13 +122,17 @@ def test_a_killed_worker_resumes_with_the_same_files(task, tmp_path, kind):  # n
 
 def test_pairs_are_told_apart_by_task_and_columns(task, tmp_path, capsys):  # noqa: F811
     png = (task / "img/0.png").read_bytes()
-    write_tar(tmp_path / "in.tar", [("0.txt", b"a cat"), ("0.png", png), ("1.txt", b"a dog"), ("1.png", png)])
+    members = [("0.txt", b"a cat"), ("0.png", png), ("1.txt", b"a dog"), ("1.png", png)]
+    # The last lacks a member.
+    write_tar(tmp_path / "in.tar", [*members, ("2.txt", b"a fox"), ("2.jpg", png)])
     prompt = "Generate an image of 64x64 according to the following prompt:\na cat"
     turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": "<|image|>"}]
     (tmp_path / "in.json").write_text(json.dumps([{"conversations": turns, "image": str(task / "img/0.png")}]))
     for name, flags in (("in.json", []), ("in.tar", ["--task=t2i", "--columns=prompt=txt,image=png"])):
         argv = arguments(task, tmp_path / name[3:], *flags, in_filename=tmp_path / name)
-        assert pre_tokenize(argv) == 0
+        assert pre_tokenize(argv) == (3 if flags else 0)
+    ((item_id, reason),) = read_failed(tmp_path / "tar" / "0-of-1-failed.jsonl")
+    assert item_id == 2 and "has no column `png`" in reason
     assert "pairs of `txt` and `png` (t2i)" in capsys.readouterr().out
     ours, theirs = ((tmp_path / name / "files" / "0.pkl").read_bytes() for name in ("tar", "json"))
     assert ours == theirs
@@ -182,17 +187,15 @@ def test_the_form_is_checked_at_the_start_of_a_share_and_then_row_by_row(task, t
 
 # exps/pre_tokenize.sh
 
-
-def run_shell(task: Path, out: Path, tmp_path: Path, **env: str) -> subprocess.CompletedProcess:  # noqa: F811
-    argv = [f for f in arguments(task, out, in_filename="in.json") if not f.startswith(("--splits", "--rank"))]
-    shell = ["bash", str(ROOT / "exps" / "pre_tokenize.sh"), *argv]
-    path = f"{tmp_path}{os.pathsep}{Path(command()[0]).parent}{os.pathsep}{os.environ['PATH']}"
-    env = {**environment(), "PATH": path, **env}
-    return subprocess.run(shell, cwd=task, env=env, capture_output=True, text=True)
-
-
-SRUN = """#!/bin/bash
+PYTHON = """
+name=merge
+if [[ $* =~ --rank=(.) ]]; then name=${BASH_REMATCH[1]}; fi
+echo "$CUDA_VISIBLE_DEVICES" "${@:3}" > "$CALLS/$name"
+if [[ $name == 1 ]]; then echo "1 rejected"; exit "$CODE"; fi
+"""
 # As srun does: the command in each task, the largest exit code of all.
+SRUN = """
+echo "$@" > "$CALLS/srun"
 while [[ $1 == --* ]]; do shift; done
 worst=0
 for ((rank = 0; rank < SLURM_NTASKS; rank++)); do
@@ -200,25 +203,51 @@ for ((rank = 0; rank < SLURM_NTASKS; rank++)); do
 done
 exit $worst
 """
+NODE = {"GPUS": "2", "CUDA_VISIBLE_DEVICES": "5,3,4"}
+JOB = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_CPUS_PER_TASK": "3", "CUDA_VISIBLE_DEVICES": "0"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("env", [{"GPUS": "2"}, {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}])
-def test_the_script_runs_all_workers_and_merges(task, tmp_path, undisturbed, env):  # noqa: F811
-    """On a node, and as a SLURM job with a stand-in for srun; from the folder in which the user stands."""
-    (tmp_path / "srun").write_text(SRUN)
-    (tmp_path / "srun").chmod(0o755)
-    out = tmp_path / "out"
-    done = run_shell(task, out, tmp_path, CUDA_VISIBLE_DEVICES="", **env)
+def run_shell(task: Path, folder: Path, **env: str) -> tuple[subprocess.CompletedProcess, dict[str, list[str]]]:  # noqa: F811
+    """Runs with stand-ins for python and srun. Also returns their GPUs and arguments, of workers by rank."""
+    write_stub(folder / "python", PYTHON)
+    write_stub(folder / "srun", SRUN)
+    calls = folder / "calls"
+    calls.mkdir()
+    argv = arguments(task, folder / "out", in_filename="in.json")
+    argv = [flag for flag in argv if not flag.startswith(("--splits", "--rank"))]
+    env = environment() | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "CALLS": str(calls), **env}
+    shell = ["bash", str(ROOT / "exps" / "pre_tokenize.sh"), *argv]
+    done = subprocess.run(shell, cwd=task, env=env, capture_output=True, text=True)
+    return done, {path.name: path.read_text().split() for path in calls.iterdir()}
+
+
+@pytest.mark.parametrize("env", [NODE, JOB])
+def test_the_script_runs_all_workers_and_merges(task, tmp_path, monkeypatch, env):  # noqa: F811
+    """On a node, and as a SLURM job; from the folder in which the user stands. Its calls are then made here."""
+    done, calls = run_shell(task, tmp_path, CODE="3", **env)
     assert done.returncode == 3, done.stderr
-    entries = list(read_record(out / "record.json"))
+    if env == JOB:
+        assert "--cpus-per-task=3" in calls["srun"]
+        assert "--num_workers=3" in calls["0"] and calls["0"][-1] == "--num_workers=0"
+    else:
+        assert (calls["0"][0], calls["1"][0]) == ("5", "3")
+        assert (tmp_path / "out" / "logs" / "1-of-2.log").read_text() == "1 rejected\n"
+        assert re.search("rank 1 ended with exit code 3, see .*: 1 rejected", done.stderr)
+    monkeypatch.chdir(task)
+    for name, main, code in (("0", pre_tokenize, 3), ("1", pre_tokenize, 3), ("merge", concat, 0)):
+        assert main(calls[name][1:]) == code
+    entries = list(read_record(tmp_path / "out" / "record.json"))
     assert [entry.id for entry in entries] == [i for i in range(NUM_ITEMS) if i not in BAD]
-    assert all(load_token_file(entry.file, expected_len=entry.len) for entry in entries)
-    assert {path.name for path in out.glob("*-record.jsonl")} == {f"{rank}-of-2-record.jsonl" for rank in (0, 1)}
-    if "GPUS" in env:
-        assert "14 tokenized, 1 rejected" in (out / "logs" / "1-of-2.log").read_text()
-        assert "rank 1 ended with exit code 3, see" in done.stderr
-        (out / "record.json").unlink()
-        (out / "manifest.json").write_text("damaged")
-        done = run_shell(task, out, tmp_path, CUDA_VISIBLE_DEVICES="", **env)
-        assert done.returncode == 2 and "is not valid JSON" in done.stderr and not (out / "record.json").exists()
+
+
+@pytest.mark.parametrize(
+    "env, code, started, message",
+    [
+        (NODE, 1, {"0", "1"}, "rank 1 ended with exit code 1"),
+        (NODE | {"GPUS": "4"}, 2, set(), "GPUS=4, but 3 GPUs are visible"),
+        (NODE | {"CUDA_VISIBLE_DEVICES": ""}, 1, {"0", "1"}, "rank 1 ended with exit code 1"),
+    ],
+)
+def test_the_script_merges_nothing_where_a_worker_failed(task, tmp_path, env, code, started, message):  # noqa: F811
+    done, calls = run_shell(task, tmp_path, CODE="1", **env)
+    assert done.returncode == code and message in done.stderr and calls.keys() == started

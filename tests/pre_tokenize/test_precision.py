@@ -14,7 +14,7 @@ def without_flag(task, out_dir, **changes) -> list[str]:  # noqa: F811
 
 
 def chosen(argv: list[str]) -> str | None:
-    return options.parse_options(options.build_parser().parse_args(argv)).precision
+    return options.choose_precision(options.parse_options(options.build_parser().parse_args(argv)))
 
 
 def test_the_default_is_fp16_where_a_gpu_can(task, tmp_path, monkeypatch):  # noqa: F811
@@ -22,6 +22,9 @@ def test_the_default_is_fp16_where_a_gpu_can(task, tmp_path, monkeypatch):  # no
     monkeypatch.setattr(options, "default_precision", lambda device: "fp16")
     assert chosen(without_flag(task, tmp_path)) == "fp16"
     assert chosen(arguments(task, tmp_path, precision="tf32")) == "tf32"
+    (tmp_path / "manifest.json").write_text('{"precision": "fp32"}')
+    assert chosen(without_flag(task, tmp_path)) == "fp32"
+    assert chosen([*without_flag(task, tmp_path), "--overwrite"]) == "fp16"
 
 
 def test_one_folder_has_one_precision(task, tmp_path, capsys):  # noqa: F811

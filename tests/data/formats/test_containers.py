@@ -117,6 +117,7 @@ def test_members_of_a_sample_are_its_row(tmp_path):
     fields = {"conversations": turns, "images": ["elsewhere.png"], "caption": "of the json"}
     members = [("a/0.json", json.dumps(fields).encode()), ("a/0.1.png", b"one"), ("a/0.2.JPG", b"two")]
     members += [("a/0.cls", b"7"), ("a/1.json", b"{"), ("a/2.png", b"x"), ("a/3.txt", b"y"), ("a/4.json", b"[]")]
+    members.append(("a/5.json", b"[" * 100_000))
     rows = list(open_source(find_files(write_tar(tmp_path / "a.tar", members)), tmp_path).read())
     assert rows[0] == {
         "__key__": "a/0", "conversations": turns, "caption": "of the json", "image": [b"one", b"two"],
@@ -127,6 +128,7 @@ def test_members_of_a_sample_are_its_row(tmp_path):
     assert "sample a/2 of a.tar has no .json or .txt member, only a/2.png" in reasons[1]
     assert "sample a/3 of a.tar has no image member, only a/3.txt" in reasons[2]
     assert "the .json member must hold an object, got []" in reasons[3]
+    assert "sample a/5 of a.tar: a/5.json cannot be read: maximum recursion" in reasons[4]
 
 
 @pytest.mark.parametrize("name", ["in.json", "in.jsonl.gz", "saved", "parquet", "tar"])
@@ -176,6 +178,24 @@ def test_a_damaged_header_in_a_tar_is_one_error(tmp_path):
         open_source(find_files(path), tmp_path / "out")
 
 
+def test_a_tar_that_was_damaged_since_costs_the_samples_from_there_on(tmp_path, monkeypatch):
+    members = [(f"{number}.{kind}", bytes([97 + number])) for number in range(4) for kind in ("txt", "png")]
+    source = open_source(find_files(write_tar(tmp_path / "a.tar", members)), tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(containers, "MAX_MEMBER_BYTES", 0)
+        assert all("0.txt has more than 1 GiB" in str(row) for row in source.read(0, 1))
+    content = (tmp_path / "a.tar").read_bytes()
+    # Behind a damaged header may be more members of the second sample.
+    for damaged, reason, num_good in (
+        (content[: 8 * 512] + b"\xff" * 512 + content[9 * 512 :], "a damaged header at byte 4,096", 1),
+        (content[: 8 * 512] + bytes(4096), "it ends too early", 2),
+    ):
+        (tmp_path / "a.tar").write_bytes(damaged)
+        rows = list(source.read())
+        assert [row["caption"] for row in rows[:num_good]] == ["a", "b"][:num_good]
+        assert list(map(str, rows[num_good:])) == [f"a.tar is damaged: {reason}"] * (4 - num_good)
+
+
 def test_a_damaged_row_group_costs_its_rows_alone(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.Table.from_pylist(JSON_ROWS), path, row_group_size=10, use_dictionary=False, compression="gzip")
@@ -194,6 +214,9 @@ def test_a_text_that_is_not_utf8_costs_its_row_alone(tmp_path):
     pq.write_table(pa.table({"caption": texts}), tmp_path / "a.parquet")
     first, second, third = open_source(find_files(tmp_path / "a.parquet"), tmp_path).read()
     assert (first, third) == ({"caption": "a"}, {"caption": "c"}) and "is not UTF-8" in str(second)
+    pq.write_table(pa.table({"day": pa.array([0, 10**7], pa.int32()).cast(pa.date32())}), tmp_path / "b.parquet")
+    first, second = open_source(find_files(tmp_path / "b.parquet"), tmp_path).read()
+    assert first["day"].year == 1970 and "a value of the row cannot be read: date value out of range" in str(second)
 
 
 def test_formats_are_found_by_suffix_unless_given(tmp_path, sources):

@@ -78,6 +78,14 @@ def test_a_list_may_hold_the_tokens_themselves(tmp_path):
         open_index(tmp_path / "list.pth", tmp_path / "cache")
 
 
+def test_a_damaged_archive_is_rejected(tmp_path):
+    torch.save(ENTRIES, tmp_path / "list.pth")
+    content = (tmp_path / "list.pth").read_bytes()
+    (tmp_path / "list.pth").write_bytes(content.replace(b"PK\x01\x02", b"PK\xff\xff"))
+    with pytest.raises(ValueError, match=r"record .*list\.pth cannot be read: Bad magic number"):
+        open_index(tmp_path / "list.pth", tmp_path / "cache")
+
+
 @pytest.mark.parametrize(
     "content, reason",
     [

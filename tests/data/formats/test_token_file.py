@@ -95,7 +95,9 @@ def test_a_file_that_is_too_large_is_rejected_unread(tmp_path):
 
 def test_what_is_no_file_is_rejected(tmp_path):
     (tmp_path / "folder.pkl").mkdir()
-    for name, reason in {"folder.pkl": "directory", "gone.pkl": "does not exist"}.items():
+    os.mkfifo(tmp_path / "pipe.pkl")
+    reasons = {"folder.pkl": "no regular file", "pipe.pkl": "no regular file", "gone.pkl": "does not exist"}
+    for name, reason in reasons.items():
         with pytest.raises(ItemReadError, match=rf"{name}.*{reason}"):
             load_token_file(tmp_path / name)
 

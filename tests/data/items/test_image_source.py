@@ -13,13 +13,13 @@ from data.items.conversation import ItemError
 from data.items.image_source import ImageReader
 
 
-def png() -> bytes:
+def encoded(format: str) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (40, 20), (200, 30, 30)).save(buffer, "PNG")
+    Image.new("RGB", (40, 20), (200, 30, 30)).save(buffer, format)
     return buffer.getvalue()
 
 
-PNG = png()
+PNG, EPS = encoded("PNG"), encoded("EPS")
 
 
 @pytest.fixture
@@ -55,6 +55,7 @@ def test_every_source_gives_the_image(folders, source):
         ("data:image/png,xx", "must begin with data:image/...;base64,"),
         ("data:;base64,", "it is empty"),
         (PNG[:60], "image of 60 bytes cannot be read"),
+        (EPS, "cannot be read: EPS is read from files alone"),
         ("https://a.b/" + "c" * 999, "is a URL: give --allow_urls"),
         ("s3://bucket/a.png", "s3 is not read"),
         ("file:///etc/passwd", "file is not read"),
@@ -144,6 +145,7 @@ def test_urls_are_fetched_and_errors_that_may_pass_tried_again(server, urls):
         ("/to?/ok", "is redirected to http://127.*which is a private address", 1),
         ("/to?http://localhost/ok", "is redirected to http://localhost/ok, which is a private address", 1),
         ("/to?http://169.254.169.254/latest", "which is a private address", 1),
+        ("/to?http://[64:ff9b::a9fe:a9fe]/latest", "which is a private address", 1),
         ("/to?ftp://example.org/a.png", "which is no http.s. address", 1),
         ("/to?file:///etc/passwd", "not allowed", 1),
     ],

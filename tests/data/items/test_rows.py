@@ -64,6 +64,8 @@ def test_messages_keep_their_system_turn_and_several_images():
         ({"messages": [{"role": "tool", "content": "x"}]}, r"message 0 must be .*role.* \(system, user, assistant\)"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}, "`tool_calls` of message 0 is not read"),
         ({"messages": "x"}, "`messages` must be a list"),
+        ({"messages": None, "conversations": None}, "`messages` must be a list that is not empty, got None"),
+        ({"messages": []}, "`messages` must be a list that is not empty"),
         ({"messages": [ANSWER]}, "turn 0 is from gpt, human expected"),
     ],
 )

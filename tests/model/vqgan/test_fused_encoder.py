@@ -1,11 +1,8 @@
 """The VQGAN's encoder in 16 bits: its kernels, on a CPU by Triton's interpreter, its memory, and the codes it gives."""
 
-import os
-import subprocess
 import sys
 from collections import defaultdict
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,47 +191,6 @@ def test_an_image_of_768_takes_less_than_600_mib(monkeypatch):
         with StorageTracker() as tracker:
             assert fused(pixels).shape == (2, 256, 48, 48)
     assert 0.4 < tracker.peak / len(pixels) / 2**30 <= 0.6
-
-
-@needs_triton
-@pytest.mark.slow
-def test_kernels_compile_for_a_gpu_once_for_all_sizes_without_spilling_registers():
-    """Compiled for Hopper, which needs no GPU; the assembler says what it used."""
-    code = """
-import subprocess, tempfile, torch, triton
-from pathlib import Path
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import create_function_from_signature
-from model.vqgan import fused_encoder as fused
-
-for kernel, constants in (
-    (fused._add, {"GROUPS": 32, "CHANNELS": 128, "TILE": 32, "TILES": 8, "HAS_RESIDUAL": True, "STORE": True}),
-    (fused._normalize, {"CHANNELS": 128, "TILE": 32, "TILES": 8, "SILU": True}),
-):
-    halves = ("values_ptr", "residual_ptr", "out_ptr")
-    bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
-    pointers = [torch.empty(64) for name in kernel.arg_names if name.endswith("ptr")]
-    keys = {str(bind(*pointers, pixels, *constants.values())[1]) for pixels in (1, 16, 777)}
-    assert len(keys) == 1, keys
-    types = {"pixels": "i32"} | {name: "constexpr" for name in constants}
-    signature = {name: types.get(name, "*fp16" if name in halves else "*fp32") for name in kernel.arg_names}
-    aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(kernel.arg_names) if "ptr" in name}
-    source = ASTSource(kernel, signature, constants, aligned)
-    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"]
-    assert "ld.global.v4" in ptx, "loads of 16 bytes"
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-        command = [ptxas, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    assert "0 bytes spill stores" in said, said
-"""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    root = Path(__file__).parents[3]
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 @needs_triton
