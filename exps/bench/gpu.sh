@@ -8,14 +8,9 @@
 #   tests         the tests marked `gpu`
 #   encoder       the VQGAN's encoder alone in each precision: images per second, TFLOP/s, codes equal to fp32
 #   tiny          the laptop default, exps/tiny.sh, with few items
-<<<<<<< HEAD
-#   pre_tokenize  images per second at 768 pixels: pre_tokenize.py, the recipe's way, encoder, host and one core alone
+#   pre_tokenize  images per second at 768 pixels: pre_tokenize.py, the recipe's way, and the host alone
 #   train         five variants of the 7B step (1B on a GPU under 110 GiB) with memory and the allocator's counters;
 #                 the one of exps/7B_one_gpu.sh only where torchao is installed
-=======
-#   pre_tokenize  images per second at 768 pixels: pre_tokenize.py, the recipe's way, and the host alone
-#   train         five variants of the 7B step (1B on a GPU under 110 GiB) with memory and the allocator's counters
->>>>>>> w_X1
 #   generate      one image of 768 x 768 pixels by 7B
 # OUT (default output/gpu) gets NAME.log of each stage, one per variant, and summary.txt. A stage that fails
 # stops no other one; the exit code is then 1. No network is needed: weights are random, and inputs are made here.
