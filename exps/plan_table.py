@@ -1,4 +1,4 @@
-"""Prints the table of TRAIN.md that says which GPUs a training fits: every cell is a plan of the training itself.
+"""Prints the table that says which GPUs a training fits: every cell is a plan of the training itself.
 
     python exps/plan_table.py
 

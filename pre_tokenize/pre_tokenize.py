@@ -1,8 +1,8 @@
 r"""One pre-tokenizing worker: its share of the input to token files, a sub-record and a list of rejected items.
 
     for i in {0..7}; do
-      python -u pre_tokenize/pre_tokenize.py --splits=8 --rank=$i --in_filename in.json --out_dir out \
-        --target_size 768 &
+      CUDA_VISIBLE_DEVICES=$i python -u pre_tokenize/pre_tokenize.py --splits=8 --rank=$i \
+        --in_filename in.json --out_dir out --target_size 768 &
     done
     wait
 

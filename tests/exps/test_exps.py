@@ -96,7 +96,7 @@ def test_lora_script_is_for_one_card(tmp_path, card, way):
     ],
 )
 def test_one_gpu_script_trains_all_weights(tmp_path, card, expected):
-    call = record_call(tmp_path, "exps/7B_one_gpu.sh", "--epochs", "3", CARD_GB=card, OUTPUT_DIR="/a folder")
+    call = record_call(tmp_path, "exps/7B_one_gpu.sh", "--epochs", "3", CARD_GIB=card, OUTPUT_DIR="/a folder")
     options = vars(parse_call(call))
     expected |= {"model_size": "7B", "lora_rank": 0, "train_only": None, "max_seq_len": 4096, "epochs": 3}
     assert {key: options[key] for key in expected} == expected and str(options["output_dir"]) == "/a folder"

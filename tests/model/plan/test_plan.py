@@ -265,7 +265,7 @@ def test_a_row_beyond_int32_is_one_line(small_task, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "card", "trained"),
-    [("7B_lora", {"CARD_GIB": "24"}, (0.001, 0.02)), ("7B_one_gpu", {"CARD_GB": "80"}, (1, 1))],
+    [("7B_lora", {"CARD_GIB": "24"}, (0.001, 0.02)), ("7B_one_gpu", {"CARD_GIB": "80"}, (1, 1))],
 )
 def test_the_scripts_for_one_gpu_fit_their_card(tmp_path, capsys, script, card, trained):
     ((_, size),) = card.items()
