@@ -35,8 +35,6 @@ def test_the_bench_measures_the_host_alone_in_its_steady_state(monkeypatch, capf
     summary = json.loads(printed.out.splitlines()[-1])
     assert summary["host"]["main_cpu_ms_per_image"] > 0 and summary["start_s"] > 0
     assert summary["host"]["images_per_s"] == summary["ours"]["images_per_s"] > 0
-    # Windows are those of a GPU: 256 items each.
-    assert summary["ours"]["steady_s"] > 0.5 or "600/600 items" in printed.err
 
 
 def test_many_items_show_few_different_images(tmp_path):

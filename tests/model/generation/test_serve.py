@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -231,7 +232,9 @@ def test_the_page_in_a_browser(served, browser, solver, tmp_path):
     expected = [solver.generate(*arguments, size=SIZE, seed=seed) for seed in (PAGE_SEED, PAGE_SEED + 1)]
     images = [image for _, images in expected for image in images]
     shown = page.drawn(len(images))
-    assert [image.tobytes() for image in shown] == [image.tobytes() for image in images]
+    # Another process may round differently in the VQGAN.
+    pairs = zip(shown, images, strict=True)
+    assert all(np.allclose(np.int16(one), np.int16(other), rtol=0, atol=1) for one, other in pairs)
     assert all(image.format == "PNG" for image in shown) and shown[0].size == SIZE
     captions = [node.text for node in page.all("#drawn .caption-label")]
     assert len(images) == 2 and captions == ["seed 5", "seed 6"]

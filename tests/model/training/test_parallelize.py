@@ -265,7 +265,7 @@ def test_a_rank_alone_reduces_gradients_where_they_are(alone, monkeypatch, capsy
     # As with a torch of other names.
     monkeypatch.setattr(parallelize_module, "STREAMS", ("no_such_stream",))
     expected, expected_norm, _ = sharded_gradients(precision="bf16")
-    assert "has other streams in FSDP" in capsys.readouterr().err
+    assert "has other streams and buffers in FSDP" in capsys.readouterr().err
     assert torch.equal(norm, expected_norm) and all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
