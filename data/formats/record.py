@@ -79,7 +79,7 @@ def read_record(path: str | os.PathLike) -> Iterator[RecordEntry]:
 
 
 def resolve_base(path: str | os.PathLike, first_file: str) -> str:
-    """The folder, from here, of the relative files of a record, of which the first decides; may be "".
+    """The folder, from here, of the relative files of a record: the first file decides; may be "".
 
     The folder of the record, else of the target of a linked record, else the working directory.
     """

@@ -53,7 +53,7 @@ class AnswerFolder:
         self._run_path = out_dir.with_name(f"{out_dir.name}.run.json")
         # Nothing unfinished is ever under DIR: GenEval would read 0000.png.partial, DPG-Bench any file.
         self._partial_dir = out_dir.with_name(f".{out_dir.name}.partial")
-        # Of the layout dpg: images of prompts of which others are still to come.
+        # For the layout dpg: images of a prompt that still lacks others.
         self._waiting: dict[int, dict[int, Image.Image]] = {}
 
     def check(self) -> None:

@@ -267,7 +267,7 @@ def _run(batch: Batch, forward: LeanForward | RootForward, kind: str, num_visibl
 def _finish(
     new_tokens: list[int], start: list[int], context_len: int, vocab: ChameleonVocab, max_gen_len: int, max_len: int
 ) -> Generation:
-    """The answer up to the end of the turn or the padding, neither of which can be within an answer."""
+    """The answer up to the end of the turn or the padding; an answer contains neither."""
     ends = (vocab.end_of_turn_id, vocab.pad_id)
     num_new = next((i for i, token in enumerate(new_tokens) if token in ends), len(new_tokens))
     tokens = start + new_tokens[:num_new]

@@ -101,7 +101,7 @@ def test_a_share_is_read_alone(sources, tmp_path, monkeypatch):
         open_source(find_files(sources["tar"]), tmp_path)
 
 
-def test_the_index_of_a_tar_is_made_once_and_anew_for_a_changed_shard(tmp_path, monkeypatch):
+def test_the_index_of_a_tar_is_made_once_and_again_for_a_changed_shard(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "a.tar", [("0.txt", b"a"), ("0.png", b"x")])
     first = open_source(find_files(path), tmp_path / "out")
     assert first.num_rows == 1 and len(os.listdir(tmp_path / "out")) == 1

@@ -21,7 +21,7 @@ from tests.helpers import forked
 from tests.helpers.decoder_helpers import small_config, small_model
 from tests.helpers.small_run import export_hf
 from tests.helpers.tokenize_helpers import environment
-from tests.model.generation.test_inference_solver import make_picture
+from tests.model.generation.test_inference_solver import make_request_image
 
 LINES = [
     '{"tag": "counting", "include": [{"class": "cat", "count": 2}], "prompt": "two cat"}',
@@ -155,7 +155,7 @@ def test_dpg_bench_gets_squares_of_four_and_nothing_else(folders, tmp_path):
 def test_images_in_texts_out(folders, tmp_path, solver):
     lines = []
     for number in range(3):
-        make_picture(seed=number).save(tmp_path / f"{number}.png")
+        make_request_image(seed=number).save(tmp_path / f"{number}.png")
         lines.append({"prompt": "a cat", "image": f"{number}.png", "id": f"c{number}"})
     prompts = tmp_path / "captions.jsonl"
     prompts.write_text("\n".join(map(json.dumps, lines)))
@@ -230,7 +230,7 @@ def test_answers_to_something_else_are_one_error(folders, prompts, tmp_path, cap
     assert "run.json" in change or (files(tmp_path)["images.run.json"] == before["images.run.json"])
 
 
-def test_what_one_prompt_cannot_do_is_reported_and_the_rest_goes_on(folders, prompts, tmp_path, capsys):
+def test_what_one_prompt_cannot_do_is_reported_and_the_others_are_drawn(folders, prompts, tmp_path, capsys):
     (tmp_path / "broken.png").write_text("no image")
     bad = [{"prompt": "a", "image": "broken.png"}, {"prompt": "b", "size": "640x640"}, {"prompt": "cat " * 600}]
     prompts.write_text("\n".join([LINES[0], *map(json.dumps, bad), LINES[2]]))

@@ -32,10 +32,7 @@ def make_model(**overrides):
 def make_prompts(lengths=(3, 9, 1, 6, 4)) -> list[list[int]]:
     """Prompts of words after `<s>`."""
     first_word, num_words = small_vocabulary()["a"], 10
-    return [
-        [VOCAB.bos_id, *[first_word + (3 * i + n) % num_words for i in range(n - 1)]] if n > 1 else [VOCAB.bos_id]
-        for n in lengths
-    ]
+    return [[VOCAB.bos_id, *(first_word + (3 * i + n) % num_words for i in range(n - 1))] for n in lengths]
 
 
 class PlainGrammar(LogitsProcessor):

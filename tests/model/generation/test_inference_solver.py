@@ -22,7 +22,7 @@ from tests.helpers.decoder_helpers import small_config, small_model
 from tests.helpers.small_run import export_hf
 
 
-def make_picture(width=64, height=32, seed=0) -> Image.Image:
+def make_request_image(width=64, height=32, seed=0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -48,7 +48,7 @@ def test_decoded_images_are_those_of_the_tokens(solver):
 
 def test_images_and_turns_become_the_training_layout(solver):
     vocab, encode = solver.vocab, solver.item_processor.text_encode
-    first, second = make_picture(), make_picture(32, 64, seed=1)
+    first, second = make_request_image(), make_request_image(32, 64, seed=1)
 
     def span(image):
         pixels = image_to_pixels(crop_to_rgb(image, 64))
@@ -66,7 +66,7 @@ def test_images_and_turns_become_the_training_layout(solver):
 def test_many_requests_equal_single_ones_on_any_batch_size(solver):
     requests = [
         {"qas": [["a cat", None]], "size": [64, 32]},
-        {"qas": ([["<|image|>two", None]]), "images": [make_picture()]},
+        {"qas": ([["<|image|>two", None]]), "images": [make_request_image()]},
         {"qas": (("red", None),)},
         *[{"qas": [["a cat", None]], "size": (64, 32)}] * 2,
     ]
@@ -108,7 +108,7 @@ def test_the_recipe_s_calls(solver):
     # The earlier turns count: another first question, another answer.
     turns[0][0] = "one blue car"
     assert solver.generate(drawn, turns, 30, 1.0, processor, size=(32, 64))[1][0].tobytes() != images[0].tobytes()
-    several = solver.generate([make_picture(), make_picture(seed=1)], [["two", None]], 9, 0.0, processor)
+    several = solver.generate([make_request_image(), make_request_image(seed=1)], [["two", None]], 9, 0.0, processor)
     assert isinstance(several[0], str) and several[1] == []
 
 
@@ -232,11 +232,11 @@ def test_ctrl_c_ends_a_generation_with_one_line(folders, tmp_path, monkeypatch, 
 
 def test_command_writes_an_image(folders, solver, tmp_path, capsys):
     """Image to image: what is written is what the solver gives for the seed; also by a tokenizer of its own folder."""
-    make_picture().save(tmp_path / "in.png")
+    make_request_image().save(tmp_path / "in.png")
     out_path = tmp_path / "out.png"
     extra = ["--image", tmp_path / "in.png", "--size", "64x32", "--max_gen_len", "60", "--out", out_path]
     assert main(command(folders, *extra, "--seed", "5", "--tokenizer", folders / "tokenizer")) == 0
-    text, images = solver.generate([make_picture()], [["a cat", None]], 60, 1.0, size=(64, 32), seed=5)
+    text, images = solver.generate([make_request_image()], [["a cat", None]], 60, 1.0, size=(64, 32), seed=5)
     with Image.open(out_path) as written:
         assert written.size == (64, 32) and written.tobytes() == images[0].tobytes()
     shown = capsys.readouterr()
@@ -248,7 +248,7 @@ def test_command_writes_an_image(folders, solver, tmp_path, capsys):
 def test_command_answers_in_text(folders, solver, tmp_path, capsys):
     paths = [tmp_path / f"{number}.png" for number in range(2)]
     for number, path in enumerate(paths):
-        make_picture(seed=number).save(path)
+        make_request_image(seed=number).save(path)
     prompt = "<|image|>a cat <|image|>two"
     extra = ["--temperature", "0", "--max_gen_len", "9", "--prompt", prompt, "--image", paths[0], "--image", paths[1]]
     assert main(command(folders, *extra)) == 0
@@ -343,7 +343,7 @@ def test_buffers_are_kept_between_calls_and_go_with_the_solver(folders, monkeypa
     solver.generate([], [["a", None]], 30, 1.0, size=(64, 32))
     assert solver.forward.kept_batch is None and kept[2]() is None
     monkeypatch.undo()
-    solver.generate([make_picture()], [["a", None]], 30, 1.0, size=(64, 32))
+    solver.generate([make_request_image()], [["a", None]], 30, 1.0, size=(64, 32))
     left = weakref.ref(solver.forward.kept_batch.cache.layers[0])
     del solver
     assert left() is None

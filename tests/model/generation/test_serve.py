@@ -20,7 +20,7 @@ from model.generation.sampling import SamplingOptions
 from model.generation.serve import GRADIO_PIN, NO_SIZE, Page, free_port
 from tests.helpers import forked
 from tests.helpers.browser_helpers import needs_browser
-from tests.model.generation.test_inference_solver import make_picture
+from tests.model.generation.test_inference_solver import make_request_image
 
 ROOT = Path(__file__).parents[3]
 HAS_GRADIO = importlib.util.find_spec("gradio") is not None
@@ -251,7 +251,7 @@ def test_the_page_in_a_browser(served, browser, solver, tmp_path):
     # Two images in, text out.
     paths = [tmp_path / "first.png", tmp_path / "second.png"]
     for seed, path in enumerate(paths):
-        make_picture(seed=seed).save(path)
+        make_request_image(seed=seed).save(path)
     page.first("#images input[type=file]").send_keys("\n".join(map(str, paths)))
     page.wait(lambda: len(page.all("#images .grid-container img, #images .thumbnails img")) >= 2)
     page.choose_size(NO_SIZE)
